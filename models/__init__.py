@@ -1,0 +1,82 @@
+"""Learngenes: Aux-Nets that train them, Des-Nets that are initialised from them.
+
+gene = models.load_learngene("learngene.safetensors")
+vit = gene.descend("deit_base_patch16_224_L12")         # a plain timm VisionTransformer
+aux_net = models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")
+"""
+
+from . import torchvision_ops  # noqa: F401, I001  before timm, which imports torchvision
+
+import timm
+from torch import nn
+
+from .aux_net import AuxNet
+from .learngene import Learngene, fetch, load_learngene, read_checkpoint, to_published, written_whole
+from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, WIDTH_SELECTIONS, LeTs
+from .tleg import TLEG
+from .vit import (
+    GRAMMAR,
+    PUBLISHED_NAMES,
+    InputError,
+    ViTArch,
+    create_vit,
+    follows_grammar,
+    is_aux_name,
+    nearest,
+    parse_arch,
+    timm_kwargs,
+)
+
+__all__ = [
+    "DEPTH_SCHEMES",
+    "TLEG",
+    "WIDTH_SCHEMES",
+    "WIDTH_SELECTIONS",
+    "AuxNet",
+    "InputError",
+    "LeTs",
+    "Learngene",
+    "ViTArch",
+    "create_aux_net",
+    "create_model",
+    "fetch",
+    "follows_grammar",
+    "is_aux_name",
+    "load_learngene",
+    "nearest",
+    "parse_arch",
+    "read_checkpoint",
+    "timm_kwargs",
+    "to_published",
+    "written_whole",
+]
+
+
+def create_model(name: str, **kwargs) -> nn.Module:
+    """Any name of this project's grammar (`parse_arch`), or any timm name.
+
+    Args:
+        kwargs: passed on to the model, as in ``timm.create_model``.
+
+    Raises:
+        InputError: the name is neither; the message shows the grammar and the nearest names.
+    """
+    if follows_grammar(name):
+        return (TLEG if is_aux_name(name) else create_vit)(parse_arch(name), **kwargs)
+    if not timm.is_model(name):
+        near = nearest(name, (*PUBLISHED_NAMES, *timm.list_models()))
+        raise InputError(f"unknown model {name!r}: expected {GRAMMAR}, or a name of timm's{near}")
+    return timm.create_model(name, **kwargs)
+
+
+def create_aux_net(src_arch: str | ViTArch, tgt_arch: str | ViTArch, **kwargs) -> LeTs:
+    """An untrained LeTs Aux-Net of ``tgt_arch`` sizes over a learngene of ``src_arch`` sizes.
+
+    Args:
+        kwargs: as in `LeTs`.
+
+    Raises:
+        InputError: a name does not parse, or the sizes do not fit each other.
+    """
+    src, tgt = (parse_arch(a) if isinstance(a, str) else a for a in (src_arch, tgt_arch))
+    return LeTs(src, tgt, **kwargs)

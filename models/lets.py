@@ -1,0 +1,401 @@
+"""LeTs: learnable matrices expand a narrow, shallow learngene in width and in depth.
+
+"Initializing Variable-sized Vision Transformers from Learngene with Learnable Transformation", NeurIPS 2024.
+
+Notation. The learngene has n layers of width s, the Aux-Net N layers of width D. ⟨A⟩ = [I; A] keeps the old neurons
+and adds one per row of A. E is shared by every use of the embedding axis, Q_j, K_j, V_j and M_j belong to learngene
+layer j, C to the head. The learngene layers of pair p are 2p and 2p + 1. Tensors of one kind are stacked along a
+leading axis over the layers, so that a step expands all of them in a handful of products.
+
+    tensor                          shape               meaning
+    E, C                            (D−s, s)            width matrices of the whole network
+    Q, K, V                         (n, D−s, s)         width matrices of each layer's heads
+    M                               (n, 4(D−s), 4s)     width matrices of each layer's hidden neurons
+    g, h                            (8, rows, 2)        depth coefficients of weights and biases, per module
+    q_weight, …, fc2_bias           (n, …)              the learngene's layers
+    patch_embed_*, fc_norm_*, head_*                    the rest of the learngene
+    pos_embed                       (1, patches, D)     the Aux-Net's own
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .aux_net import AuxNet, random_vit_weights
+from .vit import InputError, ViTArch
+
+MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
+DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
+WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
+WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The expansion: learngene → ViT state dict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DepthPlan(NamedTuple):
+    """Which pair of learngene layers, with which coefficient row, makes each layer of a ViT."""
+
+    select: Tensor  # (distinct layers, rows, n/2), one 1 per distinct layer
+    layers: list[int]  # for each layer of the ViT, its index among the distinct ones
+
+
+def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_pairs: int, device="cpu") -> DepthPlan:
+    """The plan for a ViT whose layer l is made from pair and row ``layers[l]``; equal layers are computed once."""
+    distinct = sorted(set(layers))
+    select = torch.zeros(len(distinct), num_rows, num_pairs, device="cpu")
+    for u, (pair, row) in enumerate(distinct):
+        select[u, row, pair] = 1
+    return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
+
+
+def widen_out(A: Tensor, w: Tensor) -> Tensor:
+    """⟨A⟩ w: the output axis of ``w`` (…, out, in) grows by the rows of A."""
+    return torch.cat([w, A @ w], dim=-2)
+
+
+def widen_in(w: Tensor, A: Tensor) -> Tensor:
+    """w ⟨A⟩ᵀ: the input axis of ``w`` (…, out, in) grows by the rows of A; a vector counts as a row."""
+    return torch.cat([w, w @ A.mT], dim=-1)
+
+
+def mix(G: Tensor, w: Tensor) -> Tensor:
+    """W_i = Σ_j G[i, j] w_j over the learngene's layers j: (layers, n) and (n, …) → (layers, …)."""
+    return (G @ w.flatten(1)).view(G.shape[0], *w.shape[1:])
+
+
+def expand(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
+    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
+
+    The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
+    the sum and is applied to the summed layers, which are fewer numbers.
+    """
+    E, Q, K, V, M, C = (p[name] for name in "EQKVMC")
+    G, H = (torch.einsum("mrc,urp->mupc", p[name], plan.select).flatten(2) for name in "gh")
+
+    own = {  # the axis with a matrix of its own in each learngene layer
+        "norm1": p["norm1_weight"],
+        "q": widen_out(Q, p["q_weight"]),
+        "k": widen_out(K, p["k_weight"]),
+        "v": widen_out(V, p["v_weight"]),
+        "proj": widen_in(p["proj_weight"], V),
+        "norm2": p["norm2_weight"],
+        "fc1": widen_out(M, p["fc1_weight"]),
+        "fc2": widen_in(p["fc2_weight"], M),
+    }
+    own_bias = {name: p[f"{name}_bias"] for name in MODULES}
+    for name, A in (("q", Q), ("k", K), ("v", V), ("fc1", M)):
+        own_bias[name] = widen_in(own_bias[name].unsqueeze(1), A).squeeze(1)
+
+    W = {name: mix(G[m], own[name]) for m, name in enumerate(MODULES)}
+    b = {name: mix(H[m], own_bias[name]) for m, name in enumerate(MODULES)}
+
+    blocks = {
+        "norm1.weight": widen_in(W["norm1"], E),
+        "norm1.bias": widen_in(b["norm1"], E),
+        "attn.qkv.weight": widen_in(torch.cat([W["q"], W["k"], W["v"]], dim=1), E),
+        "attn.qkv.bias": torch.cat([b["q"], b["k"], b["v"]], dim=1),
+        "attn.proj.weight": widen_out(E, W["proj"]),
+        "attn.proj.bias": widen_in(b["proj"], E),
+        "norm2.weight": widen_in(W["norm2"], E),
+        "norm2.bias": widen_in(b["norm2"], E),
+        "mlp.fc1.weight": widen_in(W["fc1"], E),
+        "mlp.fc1.bias": b["fc1"],
+        "mlp.fc2.weight": widen_out(E, W["fc2"]),
+        "mlp.fc2.bias": widen_in(b["fc2"], E),
+    }
+    blocks = {name: stacked.unbind() for name, stacked in blocks.items()}
+    patch = p["patch_embed_weight"]
+    return {
+        "pos_embed": p["pos_embed"],
+        "patch_embed.proj.weight": widen_out(E, patch.flatten(1)).view(-1, *patch.shape[1:]),
+        "patch_embed.proj.bias": widen_in(p["patch_embed_bias"], E),
+        **{f"blocks.{l}.{name}": blocks[name][u] for l, u in enumerate(plan.layers) for name in blocks},
+        "fc_norm.weight": widen_in(p["fc_norm_weight"], E),
+        "fc_norm.bias": widen_in(p["fc_norm_bias"], E),
+        "head.weight": widen_in(p["head_weight"], C),
+        "head.bias": p["head_bias"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: the Aux-Net
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LeTs(AuxNet):
+    """The LeTs Aux-Net: a ViT of ``tgt`` sizes whose every weight is expanded from a learngene of ``src`` sizes."""
+
+    method = "lets"
+
+    def __init__(
+        self,
+        src: ViTArch,
+        tgt: ViTArch,
+        layers_per_row: int = 2,
+        init_scheme: Sequence[str] = ("stackbert_noisy", "rand"),
+        init_noise: Sequence[float] = (0.03, 0.03),
+        **kwargs,
+    ):
+        """
+        Args:
+            src: sizes of the learngene, an even number of layers.
+            tgt: sizes of the Aux-Net.
+            layers_per_row: how many consecutive Aux layers share a coefficient row.
+            init_scheme: initialisation of depth coefficients and of width matrices.
+            init_noise: upper end of the uniform noise of the ``…_noisy`` schemes, for depth and for width.
+            kwargs: passed on to timm's ``VisionTransformer``.
+
+        Raises:
+            InputError: the sizes do not fit each other.
+        """
+        super().__init__(tgt, {}, **kwargs)
+        tgt = self.arch
+        src = replace(src, img_size=tgt.img_size)  # the learngene has no position embedding of its own
+        check_sizes(src, tgt, layers_per_row)
+        self.src, self.layers_per_row = src, layers_per_row
+        new, s, n = tgt.width - src.width, src.width, src.depth
+        size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
+        depth_scheme, width_scheme = init_scheme
+        depth_noise, width_noise = init_noise
+        rows = range(0, tgt.depth, layers_per_row)
+        self.add_parameters(
+            {
+                "pos_embed": nn.init.trunc_normal_(torch.empty(1, tgt.num_patches, tgt.width), std=0.02),
+                **stack_layers(random_vit_weights(src, **size), n),
+                **{a: init_width((new, s), width_scheme, width_noise) for a in "EC"},
+                **{a: init_width((n, new, s), width_scheme, width_noise) for a in "QKV"},
+                "M": init_width((n, 4 * new, 4 * s), width_scheme, width_noise),
+                **{a: init_depth(rows, depth_scheme, depth_noise) for a in "gh"},
+            }
+        )
+        plan = depth_plan(self.layers(), len(rows), n // 2)
+        self.register_buffer("_select", plan.select, persistent=False)
+        self._plan_layers = plan.layers
+
+    @property
+    def config(self) -> dict:
+        return {**super().config, "src_arch": asdict(self.src), "layers_per_row": self.layers_per_row}
+
+    def layers(self) -> list[tuple[int, int]]:
+        """The pair and the coefficient row of each Aux layer."""
+        layers_per_pair = self.arch.depth // (self.src.depth // 2)
+        return [(i // layers_per_pair, i // self.layers_per_row) for i in range(self.arch.depth)]
+
+    def expand(self) -> dict[str, Tensor]:
+        return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
+
+    def no_weight_decay(self) -> set[str]:
+        # vectors before they were stacked: the published recipe leaves them out
+        names = {name for name, _ in self.named_parameters()}
+        return {name for name in names if name.endswith("_bias") or "norm" in name} | {"g", "h", "pos_embed"}
+
+
+def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int) -> None:
+    """Raises InputError where no Aux-Net of ``tgt`` sizes can be expanded from a learngene of ``src`` sizes."""
+    if src.depth % 2:
+        raise InputError(f"the learngene has {src.depth} layers; LeTs takes them in pairs and needs an even number")
+    if tgt.depth % (src.depth // 2):
+        raise InputError(
+            f"the Aux-Net has {tgt.depth} layers, which the {src.depth // 2} pairs of learngene layers do not divide"
+        )
+    if tgt.width < src.width:
+        raise InputError(f"the Aux-Net (width {tgt.width}) is narrower than the learngene (width {src.width})")
+    if tgt.head_dim != src.head_dim:
+        raise InputError(
+            f"the heads of learngene and Aux-Net differ in size, {src.head_dim} and {tgt.head_dim} neurons"
+        )
+    if tgt.patch_size != src.patch_size:
+        raise InputError(f"the patches of learngene and Aux-Net differ, {src.patch_size} and {tgt.patch_size} pixels")
+    if layers_per_row < 1:
+        raise InputError(f"{layers_per_row} layers cannot share a coefficient row: at least 1")
+
+
+def stack_layers(vit: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The learngene's tensors from a ViT state dict: layers stacked, qkv taken apart, without position embedding."""
+    layer = {"norm1": "norm1", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    p = {}
+    for kind in ("weight", "bias"):
+        for name, key in layer.items():
+            p[f"{name}_{kind}"] = torch.stack([vit[f"blocks.{j}.{key}.{kind}"] for j in range(depth)])
+        qkv = torch.stack([vit[f"blocks.{j}.attn.qkv.{kind}"] for j in range(depth)])
+        p[f"q_{kind}"], p[f"k_{kind}"], p[f"v_{kind}"] = (t.clone() for t in qkv.chunk(3, dim=1))
+        p[f"patch_embed_{kind}"] = vit[f"patch_embed.proj.{kind}"]
+        p[f"fc_norm_{kind}"] = vit[f"fc_norm.{kind}"]
+        p[f"head_{kind}"] = vit[f"head.{kind}"]
+    return p
+
+
+def init_width(shape: tuple[int, ...], scheme: str, noise: float = 0.03) -> Tensor:
+    """Width matrices (…, new neurons, old neurons); each row sums to 1.
+
+    ``rand``: uniform in (0, 1), over the row's sum. ``rand_softmax``: the softmax of that noise. ``sel``: each new
+    neuron copies a random old one. ``sel_noisy``: the same over noise in (0, ``noise``), over the row's sum.
+    """
+    if scheme == "rand":
+        rows = torch.rand(shape)
+    elif scheme == "rand_softmax":
+        return torch.rand(shape).softmax(-1)
+    elif scheme in ("sel", "sel_noisy"):
+        rows = torch.rand(shape) * (noise if scheme == "sel_noisy" else 0)
+        rows.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1)), 1.0)
+    else:
+        raise InputError(f"unknown initialisation {scheme!r} of width matrices: expected {', '.join(WIDTH_SCHEMES)}")
+    return rows / rows.sum(-1, keepdim=True)
+
+
+def init_depth(rows: Sequence[int], scheme: str, noise: float = 0.03) -> Tensor:
+    """Depth coefficients (8, rows, 2); each pair sums to 1. ``rows`` are numbered by their first Aux layer.
+
+    ``stackbert``: row r takes layer r mod 2 of its pair. ``stackbert_noisy``: the same over noise in (0, ``noise``),
+    over the sum. ``rand``: uniform in (0, 1), over the sum. ``rand_softmax``: the softmax of that noise.
+    """
+    shape = (len(MODULES), len(rows), 2)
+    if scheme == "rand":
+        g = torch.rand(shape)
+    elif scheme == "rand_softmax":
+        return torch.rand(shape).softmax(-1)
+    elif scheme in ("stackbert", "stackbert_noisy"):
+        g = torch.rand(shape) * (noise if scheme == "stackbert_noisy" else 0)
+        g[:, range(len(rows)), [r % 2 for r in rows]] = 1.0
+    else:
+        raise InputError(
+            f"unknown initialisation {scheme!r} of depth coefficients: expected {', '.join(DEPTH_SCHEMES)}"
+        )
+    return g / g.sum(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: the Des-Net
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def descend(
+    p: dict[str, Tensor],
+    config: dict,
+    arch: ViTArch,
+    mapping_layer: Sequence[int] | None = None,
+    mapping_layer_coeff: Sequence[int] | None = None,
+    width_select: str = "continuous",
+) -> dict[str, Tensor]:
+    """The state dict of a Des-Net of ``arch`` sizes.
+
+    Args:
+        p: the learngene's tensors.
+        config: its sizes, as in `LeTs.config`.
+        mapping_layer: for each Des-Net layer, the Aux layer whose pair of learngene layers it is made from.
+        mapping_layer_coeff: for each Des-Net layer, the Aux layer whose coefficient row it takes.
+        width_select: which rows of the width matrices a Des-Net narrower than the Aux-Net keeps.
+
+    Raises:
+        InputError: wider than the Aux-Net, other heads than the learngene's, or mapping lists that do not fit.
+    """
+    src, tgt, layers_per_row = ViTArch(**config["src_arch"]), ViTArch(**config["tgt_arch"]), config["layers_per_row"]
+    if arch.width > tgt.width:
+        raise InputError(
+            f"the Des-Net has width {arch.width}; the widest that this learngene can make is {tgt.width} "
+            f"({tgt.num_heads} heads)"
+        )
+    if arch.head_dim != src.head_dim:
+        raise InputError(
+            f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
+        )
+    layers_per_pair = tgt.depth // (src.depth // 2)
+    if mapping_layer is None and mapping_layer_coeff is None:
+        mapping_layer, mapping_layer_coeff = default_mapping(arch.depth, tgt.depth, layers_per_pair, layers_per_row)
+    check_mapping(mapping_layer, mapping_layer_coeff, arch.depth, tgt.depth)
+    layers = [
+        (a // layers_per_pair, r // layers_per_row) for a, r in zip(mapping_layer, mapping_layer_coeff, strict=True)
+    ]
+    plan = depth_plan(layers, p["g"].shape[1], src.depth // 2, device=p["g"].device)
+    return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
+
+
+def default_mapping(
+    depth: int, aux_depth: int, layers_per_pair: int, layers_per_row: int
+) -> tuple[list[int], list[int]]:
+    """``mapping_layer`` and ``mapping_layer_coeff`` for a Des-Net of ``depth`` layers.
+
+    Up to as many layers as there are rows: rows evenly spaced, first and last among them. More: every row equally
+    often, and those in the middle once more for the remainder. For 12 of 16 layers these are the published lists.
+    """
+    rows = range(0, aux_depth, layers_per_row)
+    if depth <= len(rows):
+        coeff = [rows[round(i)] for i in torch.linspace(0, len(rows) - 1, depth, dtype=torch.float64).tolist()]
+    else:
+        times, rest = divmod(depth, len(rows))
+        first = (len(rows) - rest) // 2
+        coeff = [row for i, row in enumerate(rows) for _ in range(times + (first <= i < first + rest))]
+    # Aux layers of one pair are counted up from its first, as in the published lists
+    pairs = [row // layers_per_pair for row in coeff]
+    layer = [p * layers_per_pair + pairs[:i].count(p) % layers_per_pair for i, p in enumerate(pairs)]
+    return layer, coeff
+
+
+def check_mapping(layer: Sequence[int] | None, coeff: Sequence[int] | None, depth: int, aux_depth: int) -> None:
+    """Raises InputError unless both lists name one Aux layer for each Des-Net layer."""
+    for name, numbers, other in (
+        ("mapping_layer", layer, "mapping_layer_coeff"),
+        ("mapping_layer_coeff", coeff, "mapping_layer"),
+    ):
+        if numbers is None:
+            raise InputError(f"{other} is given without {name}: give both, or neither for the default mapping")
+        if len(numbers) != depth:
+            raise InputError(f"{name} has {len(numbers)} entries; a Des-Net of {depth} layers needs {depth}")
+        for number in numbers:
+            if not 0 <= number < aux_depth:
+                raise InputError(f"{name} names layer {number}; the Aux-Net has layers 0 to {aux_depth - 1}")
+
+
+def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "continuous") -> dict[str, Tensor]:
+    """The learngene cut down so that it expands to ``width``.
+
+    A width above the learngene's keeps some rows of the width matrices, one choice per axis: embedding neurons by
+    E's rows for the whole network (C and the position embedding follow), heads by their rows in Q, K and V together
+    for the whole network, hidden neurons by M's rows in each layer. A width below it keeps the first neurons of the
+    learngene itself.
+
+    Args:
+        how: ``continuous``, the first rows; or the rows of largest (``top``) or smallest (``bottom``) l1 or l2 norm.
+    """
+    rows, s = p["E"].shape
+    if width == s + rows:  # every row is kept
+        return p
+    old, new = min(width, s), max(width - s, 0)
+    emb = choose_rows(p["E"], new, how)
+    per_head = torch.stack([p["Q"], p["K"], p["V"]]).unflatten(2, (-1, head_dim)).movedim(2, 0)
+    heads = choose_rows(per_head.flatten(1), new // head_dim, how)
+    head_rows = (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+    hidden = choose_rows(p["M"], 4 * new, how)
+    return {
+        **p,
+        "pos_embed": torch.cat([p["pos_embed"][..., :old], p["pos_embed"][..., s + emb]], dim=-1),
+        "E": p["E"][emb, :old],
+        "C": p["C"][emb, :old],
+        **{a: p[a][:, head_rows, :old] for a in "QKV"},
+        "M": p["M"].gather(1, hidden[..., None].expand(-1, -1, 4 * s))[:, :, : 4 * old],
+        **{f"{m}_weight": p[f"{m}_weight"][:, :old, :old] for m in ("q", "k", "v", "proj")},
+        **{f"{m}_bias": p[f"{m}_bias"][:, :old] for m in ("q", "k", "v", "proj", "norm1", "norm2", "fc2")},
+        **{f"{m}_weight": p[f"{m}_weight"][:, :old] for m in ("norm1", "norm2")},
+        "fc1_weight": p["fc1_weight"][:, : 4 * old, :old],
+        "fc1_bias": p["fc1_bias"][:, : 4 * old],
+        "fc2_weight": p["fc2_weight"][:, :old, : 4 * old],
+        **{f"{m}_{kind}": p[f"{m}_{kind}"][:old] for m in ("patch_embed", "fc_norm") for kind in ("weight", "bias")},
+        "head_weight": p["head_weight"][:, :old],
+    }
+
+
+def choose_rows(matrix: Tensor, count: int, how: str) -> Tensor:
+    """The numbers of ``count`` rows of ``matrix`` (…, rows, columns), in ascending order: (…, count)."""
+    if how not in WIDTH_SELECTIONS:
+        raise InputError(f"unknown width selection {how!r}: expected {', '.join(WIDTH_SELECTIONS)}")
+    if how == "continuous":
+        return torch.arange(count, device=matrix.device).expand(*matrix.shape[:-2], count)
+    norm, end = how.split("_")
+    sizes = torch.linalg.vector_norm(matrix, ord=int(norm[1]), dim=-1)
+    return sizes.topk(count, largest=end == "top").indices.sort().values

@@ -1,0 +1,174 @@
+"""Architecture names, the plain ViT that both methods expand, and its place in timm's registry.
+
+deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}]      a plain ViT
+aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+# width and number of heads of each size; nano and micro are for small images
+SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+AUX_DEPTH = 12  # of the TLEG Aux-Nets, whose names do not carry a depth
+
+GRAMMAR = "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}, with size one of " + (
+    ", ".join(SIZES)
+)
+_PLAIN = re.compile(rf"deit_({'|'.join(SIZES)})_patch([1-9]\d*)_([1-9]\d*)_L([1-9]\d*)(?:_H([1-9]\d*))?")
+_AUX = re.compile(rf"aux_deit_({'|'.join(SIZES)})_patch([1-9]\d*)_([1-9]\d*)")
+
+PUBLISHED_NAMES = (
+    *(f"deit_{size}_patch16_224_L{depth}" for size in ("tiny", "small", "base") for depth in range(3, 13)),
+    "deit_base_patch16_224_L16_H12",
+    *(f"aux_deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+)
+
+
+class InputError(ValueError):
+    """Something that the user can put right, said in one sentence."""
+
+
+@dataclass(frozen=True)
+class ViTArch:
+    """The sizes of a ViT. ``width`` is in neurons, ``patch_size`` and ``img_size`` in pixels."""
+
+    width: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    img_size: int
+
+    def __post_init__(self):
+        if min(self.width, self.depth, self.num_heads, self.patch_size, self.img_size) < 1:
+            raise InputError(f"every size of an architecture is at least 1, not as in {self}")
+        if self.width % self.num_heads:
+            raise InputError(f"width {self.width} cannot be divided among {self.num_heads} heads")
+        if self.img_size < self.patch_size:
+            raise InputError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        return (self.img_size // self.patch_size) ** 2
+
+    def __str__(self) -> str:
+        return f"L{self.depth}-H{self.num_heads} (width {self.width}), patch {self.patch_size}, image {self.img_size}"
+
+
+def is_aux_name(name: str) -> bool:
+    """Whether ``name`` follows the grammar of a TLEG Aux-Net."""
+    return _AUX.fullmatch(name) is not None
+
+
+def follows_grammar(name: str) -> bool:
+    """Whether ``name`` is an architecture name of this project rather than one of timm's."""
+    return _PLAIN.fullmatch(name) is not None or is_aux_name(name)
+
+
+def parse_arch(name: str) -> ViTArch:
+    """The sizes that an architecture name stands for.
+
+    Raises:
+        InputError: ``name`` does not parse; the message shows the grammar and the nearest names.
+    """
+    if match := _PLAIN.fullmatch(name):
+        size, patch, img, depth, heads = match.groups()
+    elif match := _AUX.fullmatch(name):
+        size, patch, img = match.groups()
+        depth, heads = AUX_DEPTH, None
+    else:
+        raise InputError(f"unknown architecture {name!r}: expected {GRAMMAR}{nearest(name, PUBLISHED_NAMES)}")
+    width, num_heads = SIZES[size]
+    if heads is not None:  # heads × head_dim of the size
+        width, num_heads = int(heads) * (width // num_heads), int(heads)
+    return ViTArch(width, int(depth), num_heads, int(patch), int(img))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known ones that look like it."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; the nearest names are {', '.join(near)}" if near else ""
+
+
+def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
+    """A plain timm ViT without class token: patches → blocks → mean over patches → ``fc_norm`` → head.
+
+    Args:
+        kwargs: passed on to timm's ``VisionTransformer``, where ``num_classes``, ``in_chans``, ``drop_rate``,
+            ``drop_path_rate``, ``img_size`` and ``patch_size`` are the usual ones.
+    """
+    sizes = dict(
+        img_size=arch.img_size,
+        patch_size=arch.patch_size,
+        embed_dim=arch.width,
+        depth=arch.depth,
+        num_heads=arch.num_heads,
+        class_token=False,
+        global_pool="avg",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    sizes.update(kwargs)
+    pretrained_cfg = dict(
+        input_size=(sizes.get("in_chans", 3), sizes["img_size"], sizes["img_size"]),
+        num_classes=1000,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        interpolation="bicubic",
+        first_conv="patch_embed.proj",
+        classifier="head",
+    )
+    return build_model_with_cfg(
+        VisionTransformer,
+        "vit_base_patch16_224",  # the entry of timm's registry whose sizes are replaced
+        pretrained=False,
+        pretrained_cfg=pretrained_cfg,
+        feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **sizes,
+    )
+
+
+def timm_kwargs(arch: ViTArch) -> dict:
+    """What ``timm.create_model('vit_base_patch16_224', **timm_kwargs(arch))`` needs to make the same ViT.
+
+    Plain data, so that it can stand in a ``config.json`` that timm alone reads. timm's own default for the
+    epsilon of its layer norms is the 1e-6 that is needed here.
+    """
+    return dict(
+        img_size=arch.img_size,
+        patch_size=arch.patch_size,
+        embed_dim=arch.width,
+        depth=arch.depth,
+        num_heads=arch.num_heads,
+        class_token=False,
+        global_pool="avg",
+    )
+
+
+def register(name: str, create: Callable[..., nn.Module]) -> None:
+    """Make ``timm.create_model(name, **kwargs)`` return ``create(parse_arch(name), **kwargs)``."""
+
+    def entrypoint(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+        if pretrained:
+            raise InputError(f"{name} has no pretrained weights of its own: initialise it from a learngene")
+        return create(parse_arch(name), **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"{parse_arch(name)}"
+    timm.models.register_model(entrypoint)
+
+
+for _name in PUBLISHED_NAMES:
+    if not is_aux_name(_name):
+        register(_name, create_vit)
