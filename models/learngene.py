@@ -52,6 +52,11 @@ class Learngene:
         return cls(aux_net.method, aux_net.state_dict(), aux_net.config, options or {})
 
     @property
+    def header(self) -> dict:
+        """What a learngene file says besides the tensors."""
+        return {"method": self.method, **self.config, "options": self.options}
+
+    @property
     def arch(self) -> ViTArch:
         """The sizes of the Aux-Net."""
         return ViTArch(**self.config["tgt_arch"])
@@ -135,10 +140,9 @@ class Learngene:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the learngene file, whole or not at all."""
-        header = {"method": self.method, **self.config, "options": self.options}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         with written_whole(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"learngene": json.dumps(header)})
+            save_file(tensors, unfinished, metadata={"learngene": json.dumps(self.header)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +377,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield str(unfinished)
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

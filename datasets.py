@@ -1,0 +1,271 @@
+"""The data sets, checked before training, and their transforms."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from models import InputError
+from samplers import Key
+
+import numpy as np
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.utils import random_seed
+from torch.utils.data import ConcatDataset, Dataset
+from torchvision import datasets as tv
+from torchvision import transforms
+
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+class ArrayDataset(Dataset):
+    """Grey images held in memory, (count, height, width) in 0…255, as three-channel pictures."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable | None = None):
+        self.images = [Image.fromarray(image).convert("RGB") for image in images.astype(np.uint8)]
+        self.labels = labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        image = self.images[index]
+        return self.transform(image) if self.transform else image, self.labels[index]
+
+
+class ImageList(Dataset):
+    """Image files named in a list, for data sets whose folders are not their classes."""
+
+    def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable | None = None):
+        self.samples, self.classes, self.transform = samples, classes, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        image = tv.folder.default_loader(path)
+        return self.transform(image) if self.transform else image, label
+
+
+class SeededDataset(Dataset):
+    """A data set whose random augmentation follows from the seed in the key, in whatever process it is loaded."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key):
+        index, seed = key
+        random_seed(seed)  # python, numpy and torch: timm's transforms use all three
+        return self.dataset[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One function per layout on disk: (root, is_train, transform) → dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_folder(root: Path, is_train: bool, transform: Callable, num_classes: int | None = None) -> Dataset:
+    """``train/`` and ``val/`` with one folder per class, the same classes in both."""
+    folders = {split: root / split for split in ("train", "val")}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise InputError(f"--data-path {root} has no folder {folder.name}/: expected train/ and val/")
+    classes = {split: sorted(e.name for e in os.scandir(folder) if e.is_dir()) for split, folder in folders.items()}
+    if classes["train"] != classes["val"]:
+        odd = sorted(set(classes["train"]) ^ set(classes["val"]))
+        raise InputError(
+            f"--data-path {root} has {len(classes['train'])} classes in train/ and {len(classes['val'])} in val/; "
+            f"the first that is in one alone is {odd[0]}"
+        )
+    if num_classes not in (None, len(classes["train"])):
+        raise InputError(
+            f"--data-path {root} has {len(classes['train'])} classes, expected {num_classes}: "
+            "--data-set FOLDER takes any number"
+        )
+    return tv.ImageFolder(folders["train" if is_train else "val"], transform=transform)
+
+
+def tiny_imagenet(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    """Tiny ImageNet as distributed, with val/val_annotations.txt, or with val/ sorted into classes."""
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        return image_folder(root, is_train, transform, num_classes=200)
+    train = tv.ImageFolder(root / "train", transform=transform)
+    if is_train:
+        return train
+    lines = [line.split("\t") for line in annotations.read_text().splitlines()]
+    labelled = [(str(root / "val" / "images" / name), label) for name, label, *_ in lines]
+    return _listed(train, labelled, annotations)
+
+
+def inat19(root: Path, is_train: bool, transform: Callable, category: str = "name") -> Dataset:
+    """iNaturalist 2019 as distributed: ``train2019.json``, ``val2019.json``, ``categories.json``."""
+
+    def read(name: str):
+        return json.loads((root / name).read_text())
+
+    species = {c["id"]: c for c in read("categories.json")}
+    name_of = {a["image_id"]: species[a["category_id"]][category] for a in read("train2019.json")["annotations"]}
+    classes = sorted(set(name_of.values()))
+    split = read(f"{'train' if is_train else 'val'}2019.json")
+    label = {a["image_id"]: classes.index(species[a["category_id"]][category]) for a in split["annotations"]}
+    samples = [(str(root / image["file_name"]), label[image["id"]]) for image in split["images"]]
+    return ImageList(samples, classes, transform)
+
+
+def _listed(train: tv.ImageFolder, labelled: list[tuple[str, str]], source: Path) -> Dataset:
+    unknown = {label for _, label in labelled} - set(train.classes)
+    if unknown:
+        raise InputError(f"{source} names the class {min(unknown)}, which has no folder in train/")
+    samples = [(path, train.class_to_idx[label]) for path, label in labelled]
+    return ImageList(samples, train.classes, train.transform)
+
+
+def fmnist(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    """Fashion-MNIST: torchvision's layout, or any folder with the four idx files, gzipped or not."""
+    part = "train" if is_train else "t10k"
+    folders = (root, root / "FashionMNIST" / "raw")
+    images = _read_idx(folders, f"{part}-images-idx3-ubyte").reshape(-1, 28, 28)
+    labels = _read_idx(folders, f"{part}-labels-idx1-ubyte")
+    if len(images) != len(labels):
+        raise InputError(f"--data-path {root} has {len(images)} {part} images, but {len(labels)} labels")
+    return ArrayDataset(images, labels, transform)
+
+
+def _read_idx(folders: tuple[Path, ...], name: str) -> np.ndarray:
+    for path in (folder / (name + suffix) for folder in folders for suffix in ("", ".gz")):
+        if path.is_file():
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            axes = content[3]  # the magic number ends with the number of axes, one 32-bit size each follows
+            return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes)
+    raise InputError(f"--data-path {folders[0]} has no {name}, nor {name}.gz")
+
+
+def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
+    """scikit-learn's 1797 handwritten digits, 8×8 pixels: 1437 to train, 360 to test, the same split every time."""
+    from sklearn.datasets import load_digits  # half a second that other data sets need not wait for
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    labels = data.target
+    parts = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    rows = parts[0 if is_train else 1]
+    return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], transform)
+
+
+def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    """Oxford Flowers 102: the training and validation images to train, as is usual."""
+    if is_train:
+        return ConcatDataset([tv.Flowers102(root, split=split, transform=transform) for split in ("train", "val")])
+    return tv.Flowers102(root, split="test", transform=transform)
+
+
+def _torchvision(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
+    return kind(root, split="train" if is_train else "test", transform=transform)
+
+
+def _cifar(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
+    return kind(root, train=is_train, transform=transform)  # torchvision checks the files' hashes before reading
+
+
+# name → (reader, number of classes or None to count them, native size in pixels or None where it varies)
+DATA_SETS = {
+    "IMNET": (partial(image_folder, num_classes=1000), 1000, None),
+    "FOLDER": (image_folder, None, None),
+    "CIFAR10": (partial(_cifar, tv.CIFAR10), 10, 32),
+    "CIFAR100": (partial(_cifar, tv.CIFAR100), 100, 32),
+    "INAT19": (inat19, None, None),
+    "FOOD101": (partial(_torchvision, tv.Food101), 101, None),
+    "CARS": (partial(_torchvision, tv.StanfordCars), 196, None),
+    "FLOWERS": (flowers, 102, None),
+    "TINYIMNET": (tiny_imagenet, 200, 64),
+    "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),
+    "FMNIST": (fmnist, 10, 28),
+    "DIGITS": (digits, 10, 8),
+}
+
+
+def build_dataset(
+    name: str, path: str | None, is_train: bool, transform: Callable, inat_category: str = "name"
+) -> tuple[Dataset, int]:
+    """The training or the test images of a data set, and its number of classes.
+
+    Raises:
+        InputError: the path is missing or does not have the layout of the data set, a class is empty, or the classes
+            of training and test images differ.
+    """
+    reader, num_classes, _ = DATA_SETS[name]
+    if name == "INAT19":
+        reader = partial(reader, category=inat_category)
+    if name != "DIGITS":
+        if path is None:
+            raise InputError(f"--data-set {name} needs --data-path, the folder that holds it")
+        if not Path(path).is_dir():
+            raise InputError(f"--data-path {path} is not a folder")
+    try:
+        dataset = reader(Path(path) if path else None, is_train, transform)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError) as error:
+        # torchvision and the readers above meet a wrong layout in these ways
+        reason = " ".join(str(error).split())
+        raise InputError(f"--data-path {path} does not hold {name} in its usual layout: {reason}") from error
+    return dataset, num_classes or len(dataset.classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL = 64  # pixels; up to here a data set of small images is used whole, not cropped like photographs
+
+
+def build_transform(
+    name: str,
+    is_train: bool,
+    input_size: int,
+    color_jitter: float = 0.3,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+    eval_crop_ratio: float = 0.875,
+) -> transforms.Compose:
+    """PIL image → normalised tensor (3, input_size, input_size); DeiT's recipe for photographs.
+
+    Photographs are cut out at random to train, and resized and cut from the middle to test. Data sets whose images
+    are small are used whole at sizes up to 64: resized if need be, and shifted by up to an eighth to train.
+    """
+    small = DATA_SETS[name][2] is not None and input_size <= SMALL
+    if not is_train:
+        mode = transforms.InterpolationMode(interpolation)
+        steps = [transforms.Resize((input_size, input_size) if small else int(input_size / eval_crop_ratio), mode)]
+        if not small:
+            steps.append(transforms.CenterCrop(input_size))
+        steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        return transforms.Compose(steps)
+    transform = create_transform(
+        input_size=input_size,
+        is_training=True,
+        color_jitter=color_jitter,
+        auto_augment=aa,
+        interpolation=interpolation,
+        hflip=0.0 if name == "DIGITS" else 0.5,  # a mirrored digit is no digit
+        re_prob=reprob,
+        re_mode=remode,
+        re_count=recount,
+    )
+    if small:  # the first step is timm's random crop for photographs
+        mode = transforms.InterpolationMode(interpolation)
+        shift = transforms.RandomCrop(input_size, padding=max(1, input_size // 8))
+        transform.transforms[:1] = [transforms.Resize((input_size, input_size), mode), shift]
+    return transform

@@ -1,0 +1,40 @@
+"""The loss of stage 1: a base criterion, and distillation from a teacher."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DISTILLATION_TYPES = ("none", "soft", "hard")
+
+
+class DistillationLoss(nn.Module):
+    """(1 − α) · base criterion + α · distillation (DeiT, equations 2 and 3, without a distillation token).
+
+    ``soft``: KL divergence between the log-softmax of teacher and student at temperature τ, summed, over the number
+    of logits, times τ². ``hard``: cross-entropy with the teacher's decision. ``none``: the base criterion alone.
+    """
+
+    def __init__(self, base_criterion: nn.Module, teacher: nn.Module | None, kind: str, alpha: float, tau: float):
+        super().__init__()
+        if kind not in DISTILLATION_TYPES:
+            raise ValueError(f"unknown distillation {kind!r}: expected {', '.join(DISTILLATION_TYPES)}")
+        self.base_criterion, self.teacher = base_criterion, teacher
+        self.kind, self.alpha, self.tau = kind, alpha, tau
+
+    def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of ``logits`` (batch, classes) for augmented ``images``, which the teacher sees too."""
+        if self.kind == "none":
+            return self.base_criterion(logits, targets)
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        if self.kind == "soft":
+            distillation = F.kl_div(
+                F.log_softmax(logits / self.tau, dim=1),
+                F.log_softmax(teacher_logits / self.tau, dim=1),
+                reduction="sum",
+                log_target=True,
+            )
+            distillation = distillation * self.tau**2 / logits.numel()
+        else:
+            distillation = F.cross_entropy(logits, teacher_logits.argmax(dim=1))
+        return self.base_criterion(logits, targets) * (1 - self.alpha) + distillation * self.alpha

@@ -1,0 +1,758 @@
+"""Train learngenes, initialise ViTs from them, and train any timm model.
+
+stage 1, LeTs    main.py --src-arch deit_small_patch16_224_L8 --tgt-arch deit_base_patch16_224_L16_H12 …
+stage 1, TLEG    main.py --model aux_deit_small_patch16_224 …
+stage 2          main.py --des-arch deit_base_patch16_224_L12 --load-gene learngene.safetensors …
+anything else    main.py --model resnet18 …           a teacher, or a baseline from scratch
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import models
+import utils
+from datasets import DATA_SETS, INAT_CATEGORIES, SMALL, SeededDataset, build_dataset, build_transform
+from engine import NotFiniteError, evaluate, train_one_epoch
+from losses import DISTILLATION_TYPES, DistillationLoss
+from models import InputError
+from samplers import ExactSampler, TrainSampler
+
+import torch
+import torch.distributed as dist
+import yaml
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import clean_state_dict, get_pretrained_cfg
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, random_seed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, through the same door as every other error of the user's."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def whole_numbers(text: str | Sequence[int]) -> list[int]:
+    """'0,1,4' or a list of whole numbers."""
+    try:
+        return [int(part) for part in (text.split(",") if isinstance(text, str) else text)]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,4") from None
+
+
+def at_least(lowest: int):
+    """The type of an option that is a whole number from ``lowest`` up."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is too small: at least {lowest}")
+        return value
+
+    number.__name__ = "whole number"  # argparse puts it into its message
+    return number
+
+
+def text_or_none(text: str) -> str | None:
+    return None if text.lower() in ("", "none") else text
+
+
+def option_parser() -> Parser:
+    """DeiT's options and this program's. Written with '-'; '_' is understood too."""
+    p = Parser("main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+
+    g = p.add_argument_group("what to run")
+    g.add_argument("--config", help="YAML file whose keys are these options; the command line wins")
+    g.add_argument("--model", "--model-type", help="aux_deit_… (TLEG stage 1), or any model to train as it is")
+    g.add_argument("--src-arch", help="LeTs stage 1: the learngene, such as deit_small_patch16_224_L8")
+    g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12")
+    g.add_argument("--des-arch", help="stage 2: the Des-Net, such as deit_base_patch16_224_L12")
+    g.add_argument("--load-gene", help="stage 2: learngene file, published checkpoint, or http(s) address of one")
+    g.add_argument("--gene-ema", action=flag, default=False, help="take model_ema of the learngene's checkpoint")
+    g.add_argument("--mapping-layer", type=whole_numbers, help="LeTs stage 2: Aux layer of each layer, '0,1,4,…'")
+    g.add_argument("--mapping-layer-coeff", type=whole_numbers, help="LeTs stage 2: Aux layer whose coefficients")
+    g.add_argument("--width-select", default="continuous", choices=models.WIDTH_SELECTIONS)
+    g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
+    g.add_argument(
+        "--trans-init-scheme",
+        nargs=2,
+        metavar=("D", "W"),
+        default=["stackbert_noisy", "rand"],
+        help=f"D: {', '.join(models.DEPTH_SCHEMES)}; W: {', '.join(models.WIDTH_SCHEMES)}",
+    )
+    g.add_argument("--trans-init-noise", nargs=2, type=float, metavar=("D", "W"), default=[0.03, 0.03])
+    g.add_argument("--finetune", help="start from the weights of a checkpoint; another head stays fresh")
+    g.add_argument("--resume", help="continue from a checkpoint of this program")
+    g.add_argument("--start-epoch", type=at_least(0), default=0)
+    g.add_argument("--eval", action="store_true", help="evaluate and stop")
+    g.add_argument("--epochs", type=at_least(0), default=300, help="0: initialise, evaluate, write the model")
+
+    g = p.add_argument_group("data")
+    g.add_argument("--data-set", default="IMNET", choices=sorted(DATA_SETS))
+    g.add_argument("--data-path", help="the folder that holds the data set; not needed for DIGITS")
+    g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
+    g.add_argument("--input-size", type=at_least(1), help="pixels; default: the architecture's")
+    g.add_argument("--batch-size", type=at_least(1), default=64, help="images per process and step")
+    g.add_argument("--accum-iter", type=at_least(1), default=1, help="batches per optimiser step")
+    g.add_argument("--num-workers", type=at_least(0), default=10)
+    g.add_argument("--pin-mem", action=flag, default=True)
+    g.add_argument("--dist-eval", action="store_true", help="for DeiT's commands: evaluation is always distributed")
+    g.add_argument("--eval-crop-ratio", type=float, default=0.875)
+
+    g = p.add_argument_group("augmentation")
+    g.add_argument("--color-jitter", type=float, default=0.3)
+    g.add_argument("--aa", type=text_or_none, default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
+    g.add_argument("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
+    g.add_argument("--repeated-aug", action=flag, default=True)
+    g.add_argument("--reprob", type=float, default=0.25)
+    g.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
+    g.add_argument("--recount", type=at_least(1), default=1)
+    g.add_argument("--mixup", type=float, default=0.8)
+    g.add_argument("--cutmix", type=float, default=1.0)
+    g.add_argument("--cutmix-minmax", type=float, nargs=2)
+    g.add_argument("--mixup-prob", type=float, default=1.0)
+    g.add_argument("--mixup-switch-prob", type=float, default=0.5)
+    g.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    g.add_argument("--smoothing", type=float, default=0.1)
+
+    g = p.add_argument_group("regularisation and averaging")
+    g.add_argument("--drop", type=float, default=0.0)
+    g.add_argument("--drop-path", type=float, default=0.1)
+    g.add_argument("--clip-grad", type=float)
+    g.add_argument("--model-ema", action=flag, default=True)
+    g.add_argument("--model-ema-decay", type=float, default=0.99996)
+    g.add_argument("--model-ema-force-cpu", action="store_true")
+
+    g = p.add_argument_group("optimiser and schedule")
+    g.add_argument("--opt", default="adamw")
+    g.add_argument("--opt-eps", type=float, default=1e-8)
+    g.add_argument("--opt-betas", type=float, nargs="+")
+    g.add_argument("--momentum", type=float, default=0.9)
+    g.add_argument("--weight-decay", type=float, default=0.05)
+    g.add_argument(
+        "--lr", type=float, default=5e-4, help="for 512 images per optimiser step; scaled to the real number"
+    )
+    g.add_argument("--unscale-lr", action="store_true", help="take --lr as it is")
+    g.add_argument("--sched", default="cosine")
+    g.add_argument("--lr-noise", type=float, nargs="+")
+    g.add_argument("--lr-noise-pct", type=float, default=0.67)
+    g.add_argument("--lr-noise-std", type=float, default=1.0)
+    g.add_argument("--warmup-lr", type=float, default=1e-6)
+    g.add_argument("--min-lr", type=float, default=1e-5)
+    g.add_argument("--decay-epochs", type=float, default=30)
+    g.add_argument("--warmup-epochs", type=at_least(0), default=5)
+    g.add_argument("--cooldown-epochs", type=at_least(0), default=10)
+    g.add_argument("--patience-epochs", type=at_least(0), default=10)
+    g.add_argument("--decay-rate", type=float, default=0.1)
+
+    g = p.add_argument_group("distillation")
+    g.add_argument("--teacher-model", default="regnety_160")
+    g.add_argument("--teacher-path", help="checkpoint or http(s) address; default: timm's pretrained weights")
+    g.add_argument("--distillation-type", default="none", choices=DISTILLATION_TYPES)
+    g.add_argument("--distillation-alpha", type=float, default=0.5)
+    g.add_argument("--distillation-tau", type=float, default=1.0)
+
+    g = p.add_argument_group("run")
+    g.add_argument("--output-dir", help="where everything is written; default: nothing is")
+    g.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    g.add_argument(
+        "--amp-dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on CPU, else bfloat16 where the device has it, float16 where not",
+    )
+    g.add_argument("--compile", action="store_true", help="torch.compile")
+    g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--log-interval", type=at_least(1), default=50, help="steps between two looks at the loss")
+    return p  # fmt: skip
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Command line over YAML over defaults.
+
+    Raises:
+        InputError: an option or a key that does not exist, or a value of the wrong kind.
+    """
+    parser = option_parser()
+    argv = [with_dashes(argument) for argument in argv]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]}{models.nearest(unknown[0], parser._option_string_actions)}")
+    if args.config:
+        from_file = config_arguments(parser, args.config)
+        try:
+            parser.parse_args(from_file)
+        except InputError as error:
+            raise InputError(f"--config {args.config}: {error}") from None
+        args = parser.parse_args(from_file + argv)
+    return args
+
+
+def with_dashes(argument: str) -> str:
+    """``--output_dir=a_b`` as ``--output-dir=a_b``."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
+
+
+def config_arguments(parser: Parser, path: str) -> list[str]:
+    """A YAML file as the command line that says the same.
+
+    ``/configs/x.yaml`` that does not exist is looked up in this repository, as the published commands need it.
+    """
+    file = Path(path)
+    if not file.exists() and file.parts[:2] == ("/", "configs"):
+        file = REPOSITORY / path.lstrip("/")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path} holds a {type(content).__name__}: expected lines of 'option: value'")
+    arguments = []
+    for key, value in content.items():
+        option = "--" + str(key).replace("_", "-")
+        action = parser._option_string_actions.get(option)
+        if action is None or option in ("--config", "--help"):
+            raise InputError(
+                f"--config {path}: unknown key {key}{models.nearest(option, parser._option_string_actions)}"
+            )
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                raise InputError(f"--config {path}: {key} is {value!r}, expected true or false")
+            if value or isinstance(action, argparse.BooleanOptionalAction):
+                arguments.append(option if value else "--no-" + option[2:])
+        elif isinstance(value, list) and action.nargs is not None:
+            arguments += [option, *map(str, value)]
+        elif isinstance(value, list) and action.type is whole_numbers:
+            arguments.append(f"{option}={','.join(map(str, value))}")
+        elif isinstance(value, (list, dict, bool)):
+            raise InputError(f"--config {path}: {key} is {value!r}, expected a single value")
+        elif value is not None:
+            arguments.append(f"{option}={value}")
+    return arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the options mean
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kind_of_run(args: argparse.Namespace) -> str:
+    """``lets`` or ``tleg`` (stage 1), ``descend`` (stage 2), or ``plain``.
+
+    Raises:
+        InputError: the options do not say which, or contradict each other.
+    """
+    if args.src_arch or args.tgt_arch:
+        if not (args.src_arch and args.tgt_arch):
+            missing = "--tgt-arch" if args.src_arch else "--src-arch"
+            raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
+        for option, value in (("--load-gene", args.load_gene), ("--des-arch", args.des_arch), ("--model", args.model)):
+            if value:
+                raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
+        return "lets"
+    if args.load_gene:
+        if not (args.des_arch or args.model):
+            raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
+        if args.finetune:
+            raise InputError("--finetune and --load-gene both give the first weights: choose one")
+        return "descend"
+    if args.des_arch:
+        raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
+    for option in ("mapping_layer", "mapping_layer_coeff"):
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option} needs --load-gene: it says how a Des-Net is made from a learngene")
+    if not args.model:
+        raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
+    return "tleg" if models.is_aux_name(args.model) else "plain"
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise InputError(f"--device {args.device} is unknown: expected auto, cuda or cpu") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: no CUDA device is available here; --device cpu or auto works")
+        torch.cuda.set_device(utils.local_rank() if device.index is None else device.index)
+    return device
+
+
+def autocast_of(args: argparse.Namespace, device: torch.device) -> tuple[AbstractContextManager, bool]:
+    """The precision of the forward pass as a context, and whether it needs its gradients scaled (float16)."""
+    dtype = args.amp_dtype
+    if dtype == "auto":
+        on_device = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        dtype = on_device if device.type == "cuda" else "float32"
+    if dtype == "float32":
+        return nullcontext(), False
+    return torch.autocast(device.type, dtype=getattr(torch, dtype)), dtype == "float16"
+
+
+def input_size_of(args: argparse.Namespace, name: str) -> int:
+    """``--input-size``, by default that of the architecture's name, else DeiT's 224 or the size of small images."""
+    if args.input_size is not None:
+        return args.input_size
+    if models.follows_grammar(name):
+        return models.parse_arch(name).img_size
+    native = DATA_SETS[args.data_set][2]
+    return 224 if native is None or native >= 32 else 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, kind: str, num_classes: int) -> nn.Module:
+    """The model of the run: an Aux-Net, a Des-Net, or any model of timm's."""
+    size = dict(img_size=args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if kind == "descend":
+        return build_des_net(args, num_classes, **size)
+    if kind == "lets":
+        return models.create_aux_net(
+            args.src_arch,
+            args.tgt_arch,
+            layers_per_row=args.layers_per_row,
+            init_scheme=args.trans_init_scheme,
+            init_noise=args.trans_init_noise,
+            num_classes=num_classes,
+            **size,
+        )
+    model = create_sized(args.model, num_classes, args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if args.finetune:
+        load_foreign_weights(model, args.finetune, "--finetune", other_head=True)
+    return model
+
+
+def build_des_net(args: argparse.Namespace, num_classes: int, **size) -> nn.Module:
+    arch = models.parse_arch(args.des_arch or args.model)
+    gene = models.load_learngene(args.load_gene, head_dim=arch.head_dim, use_ema=args.gene_ema)
+    if utils.is_main():
+        print(f"{args.load_gene}: {gene}")
+        if gene.num_classes != num_classes:
+            print(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
+    return gene.descend(
+        arch, args.mapping_layer, args.mapping_layer_coeff, args.width_select, num_classes=num_classes, **size
+    )
+
+
+def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:
+    """`models.create_model` for images of ``input_size``, where the architecture wants to know it.
+
+    Raises:
+        InputError: the model does not take an option that differs from its default, or not this size of image.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value}
+    if models.follows_grammar(name) or wants_size(name):
+        kwargs["img_size"] = input_size
+    try:
+        return models.create_model(name, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{name} does not take one of {', '.join(kwargs)} (--drop, --drop-path): {error}") from error
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"{name} cannot be made for --input-size {input_size}: {error}") from error
+
+
+def wants_size(name: str) -> bool:
+    """Whether a timm model is built for one size of image."""
+    config = get_pretrained_cfg(name)
+    return bool(config and config.fixed_input_size)
+
+
+def load_foreign_weights(model: nn.Module, source: str, option: str, other_head: bool) -> None:
+    """Weights from a file or address, through timm's own filter for checkpoints of this architecture.
+
+    Args:
+        other_head: whether a head for another number of classes is left out, or an error.
+    """
+    path = models.fetch(source)
+    content = models.read_checkpoint(path)["model"]
+    weights = clean_state_dict(content.get("state_dict", content))
+    module = sys.modules[type(model).__module__]
+    filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
+    if filter_fn is not None:
+        try:
+            weights = filter_fn(weights, model)
+        except (AttributeError, KeyError, RuntimeError, AssertionError) as error:
+            raise InputError(f"{option} {source} does not fit {type(model).__name__}: {error}") from error
+    classifiers = model.pretrained_cfg["classifier"]
+    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        head = weights.get(f"{name}.weight")
+        if head is not None and head.shape[0] != model.num_classes:
+            if not other_head:
+                raise InputError(f"{option} {source} has {head.shape[0]} classes, the data {model.num_classes}")
+            if utils.is_main():
+                print(f"{source} has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
+            fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
+            weights = {**weights, **fresh}
+    utils.load_weights(model, weights, f"{option} {source}")
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher, or None without distillation."""
+    if args.distillation_type == "none":
+        return None
+    if args.teacher_path:
+        teacher = create_sized(args.teacher_model, num_classes, args.input_size)
+        load_foreign_weights(teacher, args.teacher_path, "--teacher-path", other_head=False)
+    else:
+        try:
+            teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"--teacher-path is missing, and timm has no weights of {args.teacher_model}: {error}"
+            ) from error
+    return teacher.requires_grad_(False).to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Everything that training and evaluation need; the model is the one without wrappers."""
+
+    args: argparse.Namespace
+    kind: str
+    output_dir: Path | None
+    device: torch.device
+    autocast: AbstractContextManager
+    train_loader: DataLoader
+    test_loader: DataLoader
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    mixup: Mixup | None
+    criterion: DistillationLoss
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    start_epoch: int
+
+
+def set_up(args: argparse.Namespace) -> Run:
+    """Check all options and build everything; no process waits for another here.
+
+    Raises:
+        InputError: an option, file or combination that cannot work.
+    """
+    kind = kind_of_run(args)
+    output_dir = writable_folder(args.output_dir)
+    device = device_of(args)
+    autocast, half = autocast_of(args, device)
+    args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
+    random_seed(args.seed)
+    train_loader, test_loader, num_classes = build_loaders(args, device)
+    model = build_model(args, kind, num_classes).to(device)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    mixup, base_criterion = build_mixup(args, num_classes)
+    teacher = None if args.eval else build_teacher(args, num_classes, device)
+    alpha, tau = args.distillation_alpha, args.distillation_tau
+    optimizer, scheduler = build_optimizer(args, model)
+    run = Run(
+        args=args,
+        kind=kind,
+        output_dir=output_dir,
+        device=device,
+        autocast=autocast,
+        train_loader=train_loader,
+        test_loader=test_loader,
+        model=model,
+        ema=build_ema(args, model),
+        mixup=mixup,
+        criterion=DistillationLoss(base_criterion, teacher, args.distillation_type, alpha, tau),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(device.type, enabled=half),
+        start_epoch=args.start_epoch,
+    )
+    if args.resume:
+        resume(run)
+    return run
+
+
+def writable_folder(path: str | None) -> Path | None:
+    """The output folder, made if need be; only the main process writes."""
+    if path is None or not utils.is_main():
+        return None
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from error
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, DataLoader, int]:
+    """Training and test images in batches, and the number of classes."""
+    sets = []
+    for is_train in (True, False):
+        transform = build_transform(
+            args.data_set,
+            is_train,
+            args.input_size,
+            color_jitter=args.color_jitter,
+            aa=args.aa,
+            interpolation=args.train_interpolation if is_train else "bicubic",
+            reprob=args.reprob,
+            remode=args.remode,
+            recount=args.recount,
+            eval_crop_ratio=args.eval_crop_ratio,
+        )
+        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category))
+    (train, num_classes), (test, test_classes) = sets
+    if num_classes != test_classes:
+        raise InputError(f"--data-path {args.data_path}: {num_classes} classes to train, {test_classes} to test")
+    if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
+        raise InputError(
+            f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
+            "training images"
+        )
+    process = dict(rank=utils.rank(), world_size=utils.world_size())
+    workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
+    common = dict(num_workers=workers, pin_memory=args.pin_mem and device.type == "cuda")
+    train_loader = DataLoader(
+        SeededDataset(train),
+        batch_size=args.batch_size,
+        sampler=TrainSampler(len(train), repeats=3 if args.repeated_aug else 1, seed=args.seed, **process),
+        drop_last=True,
+        persistent_workers=workers > 0,
+        **common,
+    )
+    test_loader = DataLoader(
+        test, batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
+    )
+    return train_loader, test_loader, num_classes
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """Mixup and cutmix, and the criterion that fits their targets."""
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        smoothed = args.smoothing > 0
+        return None, LabelSmoothingCrossEntropy(args.smoothing) if smoothed else nn.CrossEntropyLoss()
+    if args.batch_size % 2:
+        raise InputError(f"--batch-size {args.batch_size} is odd: --mixup and --cutmix pair the images of a batch")
+    mixup = Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+    return mixup, SoftTargetCrossEntropy()
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """DeiT's: the learning rate grows with the images of an optimiser step, its floor and warm-up start do not."""
+    images = args.batch_size * utils.world_size() * args.accum_iter
+    lr = args.lr if args.unscale_lr else args.lr * images / 512
+    length = argparse.Namespace(**{**vars(args), "epochs": max(1, args.epochs)})
+    try:
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+        scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(length))
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"--opt {args.opt} or --sched {args.sched} cannot be used: {error}") from error
+    if scheduler is None:
+        raise InputError(f"--sched {args.sched} is unknown: expected one of timm's, such as cosine or step")
+    return optimizer, scheduler
+
+
+def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+
+
+def resume(run: Run) -> None:
+    """Continue from a checkpoint of this program; with --eval only the weights are taken."""
+    path = models.fetch(run.args.resume)
+    content = models.read_checkpoint(path)
+    utils.load_weights(run.model, content["model"], f"--resume {path}")
+    if run.args.eval:
+        return
+    try:
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.scheduler.load_state_dict(content["lr_scheduler"])
+        run.scaler.load_state_dict(content["scaler"])
+        if run.ema is not None:
+            utils.load_weights(run.ema.module, content["model_ema"], f"--resume {path} (model_ema)")
+        run.start_epoch = content["epoch"] + 1
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"--resume {path} holds no training state that fits these options ({error}): --finetune takes weights alone"
+        ) from error
+
+
+def train(run: Run) -> None:
+    """Train to the last epoch, and write what section 'What a run writes' of the README lists after each."""
+    args = run.args
+    model = run.model
+    if utils.world_size() > 1:
+        model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
+    if args.compile:
+        model = torch.compile(model)
+    log = None
+    if run.output_dir is not None:
+        (run.output_dir / "args.yaml").write_text(yaml.safe_dump(options_in_effect(args)))
+        log = utils.EpochLog(run.output_dir, run.start_epoch)
+    if run.start_epoch == 0 and (run.kind == "descend" or args.epochs == 0):
+        finish_epoch(run, log, -1, {})  # what the initialisation alone gives
+    steps = len(run.train_loader)
+    progress = utils.Progress(args.epochs * steps, "training", initial=run.start_epoch * steps)
+    for epoch in range(run.start_epoch, args.epochs):
+        run.train_loader.sampler.set_epoch(epoch)
+        trained = train_one_epoch(
+            model,
+            run.criterion,
+            run.train_loader,
+            run.optimizer,
+            run.device,
+            epoch,
+            scaler=run.scaler,
+            autocast=run.autocast,
+            mixup=run.mixup,
+            clip_grad=args.clip_grad,
+            accum_iter=args.accum_iter,
+            ema=run.ema,
+            ema_source=run.model,
+            seed=args.seed,
+            log_interval=args.log_interval,
+            progress=progress,
+        )
+        # timm's convention. DeiT passes the epoch that has just ended, and so trains its first two at the same rate.
+        run.scheduler.step(epoch + 1, trained["loss"])
+        finish_epoch(run, log, epoch, {f"train_{name}": value for name, value in trained.items()})
+    progress.close()
+    if log is not None:
+        log.close()
+
+
+def finish_epoch(run: Run, log: "utils.EpochLog | None", epoch: int, numbers: dict[str, float]) -> None:
+    """Evaluate, log, and write the weights and the checkpoint. Epoch −1 is before training."""
+    numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model).items()}
+    if run.ema is not None and epoch >= 0 and not run.args.model_ema_force_cpu:
+        numbers |= {f"ema_test_{name}": value for name, value in evaluate_run(run, run.ema.module).items()}
+    if utils.is_main():
+        shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
+        tqdm.write(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
+    if log is None:
+        return
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    write_weights(run)
+    if epoch >= 0:
+        write_checkpoint(run, epoch)
+    log.add({**numbers, "epoch": epoch, "n_parameters": parameters})
+
+
+def evaluate_run(run: Run, model: nn.Module) -> dict[str, float]:
+    """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them."""
+    if isinstance(model, models.AuxNet):
+        model = model.to_vit()
+    return evaluate(model, run.test_loader, run.device, run.autocast)
+
+
+def options_in_effect(args: argparse.Namespace) -> dict:
+    """Plain data that ``--config`` reads back."""
+    return {name: value for name, value in vars(args).items() if value is not None and name != "config"}
+
+
+def write_checkpoint(run: Run, epoch: int) -> None:
+    """Everything to resume. Random numbers need no state: those of an epoch follow from the seed."""
+    content = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.scheduler.state_dict(),
+        "epoch": epoch,
+        "scaler": run.scaler.state_dict(),
+        "args": options_in_effect(run.args),
+    }
+    if run.ema is not None:
+        content["model_ema"] = run.ema.module.state_dict()
+    if isinstance(run.model, models.AuxNet):
+        content["learngene"] = models.Learngene.of(run.model, options_in_effect(run.args)).header
+    utils.save_checkpoint(run.output_dir / "checkpoint.pth", content)
+
+
+def write_weights(run: Run) -> None:
+    """Stage 1: the learngene files. Else: the model in timm's own format."""
+    if isinstance(run.model, models.AuxNet):
+        options = options_in_effect(run.args)
+        models.Learngene.of(run.model, options).save(run.output_dir / "learngene.safetensors")
+        if run.ema is not None:
+            models.Learngene.of(run.ema.module, options).save(run.output_dir / "learngene_ema.safetensors")
+        return
+    name, size, crop = run.args.des_arch or run.args.model, run.args.input_size, run.args.eval_crop_ratio
+    if DATA_SETS[run.args.data_set][2] is not None and size <= SMALL:
+        crop = 1.0  # small images are used whole
+    if models.follows_grammar(name):
+        arguments = models.timm_kwargs(replace(models.parse_arch(name), img_size=size))
+        name = "vit_base_patch16_224"
+    else:
+        arguments = {"img_size": size} if wants_size(name) else {}
+    utils.save_for_timm(run.model, run.output_dir, name, arguments, size, crop)
+
+
+def main(argv: Sequence[str]) -> int:
+    utils.init_distributed()
+    with utils.errors_reported_once():
+        run = set_up(parse_options(argv))
+    if utils.is_main():
+        print(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)", flush=True)
+    try:
+        if run.args.eval:
+            numbers = evaluate_run(run, run.model)
+            if utils.is_main():
+                print(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
+        else:
+            train(run)
+    except NotFiniteError as error:
+        if utils.is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def describe(model: nn.Module) -> str:
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Which image is the k-th of an epoch, on which process, and with which random numbers."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]  # the image's index in the data set, the seed of its augmentation
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 32-bit seed that is a function of ``numbers`` and nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class TrainSampler(Sampler[Key]):
+    """An epoch of random order, dealt out to the processes in turn.
+
+    With repeated augmentation (Hoffer et al., CVPR 2020; DeiT) every image stands ``repeats`` times in a row, each
+    time with another augmentation, and the epoch ends after as many samples as there are images. Neighbours go to
+    different processes.
+
+    The seed of a sample is a function of the run's seed, the epoch and the sample's place in it: not of the process
+    or worker that loads it, so that two processes see the images of one.
+    """
+
+    def __init__(self, num_images: int, repeats: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.num_images, self.repeats, self.seed = num_images, repeats, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images // self.world_size
+
+    def __iter__(self) -> Iterator[Key]:
+        order = torch.randperm(
+            self.num_images, generator=torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        ).tolist()
+        for place in range(self.rank, len(self) * self.world_size, self.world_size):
+            yield order[place // self.repeats], derived_seed(self.seed, self.epoch, place)
+
+
+class ExactSampler(Sampler[int]):
+    """Every image once over all processes, whatever their number; some processes get one image more."""
+
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, num_images, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
