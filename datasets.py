@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,9 @@ from models import InputError
 from samplers import Key
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.utils import random_seed
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets as tv
 from torchvision import transforms
@@ -63,7 +64,10 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: Key):
         index, seed = key
-        random_seed(seed)  # python, numpy and torch: timm's transforms use all three
+        # timm's transforms use all three; torch.manual_seed would look at every accelerator for each image
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         return self.dataset[index]
 
 
