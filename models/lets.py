@@ -64,62 +64,81 @@ def widen_in(w: Tensor, A: Tensor) -> Tensor:
     return torch.cat([w, w @ A.mT], dim=-1)
 
 
+def depth_matrices(g: Tensor, plan: DepthPlan) -> dict[str, Tensor]:
+    """G of each module, (distinct layers, n): the two coefficients of a layer in the columns of its pair, else 0."""
+    G = torch.einsum("mrc,urp->mupc", g, plan.select).flatten(2)
+    return dict(zip(MODULES, G, strict=True))
+
+
 def mix(G: Tensor, w: Tensor) -> Tensor:
     """W_i = Σ_j G[i, j] w_j over the learngene's layers j: (layers, n) and (n, …) → (layers, …)."""
     return (G @ w.flatten(1)).view(G.shape[0], *w.shape[1:])
 
 
 def expand(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
+    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2)."""
+    with torch.autocast(p["E"].device.type, enabled=False):  # norms want float32, and vectors cost nothing
+        vectors = expand_vectors(p, plan)
+    patch = p["patch_embed_weight"]
+    stacked = {**expand_matrices(p, plan), **vectors}
+    layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
+    return {
+        "pos_embed": p["pos_embed"],
+        "patch_embed.proj.weight": widen_out(p["E"], patch.flatten(1)).view(-1, *patch.shape[1:]),
+        "patch_embed.proj.bias": vectors["patch_embed.proj.bias"],
+        **{name.replace("*", str(l)): layer[u] for l, u in enumerate(plan.layers) for name, layer in layers.items()},
+        "fc_norm.weight": vectors["fc_norm.weight"],
+        "fc_norm.bias": vectors["fc_norm.bias"],
+        "head.weight": widen_in(p["head_weight"], p["C"]),
+        "head.bias": p["head_bias"],
+    }
+
+
+def expand_matrices(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
+    """The weight matrices of all distinct layers, stacked.
 
     The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
     the sum and is applied to the summed layers, which are fewer numbers.
     """
-    E, Q, K, V, M, C = (p[name] for name in "EQKVMC")
-    G, H = (torch.einsum("mrc,urp->mupc", p[name], plan.select).flatten(2) for name in "gh")
-
+    E, Q, K, V, M = (p[name] for name in "EQKVM")
+    G = depth_matrices(p["g"], plan)
     own = {  # the axis with a matrix of its own in each learngene layer
-        "norm1": p["norm1_weight"],
         "q": widen_out(Q, p["q_weight"]),
         "k": widen_out(K, p["k_weight"]),
         "v": widen_out(V, p["v_weight"]),
         "proj": widen_in(p["proj_weight"], V),
-        "norm2": p["norm2_weight"],
         "fc1": widen_out(M, p["fc1_weight"]),
         "fc2": widen_in(p["fc2_weight"], M),
     }
-    own_bias = {name: p[f"{name}_bias"] for name in MODULES}
-    for name, A in (("q", Q), ("k", K), ("v", V), ("fc1", M)):
-        own_bias[name] = widen_in(own_bias[name].unsqueeze(1), A).squeeze(1)
-
-    W = {name: mix(G[m], own[name]) for m, name in enumerate(MODULES)}
-    b = {name: mix(H[m], own_bias[name]) for m, name in enumerate(MODULES)}
-
-    blocks = {
-        "norm1.weight": widen_in(W["norm1"], E),
-        "norm1.bias": widen_in(b["norm1"], E),
-        "attn.qkv.weight": widen_in(torch.cat([W["q"], W["k"], W["v"]], dim=1), E),
-        "attn.qkv.bias": torch.cat([b["q"], b["k"], b["v"]], dim=1),
-        "attn.proj.weight": widen_out(E, W["proj"]),
-        "attn.proj.bias": widen_in(b["proj"], E),
-        "norm2.weight": widen_in(W["norm2"], E),
-        "norm2.bias": widen_in(b["norm2"], E),
-        "mlp.fc1.weight": widen_in(W["fc1"], E),
-        "mlp.fc1.bias": b["fc1"],
-        "mlp.fc2.weight": widen_out(E, W["fc2"]),
-        "mlp.fc2.bias": widen_in(b["fc2"], E),
-    }
-    blocks = {name: stacked.unbind() for name, stacked in blocks.items()}
-    patch = p["patch_embed_weight"]
+    W = {name: mix(G[name], weight) for name, weight in own.items()}
     return {
-        "pos_embed": p["pos_embed"],
-        "patch_embed.proj.weight": widen_out(E, patch.flatten(1)).view(-1, *patch.shape[1:]),
+        "blocks.*.attn.qkv.weight": widen_in(torch.cat([W["q"], W["k"], W["v"]], dim=1), E),
+        "blocks.*.attn.proj.weight": widen_out(E, W["proj"]),
+        "blocks.*.mlp.fc1.weight": widen_in(W["fc1"], E),
+        "blocks.*.mlp.fc2.weight": widen_out(E, W["fc2"]),
+    }
+
+
+def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
+    """The norms and biases: those of all distinct layers, stacked, and those outside the layers."""
+    E = p["E"]
+    G, H = depth_matrices(p["g"], plan), depth_matrices(p["h"], plan)
+    own = {name: p[f"{name}_bias"] for name in MODULES}
+    for name, A in (("q", p["Q"]), ("k", p["K"]), ("v", p["V"]), ("fc1", p["M"])):
+        own[name] = widen_in(own[name].unsqueeze(1), A).squeeze(1)
+    b = {name: mix(H[name], bias) for name, bias in own.items()}
+    return {
+        "blocks.*.norm1.weight": widen_in(mix(G["norm1"], p["norm1_weight"]), E),
+        "blocks.*.norm1.bias": widen_in(b["norm1"], E),
+        "blocks.*.attn.qkv.bias": torch.cat([b["q"], b["k"], b["v"]], dim=1),
+        "blocks.*.attn.proj.bias": widen_in(b["proj"], E),
+        "blocks.*.norm2.weight": widen_in(mix(G["norm2"], p["norm2_weight"]), E),
+        "blocks.*.norm2.bias": widen_in(b["norm2"], E),
+        "blocks.*.mlp.fc1.bias": b["fc1"],
+        "blocks.*.mlp.fc2.bias": widen_in(b["fc2"], E),
         "patch_embed.proj.bias": widen_in(p["patch_embed_bias"], E),
-        **{f"blocks.{l}.{name}": blocks[name][u] for l, u in enumerate(plan.layers) for name in blocks},
         "fc_norm.weight": widen_in(p["fc_norm_weight"], E),
         "fc_norm.bias": widen_in(p["fc_norm_bias"], E),
-        "head.weight": widen_in(p["head_weight"], C),
-        "head.bias": p["head_bias"],
     }
 
 

@@ -18,13 +18,16 @@ from torch import nn
 
 # width and number of heads of each size; nano and micro are for small images
 SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-AUX_DEPTH = 12  # of the TLEG Aux-Nets, whose names do not carry a depth
+AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a depth
 
-GRAMMAR = "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}, with size one of " + (
-    ", ".join(SIZES)
+GRAMMAR = (
+    "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}[_L{depth}][_H{heads}], "
+    f"with size one of {', '.join(SIZES)}"
 )
-_PLAIN = re.compile(rf"deit_({'|'.join(SIZES)})_patch([1-9]\d*)_([1-9]\d*)_L([1-9]\d*)(?:_H([1-9]\d*))?")
-_AUX = re.compile(rf"aux_deit_({'|'.join(SIZES)})_patch([1-9]\d*)_([1-9]\d*)")
+_NUMBER = r"([1-9]\d*)"
+_STEM = rf"deit_({'|'.join(SIZES)})_patch{_NUMBER}_{_NUMBER}"
+_PLAIN = re.compile(rf"{_STEM}_L{_NUMBER}(?:_H{_NUMBER})?")
+_AUX = re.compile(rf"aux_{_STEM}(?:_L{_NUMBER})?(?:_H{_NUMBER})?")
 
 PUBLISHED_NAMES = (
     *(f"deit_{size}_patch16_224_L{depth}" for size in ("tiny", "small", "base") for depth in range(3, 13)),
@@ -83,17 +86,14 @@ def parse_arch(name: str) -> ViTArch:
     Raises:
         InputError: ``name`` does not parse; the message shows the grammar and the nearest names.
     """
-    if match := _PLAIN.fullmatch(name):
-        size, patch, img, depth, heads = match.groups()
-    elif match := _AUX.fullmatch(name):
-        size, patch, img = match.groups()
-        depth, heads = AUX_DEPTH, None
-    else:
+    match = _PLAIN.fullmatch(name) or _AUX.fullmatch(name)
+    if match is None:
         raise InputError(f"unknown architecture {name!r}: expected {GRAMMAR}{nearest(name, PUBLISHED_NAMES)}")
+    size, patch, img, depth, heads = match.groups()
     width, num_heads = SIZES[size]
     if heads is not None:  # heads × head_dim of the size
         width, num_heads = int(heads) * (width // num_heads), int(heads)
-    return ViTArch(width, int(depth), num_heads, int(patch), int(img))
+    return ViTArch(width, int(depth or AUX_DEPTH), num_heads, int(patch), int(img))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
