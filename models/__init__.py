@@ -39,6 +39,7 @@ __all__ = [
     "ViTArch",
     "create_aux_net",
     "create_model",
+    "create_vit",
     "fetch",
     "follows_grammar",
     "is_aux_name",

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes .venv if it is missing, then trains two learngenes on handwritten digits and compares the ViTs that are
+# initialised from them with the same ViTs from scratch: scripts/quickstart.py says how. Results: output/quickstart.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+exec .venv/bin/python scripts/quickstart.py "$@"
