@@ -4,7 +4,8 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -82,19 +83,29 @@ def image_folder(root: Path, is_train: bool, transform: Callable, num_classes: i
     for folder in folders.values():
         if not folder.is_dir():
             raise InputError(f"--data-path {root} has no folder {folder.name}/: expected train/ and val/")
-    classes = {split: sorted(e.name for e in os.scandir(folder) if e.is_dir()) for split, folder in folders.items()}
-    if classes["train"] != classes["val"]:
-        odd = sorted(set(classes["train"]) ^ set(classes["val"]))
-        raise InputError(
-            f"--data-path {root} has {len(classes['train'])} classes in train/ and {len(classes['val'])} in val/; "
-            f"the first that is in one alone is {odd[0]}"
-        )
-    if num_classes not in (None, len(classes["train"])):
-        raise InputError(
-            f"--data-path {root} has {len(classes['train'])} classes, expected {num_classes}: "
-            "--data-set FOLDER takes any number"
-        )
+    classes = [{entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in folders.values()]
+    check_classes(root, *classes, expected=num_classes)
     return tv.ImageFolder(folders["train" if is_train else "val"], transform=transform)
+
+
+def check_classes(
+    root: Path,
+    train: Collection[str],
+    test: Collection[str],
+    expected: int | None = None,
+    places: tuple[str, str] = ("train/", "val/"),
+) -> None:
+    """Raises InputError unless training and test images are of the same classes, ``expected`` in number."""
+    train, test = set(train), set(test)
+    if train != test:
+        raise InputError(
+            f"--data-path {root} has {len(train)} classes in {places[0]} and {len(test)} in {places[1]}; "
+            f"the first that is in one alone is {min(train ^ test)}"
+        )
+    if expected not in (None, len(train)):
+        raise InputError(
+            f"--data-path {root} has {len(train)} classes, expected {expected}: --data-set FOLDER takes any number"
+        )
 
 
 def tiny_imagenet(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -103,11 +114,10 @@ def tiny_imagenet(root: Path, is_train: bool, transform: Callable) -> Dataset:
     if not annotations.is_file():
         return image_folder(root, is_train, transform, num_classes=200)
     train = tv.ImageFolder(root / "train", transform=transform)
-    if is_train:
-        return train
     lines = [line.split("\t") for line in annotations.read_text().splitlines()]
-    labelled = [(str(root / "val" / "images" / name), label) for name, label, *_ in lines]
-    return _listed(train, labelled, annotations)
+    check_classes(root, train.classes, {label for _, label, *_ in lines}, expected=200)
+    samples = [(str(root / "val" / "images" / name), train.class_to_idx[label]) for name, label, *_ in lines]
+    return train if is_train else ImageList(samples, train.classes, transform)
 
 
 def inat19(root: Path, is_train: bool, transform: Callable, category: str = "name") -> Dataset:
@@ -117,20 +127,13 @@ def inat19(root: Path, is_train: bool, transform: Callable, category: str = "nam
         return json.loads((root / name).read_text())
 
     species = {c["id"]: c for c in read("categories.json")}
-    name_of = {a["image_id"]: species[a["category_id"]][category] for a in read("train2019.json")["annotations"]}
-    classes = sorted(set(name_of.values()))
-    split = read(f"{'train' if is_train else 'val'}2019.json")
-    label = {a["image_id"]: classes.index(species[a["category_id"]][category]) for a in split["annotations"]}
-    samples = [(str(root / image["file_name"]), label[image["id"]]) for image in split["images"]]
+    splits = [read("train2019.json"), read("val2019.json")]
+    labels = [{a["image_id"]: species[a["category_id"]][category] for a in split["annotations"]} for split in splits]
+    check_classes(root, *(of_image.values() for of_image in labels), places=("train2019.json", "val2019.json"))
+    classes = sorted(set(labels[0].values()))
+    split, of_image = splits[not is_train], labels[not is_train]
+    samples = [(str(root / image["file_name"]), classes.index(of_image[image["id"]])) for image in split["images"]]
     return ImageList(samples, classes, transform)
-
-
-def _listed(train: tv.ImageFolder, labelled: list[tuple[str, str]], source: Path) -> Dataset:
-    unknown = {label for _, label in labelled} - set(train.classes)
-    if unknown:
-        raise InputError(f"{source} names the class {min(unknown)}, which has no folder in train/")
-    samples = [(path, train.class_to_idx[label]) for path, label in labelled]
-    return ImageList(samples, train.classes, train.transform)
 
 
 def fmnist(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -218,9 +221,9 @@ def build_dataset(
         dataset = reader(Path(path) if path else None, is_train, transform)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError, zlib.error) as error:
         # torchvision and the readers above meet a wrong layout in these ways
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).partition(". You can use download=True")[0]  # there is no such option
         raise InputError(f"--data-path {path} does not hold {name} in its usual layout: {reason}") from error
     return dataset, num_classes or len(dataset.classes)
 
@@ -257,19 +260,22 @@ def build_transform(
             steps.append(transforms.CenterCrop(input_size))
         steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
         return transforms.Compose(steps)
-    transform = create_transform(
-        input_size=input_size,
-        is_training=True,
-        color_jitter=color_jitter,
-        auto_augment=aa,
-        interpolation=interpolation,
-        hflip=0.0 if name == "DIGITS" else 0.5,  # a mirrored digit is no digit
-        re_prob=reprob,
-        re_mode=remode,
-        re_count=recount,
-    )
+    try:
+        transform = create_transform(
+            input_size=input_size,
+            is_training=True,
+            color_jitter=color_jitter,
+            auto_augment=aa,
+            interpolation=interpolation,
+            hflip=0.0 if name == "DIGITS" else 0.5,  # a mirrored digit is no digit
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+        )
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"--aa {aa} is unknown: expected a policy such as rand-m9-mstd0.5-inc1, or none") from error
     if small:  # the first step is timm's random crop for photographs
-        mode = transforms.InterpolationMode(interpolation)
+        mode = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         shift = transforms.RandomCrop(input_size, padding=max(1, input_size // 8))
         transform.transforms[:1] = [transforms.Resize((input_size, input_size), mode), shift]
     return transform

@@ -9,10 +9,11 @@ anything else    main.py --model resnet18 …           a teacher, or a baseline
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def at_least(lowest: int):
     return number
 
 
+def ratio(above_zero: bool = False, below_one: bool = False):
+    """The type of an option that is a number from 0 to 1, with or without its ends."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 1 or (above_zero and value == 0) or (below_one and value == 1):
+            raise argparse.ArgumentTypeError(
+                f"{value:g} is not between 0{' (excluded)' * above_zero} and 1{' (excluded)' * below_one}"
+            )
+        return value
+
+    number.__name__ = "number"
+    return number
+
+
 def text_or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
@@ -119,30 +135,30 @@ def option_parser() -> Parser:
     g.add_argument("--num-workers", type=at_least(0), default=10)
     g.add_argument("--pin-mem", action=flag, default=True)
     g.add_argument("--dist-eval", action="store_true", help="for DeiT's commands: evaluation is always distributed")
-    g.add_argument("--eval-crop-ratio", type=float, default=0.875)
+    g.add_argument("--eval-crop-ratio", type=ratio(above_zero=True), default=0.875)
 
     g = p.add_argument_group("augmentation")
     g.add_argument("--color-jitter", type=float, default=0.3)
     g.add_argument("--aa", type=text_or_none, default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
     g.add_argument("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
     g.add_argument("--repeated-aug", action=flag, default=True)
-    g.add_argument("--reprob", type=float, default=0.25)
+    g.add_argument("--reprob", type=ratio(), default=0.25)
     g.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
     g.add_argument("--recount", type=at_least(1), default=1)
     g.add_argument("--mixup", type=float, default=0.8)
     g.add_argument("--cutmix", type=float, default=1.0)
     g.add_argument("--cutmix-minmax", type=float, nargs=2)
-    g.add_argument("--mixup-prob", type=float, default=1.0)
-    g.add_argument("--mixup-switch-prob", type=float, default=0.5)
+    g.add_argument("--mixup-prob", type=ratio(), default=1.0)
+    g.add_argument("--mixup-switch-prob", type=ratio(), default=0.5)
     g.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-    g.add_argument("--smoothing", type=float, default=0.1)
+    g.add_argument("--smoothing", type=ratio(below_one=True), default=0.1)
 
     g = p.add_argument_group("regularisation and averaging")
-    g.add_argument("--drop", type=float, default=0.0)
-    g.add_argument("--drop-path", type=float, default=0.1)
+    g.add_argument("--drop", type=ratio(), default=0.0)
+    g.add_argument("--drop-path", type=ratio(below_one=True), default=0.1)
     g.add_argument("--clip-grad", type=float)
     g.add_argument("--model-ema", action=flag, default=True)
-    g.add_argument("--model-ema-decay", type=float, default=0.99996)
+    g.add_argument("--model-ema-decay", type=ratio(), default=0.99996)
     g.add_argument("--model-ema-force-cpu", action="store_true")
 
     g = p.add_argument_group("optimiser and schedule")
@@ -185,7 +201,7 @@ def option_parser() -> Parser:
     )
     g.add_argument("--compile", action="store_true", help="torch.compile")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=at_least(0), default=0)
     g.add_argument("--log-interval", type=at_least(1), default=50, help="steps between two looks at the loss")
     return p  # fmt: skip
 
@@ -272,9 +288,13 @@ def kind_of_run(args: argparse.Namespace) -> str:
         if not (args.src_arch and args.tgt_arch):
             missing = "--tgt-arch" if args.src_arch else "--src-arch"
             raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
-        for option, value in (("--load-gene", args.load_gene), ("--des-arch", args.des_arch), ("--model", args.model)):
-            if value:
+        for option in ("load_gene", "des_arch", "model", "finetune"):
+            if getattr(args, option):
+                option = "--" + option.replace("_", "-")
                 raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
+        for scheme, known in zip(args.trans_init_scheme, (models.DEPTH_SCHEMES, models.WIDTH_SCHEMES), strict=True):
+            if scheme not in known:
+                raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
         return "lets"
     if args.load_gene:
         if not (args.des_arch or args.model):
@@ -295,14 +315,16 @@ def kind_of_run(args: argparse.Namespace) -> str:
 def device_of(args: argparse.Namespace) -> torch.device:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise InputError(f"--device {args.device} is unknown: expected auto, cuda or cpu") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda: no CUDA device is available here; --device cpu or auto works")
-        torch.cuda.set_device(utils.local_rank() if device.index is None else device.index)
+    if args.device == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", args.device)
+    if match is None:
+        raise InputError(f"--device {args.device} is unknown: expected auto, cuda, cuda:N or cpu")
+    number, available = int(match[1] or utils.local_rank()), torch.cuda.device_count()
+    if number >= available:
+        raise InputError(f"--device {args.device}: CUDA device {number} is needed, there are {available} here")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
     return device
 
 
@@ -332,37 +354,53 @@ def input_size_of(args: argparse.Namespace, name: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def about(options: str) -> Iterator[None]:
+    """Errors inside say which options they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{options}: {error}") from error
+
+
 def build_model(args: argparse.Namespace, kind: str, num_classes: int) -> nn.Module:
     """The model of the run: an Aux-Net, a Des-Net, or any model of timm's."""
     size = dict(img_size=args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
     if kind == "descend":
         return build_des_net(args, num_classes, **size)
     if kind == "lets":
-        return models.create_aux_net(
-            args.src_arch,
-            args.tgt_arch,
-            layers_per_row=args.layers_per_row,
-            init_scheme=args.trans_init_scheme,
-            init_noise=args.trans_init_noise,
-            num_classes=num_classes,
-            **size,
+        with about(f"--src-arch {args.src_arch} --tgt-arch {args.tgt_arch}"):
+            return models.create_aux_net(
+                args.src_arch,
+                args.tgt_arch,
+                layers_per_row=args.layers_per_row,
+                init_scheme=args.trans_init_scheme,
+                init_noise=args.trans_init_noise,
+                num_classes=num_classes,
+                **size,
+            )
+    with about(f"--model {args.model}"):
+        model = create_sized(
+            args.model, num_classes, args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path
         )
-    model = create_sized(args.model, num_classes, args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
     if args.finetune:
         load_foreign_weights(model, args.finetune, "--finetune", other_head=True)
     return model
 
 
 def build_des_net(args: argparse.Namespace, num_classes: int, **size) -> nn.Module:
-    arch = models.parse_arch(args.des_arch or args.model)
+    option = f"--des-arch {args.des_arch}" if args.des_arch else f"--model {args.model}"
+    with about(option):
+        arch = models.parse_arch(args.des_arch or args.model)
     gene = models.load_learngene(args.load_gene, head_dim=arch.head_dim, use_ema=args.gene_ema)
     if utils.is_main():
         print(f"{args.load_gene}: {gene}")
         if gene.num_classes != num_classes:
             print(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
-    return gene.descend(
-        arch, args.mapping_layer, args.mapping_layer_coeff, args.width_select, num_classes=num_classes, **size
-    )
+    with about(option):
+        return gene.descend(
+            arch, args.mapping_layer, args.mapping_layer_coeff, args.width_select, num_classes=num_classes, **size
+        )
 
 
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:
@@ -376,6 +414,8 @@ def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.M
         kwargs["img_size"] = input_size
     try:
         return models.create_model(name, num_classes=num_classes, **kwargs)
+    except InputError:
+        raise
     except TypeError as error:
         raise InputError(f"{name} does not take one of {', '.join(kwargs)} (--drop, --drop-path): {error}") from error
     except (AssertionError, ValueError) as error:
@@ -384,7 +424,10 @@ def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.M
 
 def wants_size(name: str) -> bool:
     """Whether a timm model is built for one size of image."""
-    config = get_pretrained_cfg(name)
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as error:  # resnet18.no_such_tag
+        raise InputError(f"unknown model {name!r}: {error}") from error
     return bool(config and config.fixed_input_size)
 
 
@@ -397,6 +440,8 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
     path = models.fetch(source)
     content = models.read_checkpoint(path)["model"]
     weights = clean_state_dict(content.get("state_dict", content))
+    if isinstance(model, models.AuxNet):  # not timm's, and its head depends on no number of classes but its own
+        return utils.load_weights(model, weights, f"{option} {source}")
     module = sys.modules[type(model).__module__]
     filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
     if filter_fn is not None:
@@ -427,7 +472,9 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
     else:
         try:
             teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes)
-        except (OSError, RuntimeError) as error:
+        except InputError:
+            raise
+        except (OSError, RuntimeError, TypeError) as error:  # no such weights, no network, a name of this project's
             raise InputError(
                 f"--teacher-path is missing, and timm has no weights of {args.teacher_model}: {error}"
             ) from error
@@ -562,7 +609,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         smoothed = args.smoothing > 0
         return None, LabelSmoothingCrossEntropy(args.smoothing) if smoothed else nn.CrossEntropyLoss()
-    if args.batch_size % 2:
+    if args.batch_size % 2 and args.epochs > 0 and not args.eval:
         raise InputError(f"--batch-size {args.batch_size} is odd: --mixup and --cutmix pair the images of a batch")
     mixup = Mixup(
         mixup_alpha=args.mixup,
@@ -585,8 +632,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.o
     try:
         optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(length))
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--opt {args.opt} or --sched {args.sched} cannot be used: {error}") from error
+    except (ValueError, AssertionError, IndexError) as error:
+        raise InputError(
+            f"--opt {args.opt}, --opt-betas {args.opt_betas} or --sched {args.sched} cannot be used: {error}"
+        ) from error
     if scheduler is None:
         raise InputError(f"--sched {args.sched} is unknown: expected one of timm's, such as cosine or step")
     return optimizer, scheduler
@@ -602,6 +651,10 @@ def resume(run: Run) -> None:
     """Continue from a checkpoint of this program; with --eval only the weights are taken."""
     path = models.fetch(run.args.resume)
     content = models.read_checkpoint(path)
+    head = "head_weight" if isinstance(run.model, models.AuxNet) else f"{run.model.pretrained_cfg['classifier']}.weight"
+    found, expected = (w[head].shape[0] if head in w else None for w in (content["model"], run.model.state_dict()))
+    if None not in (found, expected) and found != expected:
+        raise InputError(f"--resume {path} has {found} classes, the data {expected}")
     utils.load_weights(run.model, content["model"], f"--resume {path}")
     if run.args.eval:
         return
@@ -612,7 +665,7 @@ def resume(run: Run) -> None:
         if run.ema is not None:
             utils.load_weights(run.ema.module, content["model_ema"], f"--resume {path} (model_ema)")
         run.start_epoch = content["epoch"] + 1
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"--resume {path} holds no training state that fits these options ({error}): --finetune takes weights alone"
         ) from error
@@ -628,7 +681,8 @@ def train(run: Run) -> None:
         model = torch.compile(model)
     log = None
     if run.output_dir is not None:
-        (run.output_dir / "args.yaml").write_text(yaml.safe_dump(options_in_effect(args)))
+        with models.written_whole(run.output_dir / "args.yaml") as unfinished:
+            Path(unfinished).write_text(yaml.safe_dump(options_in_effect(args)))
         log = utils.EpochLog(run.output_dir, run.start_epoch)
     if run.start_epoch == 0 and (run.kind == "descend" or args.epochs == 0):
         finish_epoch(run, log, -1, {})  # what the initialisation alone gives

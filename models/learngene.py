@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -229,7 +230,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
                 header = (file.metadata() or {}).get("learngene")
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             return content if header is None else {**content, "learngene": json.loads(header)}
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol; what is wrong is said below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way the parsers know
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
@@ -238,7 +240,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise InputError(f"{path} is damaged or no file of weights: {type(error).__name__}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}: expected a checkpoint or a state dict")
-    return dict(content) if "model" in content else {"model": dict(content)}
+    content = dict(content) if "model" in content else {"model": dict(content)}
+    weights = content["model"]
+    weights = weights.get("state_dict", weights) if isinstance(weights, Mapping) else {}
+    if not any(isinstance(t, Tensor) for t in weights.values()):
+        raise InputError(f"{path} holds no weights: expected a checkpoint or a state dict")
+    return content
 
 
 def _own(tensors: Mapping[str, Tensor], header: Mapping) -> Learngene:

@@ -58,8 +58,8 @@ def plan(out: Path, seed: int) -> list[list[Step]]:
     distil = ["--teacher-model", TEACHER, "--teacher-path", str(out / "teacher/model.safetensors")]
     distil += ["--distillation-type", "soft", "--distillation-alpha", "1.0", "--warmup-epochs", "3"]
     teacher = step("teacher", "--model", TEACHER, "--epochs", "8", "--lr", "3e-3")
-    lets = step("LeTs", "--src-arch", LETS[0], "--tgt-arch", LETS[1], "--epochs", "45", *distil)
-    tleg = step("TLEG", "--model", TLEG, "--epochs", "45", *distil)
+    lets = step("LeTs", "--src-arch", LETS[0], "--tgt-arch", LETS[1], "--epochs", "36", *distil)
+    tleg = step("TLEG", "--model", TLEG, "--epochs", "36", *distil)
     short = [
         step(f"{method}-{arch}", "--des-arch", arch, "--load-gene", str(out / method / "learngene.safetensors"),
              "--epochs", str(FINE_TUNING), "--lr", "2e-4")
@@ -132,6 +132,11 @@ def run(step: Step, slot: int, threads: int) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def size_of(arch: str) -> str:
+    """``L4-H2`` of ``deit_nano_patch8_24_L4_H2``."""
+    return "-".join(arch.split("_")[-2:])
+
+
 def log_of(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name / "log.txt").read_text().splitlines()]
 
@@ -162,8 +167,8 @@ def accuracy(rows: list[dict], learngene: str, arch: str, start: str, epochs: in
 
 def print_table(rows: list[dict]) -> None:
     one, ten = FROM_SCRATCH
-    print(f"\n{'':<36}{'stored':>10}  {'from the learngene':^22}  {'from scratch':^22}")
-    print(f"{'ViT':<26}{'parameters':>10}{'':>10}  {'untrained':>10}{f'{FINE_TUNING} epoch':>12}", end="")
+    print(f"\n{'':<24}{'stored':>12}  {'from the learngene':^22}  {'from scratch':^22}")
+    print(f"{'ViT':<12}{'parameters':>12}{'parameters':>12}  {'untrained':>10}{f'{FINE_TUNING} epoch':>12}", end="")
     print(f"  {f'{one} epoch':>10}{f'{ten} epochs':>12}")
     for method, archs in DES_NETS.items():
         for i, arch in enumerate(archs):
@@ -171,7 +176,7 @@ def print_table(rows: list[dict]) -> None:
             numbers = [accuracy(rows, method, arch, method, e) for e in (0, FINE_TUNING)]
             numbers += [accuracy(rows, method, arch, "scratch", e) for e in (one, ten)]
             stored = f"{row['stored_parameters']:,}" if i == 0 else '"'
-            print(f"{f'{method} {arch[5:]}':<26}{row['parameters']:>10,}{stored:>10}", end="")
+            print(f"{f'{method} {size_of(arch)}':<12}{row['parameters']:>12,}{stored:>12}", end="")
             print("  {:>9.1f}%{:>11.1f}%  {:>9.1f}%{:>11.1f}%".format(*numbers))
         descended = [r for r in rows if r["learngene"] == r["start"] == method and r["epochs"] == 0]
         each = sum(r["parameters"] for r in descended)
@@ -215,7 +220,7 @@ def draw_parameters(axes: Axes, rows: list[dict]) -> None:
             label=f"from {start}, " + ("untrained" if epochs == 0 else f"{epochs} epoch{'s' * (epochs > 1)}"),
         )
     axes.set_xlabel("parameters, thousands")
-    axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.42))
+    axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.5))
 
 
 def draw_epochs(axes: Axes, rows: list[dict], out: Path) -> None:

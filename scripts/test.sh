@@ -8,4 +8,4 @@ scripts/setup.sh
 .venv/bin/ruff format --check .
 # One thread per process: two test processes on two cores are faster than one that shares its work between them.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest --numprocesses auto --dist worksteal "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"

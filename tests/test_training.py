@@ -317,9 +317,13 @@ class DeviceWaits(TorchDispatchMode):
 
 def test_device_is_waited_for_at_the_logging_interval_alone():
     images, labels = torch.randn(24, 3, 16, 16, dtype=torch.float64), torch.randint(5, (24,))
-    with DeviceWaits() as waits:
-        train_once(batches_of(images, labels, 2), accum_iter=1, log_interval=5)
-    assert waits.count == 3  # 12 steps
+    counts = {}
+    for log_interval in (1, 5, 12):  # 12, 3 and 1 looks at the loss of 12 steps
+        with DeviceWaits() as waits:
+            train_once(batches_of(images, labels, 2), accum_iter=1, log_interval=log_interval)
+        counts[log_interval] = waits.count
+    assert counts[1] - counts[5] == 9
+    assert counts[5] - counts[12] == 2
 
 
 def test_loss_of_an_epoch_is_the_mean_over_its_batches():

@@ -1,0 +1,610 @@
+"""The data sets from small files of their real layouts, the transforms, and the samplers."""
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from datasets import DATA_SETS, SeededDataset, build_dataset, build_transform
+from models import InputError
+from samplers import ExactSampler, TrainSampler
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from sklearn.datasets import load_digits
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, RandomResizedCropAndInterpolation
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets as tv
+from torchvision import transforms
+
+PIXELS = transforms.PILToTensor()
+
+
+def read(name: str, root: Path | None, is_train: bool, **kwargs) -> tuple[list[tuple[Tensor, int]], int]:
+    """All images and labels, and the number of classes."""
+    dataset, num_classes = build_dataset(name, root and str(root), is_train, PIXELS, **kwargs)
+    return [dataset[i] for i in range(len(dataset))], num_classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets of image files: the colour of each picture says its class, its number in the class, and its part
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def colour(label: int, number: int, is_train: bool) -> tuple[int, int, int]:
+    return label // 256, label % 256, 2 * number + is_train
+
+
+def paint(path: Path, label: int, number: int, is_train: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (2, 2), colour(label, number, is_train)).save(path, format="PNG")  # readers look at the content
+
+
+def counts(num_classes: int, is_train: bool) -> Iterator[tuple[int, int]]:
+    """(label, number) of every picture of one part: two in the last class of the training images, else one."""
+    for label in range(num_classes):
+        yield from ((label, number) for number in range(2 if is_train and label == num_classes - 1 else 1))
+
+
+def make_folder(root: Path, num_classes: int = 3, parts: tuple[str, ...] = ("train", "val"), inner: str = "") -> None:
+    for part in parts:
+        for label, number in counts(num_classes, part == "train"):
+            path = root / part / f"n{label:04}" / inner / f"{number}.JPEG"
+            paint(path, label, number, part == "train")
+
+
+def make_tiny_imagenet(root: Path) -> None:
+    """As distributed: the test images in one folder, their classes in a table."""
+    make_folder(root, 200, parts=("train",), inner="images")
+    lines = []
+    for label, number in counts(200, is_train=False):
+        paint(root / "val" / "images" / f"val_{label}.JPEG", label, number, is_train=False)
+        lines.append(f"val_{label}.JPEG\tn{label:04}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+
+
+def make_inat19(root: Path, num_classes: int = 4, num_test_classes: int = 4) -> None:
+    species = [{"id": 10 + c, "name": f"species {c}", "kingdom": "ab"[c % 2]} for c in range(4)]
+    (root / "categories.json").write_text(json.dumps(species))
+    for part, classes in (("train", num_classes), ("val", num_test_classes)):
+        images, annotations = [], []
+        for label, number in counts(classes, part == "train"):
+            file_name = f"train_val2019/Birds/{label}/{part}{number}.jpg"
+            paint(root / file_name, label, number, part == "train")
+            annotations.insert(0, {"image_id": len(images), "category_id": 10 + label})
+            images.append({"id": len(images), "file_name": file_name})
+        (root / f"{part}2019.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+def make_food101(root: Path) -> None:
+    for part in ("train", "test"):
+        names: dict[str, list[str]] = {}
+        for label, number in counts(101, part == "train"):
+            name = f"dish{label:03}/{part}{number}"
+            paint(root / "food-101" / "images" / f"{name}.jpg", label, number, part == "train")
+            names.setdefault(f"dish{label:03}", []).append(name)
+        (root / "food-101" / "meta").mkdir(exist_ok=True)
+        (root / "food-101" / "meta" / f"{part}.json").write_text(json.dumps(names))
+
+
+def make_cars(root: Path) -> None:
+    cars = root / "stanford_cars"
+    (cars / "devkit").mkdir(parents=True)
+    savemat(cars / "devkit" / "cars_meta.mat", {"class_names": np.array([f"car {c}" for c in range(196)], object)})
+    for part, table in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        rows = []
+        for label, number in counts(196, part == "train"):
+            rows.append((f"{label}_{number}.jpg", label + 1))
+            paint(cars / f"cars_{part}" / rows[-1][0], label, number, part == "train")
+        savemat(cars / table, {"annotations": np.array(rows, dtype=[("fname", object), ("class", np.uint16)])})
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def make_flowers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training images are in two lists, called training and validation."""
+    folder = root / "flowers-102"
+    labels, ids = [], {"trnid": [], "valid": [], "tstid": []}
+    for is_train in (True, False):
+        for label, number in counts(102, is_train):
+            labels.append(label + 1)
+            paint(folder / "jpg" / f"image_{len(labels):05}.jpg", label, number, is_train)
+            ids[("trnid", "valid")[label % 2] if is_train else "tstid"].append(len(labels))
+    savemat(folder / "imagelabels.mat", {"labels": np.array(labels)})
+    savemat(folder / "setid.mat", {part: np.array(numbers) for part, numbers in ids.items()})
+    table = {"label": "imagelabels.mat", "setid": "setid.mat"}
+    monkeypatch.setattr(tv.Flowers102, "_file_dict", {key: (file, md5(folder / file)) for key, file in table.items()})
+
+
+def make_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, kind: type[tv.CIFAR10], num_classes: int) -> None:
+    folder = root / kind.base_folder
+    folder.mkdir()
+    label_key = "fine_labels" if num_classes == 100 else "labels"
+
+    def write(file: str, is_train: bool, part: slice) -> list[str]:
+        rows = list(counts(num_classes, is_train))[part]
+        data = [np.repeat(np.array(colour(*row, is_train), np.uint8), 32 * 32) for row in rows]
+        content = {"data": np.reshape(data, (-1, 3072)), label_key: [label for label, _ in rows]}
+        (folder / file).write_bytes(pickle.dumps(content))
+        return [file, md5(folder / file)]
+
+    files = [file for file, _ in kind.train_list]
+    train_list = [write(file, True, slice(i, None, len(files))) for i, file in enumerate(files)]
+    meta = folder / kind.meta["filename"]
+    meta.write_bytes(pickle.dumps({kind.meta["key"]: [f"thing {c}" for c in range(num_classes)]}))
+    monkeypatch.setattr(kind, "train_list", train_list)
+    monkeypatch.setattr(kind, "test_list", [write(kind.test_list[0][0], False, slice(None))])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(meta)})
+
+
+# name of the case → data set, number of classes, its files
+LAYOUTS: dict[str, tuple[str, int, Callable[[Path, pytest.MonkeyPatch], None]]] = {
+    "FOLDER": ("FOLDER", 3, lambda root, _: make_folder(root)),
+    "IMNET": ("IMNET", 1000, lambda root, _: make_folder(root, 1000)),
+    "MINIIMNET": ("MINIIMNET", 100, lambda root, _: make_folder(root, 100)),
+    "TINYIMNET": ("TINYIMNET", 200, lambda root, _: make_tiny_imagenet(root)),
+    "TINYIMNET sorted": ("TINYIMNET", 200, lambda root, _: make_folder(root, 200, inner="images")),
+    "INAT19": ("INAT19", 4, lambda root, _: make_inat19(root)),
+    "FOOD101": ("FOOD101", 101, lambda root, _: make_food101(root)),
+    "CARS": ("CARS", 196, lambda root, _: make_cars(root)),
+    "FLOWERS": ("FLOWERS", 102, make_flowers),
+    "CIFAR10": ("CIFAR10", 10, lambda root, patch: make_cifar(root, patch, tv.CIFAR10, 10)),
+    "CIFAR100": ("CIFAR100", 100, lambda root, patch: make_cifar(root, patch, tv.CIFAR100, 100)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_picture_has_its_label(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name, expected_classes, make = LAYOUTS[layout]
+    make(tmp_path, monkeypatch)
+    for is_train in (True, False):
+        pictures, num_classes = read(name, tmp_path, is_train)
+        assert num_classes == expected_classes
+        found = sorted((label, tuple(picture[:, 0, 0].tolist())) for picture, label in pictures)
+        assert found == [(label, colour(label, n, is_train)) for label, n in counts(expected_classes, is_train)]
+
+
+def test_inat19_takes_another_category(tmp_path: Path):
+    make_inat19(tmp_path)
+    pictures, num_classes = read("INAT19", tmp_path, is_train=False, inat_category="kingdom")
+    assert num_classes == 2
+    assert [(picture[1, 0, 0].item(), label) for picture, label in pictures] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+def test_grey_picture_in_a_folder(tmp_path: Path):
+    make_folder(tmp_path)
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "val" / "n0000" / "0.JPEG", format="PNG")
+    pictures, _ = read("FOLDER", tmp_path, is_train=False)
+    assert pictures[0][0].shape == (3, 8, 8)
+    assert all(np.array_equal(channel, grey) for channel in pictures[0][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets of arrays
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_all_of_the_real_ones():
+    real = load_digits()
+    parts = [read("DIGITS", None, is_train) for is_train in (True, False)]
+    assert [len(pictures) for pictures, _ in parts] == [1437, 360]
+    assert [num_classes for _, num_classes in parts] == [10, 10]
+
+    def key(image: np.ndarray, label: int) -> tuple[bytes, int]:
+        return np.round(image / 255 * 16).astype(np.uint8).tobytes(), int(label)
+
+    expected = Counter(key(image * 255 / 16, label) for image, label in zip(real.images, real.target, strict=True))
+    found = Counter(key(picture[0].numpy(), label) for pictures, _ in parts for picture, label in pictures)
+    assert found == expected  # every digit is in one of the parts, and none in both
+    for pictures, _ in parts:
+        assert all((picture == picture[:1]).all() and picture.shape == (3, 8, 8) for picture, _ in pictures)
+
+
+def test_digits_are_split_the_same_every_time():
+    first, _ = read("DIGITS", None, is_train=False)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    again, _ = read("DIGITS", None, is_train=False)
+    for (picture, label), (same_picture, same_label) in zip(first, again, strict=True):
+        assert label == same_label
+        assert torch.equal(picture, same_picture)
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The idx format of MNIST."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def make_fmnist(folder: Path, zipped: bool = True) -> dict[str, np.ndarray]:
+    """The four files with random images; the arrays by the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 20), ("t10k", 10)):
+        arrays[f"{part}-images-idx3-ubyte"] = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count) % 10
+    for name, array in arrays.items():
+        file = folder / (f"{name}.gz" if zipped else name)
+        file.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    return arrays
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("inner", [".", "FashionMNIST/raw"])
+def test_fmnist(inner: str, zipped: bool, tmp_path: Path):
+    arrays = make_fmnist(tmp_path / inner, zipped)
+    for is_train, part in ((True, "train"), (False, "t10k")):
+        pictures, num_classes = read("FMNIST", tmp_path, is_train)
+        assert num_classes == 10
+        assert [label for _, label in pictures] == arrays[f"{part}-labels-idx1-ubyte"].tolist()
+        for (picture, _), array in zip(pictures, arrays[f"{part}-images-idx3-ubyte"], strict=True):
+            assert picture.shape == (3, 28, 28)
+            assert all(np.array_equal(channel, array) for channel in picture)
+
+
+# The real images, from Debian's package or the folder that LEARNGENE_FMNIST names, are read where there are any.
+FMNIST_FOLDERS = [os.environ.get("LEARNGENE_FMNIST", ""), "/usr/share/datasets/fashion-mnist"]
+FMNIST_SOURCES = {"generated": (None, 20, 10)} | {
+    f: (f, 60000, 10000) for f in FMNIST_FOLDERS if f and Path(f).is_dir()
+}
+
+
+@pytest.mark.parametrize("source", FMNIST_SOURCES)
+def test_fmnist_has_as_many_images_of_each_class(source: str, tmp_path: Path):
+    folder, *sizes = FMNIST_SOURCES[source]
+    if folder is None:
+        make_fmnist(tmp_path)
+    for is_train, size in zip((True, False), sizes, strict=True):
+        dataset, _ = build_dataset("FMNIST", folder or str(tmp_path), is_train, PIXELS)
+        assert Counter(dataset.labels) == dict.fromkeys(range(10), size // 10)
+        assert dataset[size - 1][0].shape == (3, 28, 28)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are not as they should be
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def message_of(name: str, root: Path | None, is_train: bool = False) -> str:
+    with pytest.raises(InputError) as raised:
+        build_dataset(name, root and str(root), is_train, PIXELS)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "download=True" not in message  # which is no option here
+    assert "--data-path" in message or str(root) in message
+    return message
+
+
+@pytest.mark.parametrize("name", sorted(DATA_SETS.keys() - {"DIGITS"}))
+def test_wrong_path(name: str, tmp_path: Path):
+    assert name in message_of(name, None)
+    assert "missing-folder" in message_of(name, tmp_path / "missing-folder")
+    for is_train in (True, False):
+        assert str(tmp_path) in message_of(name, tmp_path, is_train)  # an empty folder
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "MINIIMNET", "TINYIMNET"])
+def test_empty_class(name: str, tmp_path: Path):
+    make_folder(tmp_path, DATA_SETS[name][1] or 3)
+    for is_train, part in ((True, "train"), (False, "val")):
+        (tmp_path / part / "n0001" / "0.JPEG").unlink()
+        assert "n0001" in message_of(name, tmp_path, is_train)
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "IMNET", "MINIIMNET", "TINYIMNET"])
+def test_class_in_one_part_alone(name: str, tmp_path: Path):
+    make_folder(tmp_path, 3)
+    (tmp_path / "val" / "n0001" / "0.JPEG").unlink()
+    (tmp_path / "val" / "n0001").rmdir()
+    for is_train in (True, False):
+        message = message_of(name, tmp_path, is_train)
+        assert all(part in message for part in ("3 classes in train/", "2 in val/", "n0001"))
+
+
+@pytest.mark.parametrize("name", ["IMNET", "MINIIMNET", "TINYIMNET"])
+def test_number_of_classes_is_that_of_the_data_set(name: str, tmp_path: Path):
+    make_folder(tmp_path, 3)
+    message = message_of(name, tmp_path)
+    assert all(part in message for part in ("3 classes", str(DATA_SETS[name][1]), "FOLDER"))
+
+
+def test_tiny_imagenet_class_without_folder(tmp_path: Path):
+    make_tiny_imagenet(tmp_path)
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text(table.read_text() + "val_0.JPEG\tn9999\t0\t0\t62\t62\n")
+    assert "n9999" in message_of("TINYIMNET", tmp_path)
+
+
+def test_tiny_imagenet_class_without_test_images(tmp_path: Path):
+    make_tiny_imagenet(tmp_path)
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[1:]))
+    assert "n0000" in message_of("TINYIMNET", tmp_path)
+
+
+def test_tiny_imagenet_of_too_few_classes(tmp_path: Path):
+    make_tiny_imagenet(tmp_path)
+    for file in (tmp_path / "train" / "n0199").rglob("*.JPEG"):
+        file.unlink()
+    (tmp_path / "train" / "n0199" / "images").rmdir()
+    (tmp_path / "train" / "n0199").rmdir()
+    message = message_of("TINYIMNET", tmp_path, is_train=True)
+    assert "199" in message
+    assert "200" in message
+
+
+@pytest.mark.parametrize("classes", [(4, 3), (3, 4)])
+def test_inat19_classes_differ(classes: tuple[int, int], tmp_path: Path):
+    make_inat19(tmp_path, *classes)
+    assert "species 3" in message_of("INAT19", tmp_path)
+
+
+def test_inat19_names_a_category_it_lacks(tmp_path: Path):
+    make_inat19(tmp_path)
+    with pytest.raises(InputError, match="genus"):
+        build_dataset("INAT19", str(tmp_path), True, PIXELS, inat_category="genus")
+
+
+FMNIST_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "no gzip": lambda content: b"x" + content[1:],
+    "other byte": lambda content: content[:60] + bytes([content[60] ^ 255]) + content[61:],
+    "other block": lambda content: content[:10] + b"\x07" + content[11:],  # a type of block that deflate does not know
+    "too few": lambda _: gzip.compress(idx(np.zeros((3, 28, 28)))),
+    "too small": lambda _: gzip.compress(idx(np.zeros((20, 20, 20)))),
+}
+
+
+@pytest.mark.parametrize("damage", FMNIST_DAMAGE)
+def test_fmnist_damaged(damage: str, tmp_path: Path):
+    make_fmnist(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(FMNIST_DAMAGE[damage](file.read_bytes()))
+    message_of("FMNIST", tmp_path, is_train=True)
+
+
+def test_fmnist_names_the_file_it_lacks(tmp_path: Path):
+    make_fmnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert "t10k-labels-idx1-ubyte" in message_of("FMNIST", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------------------------------------------------
+
+NORMALISED = transforms.Compose(
+    [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+)
+BICUBIC = transforms.InterpolationMode.BICUBIC
+PLAIN = dict(aa=None, color_jitter=0.0, reprob=0.0)  # training images are only placed, and perhaps mirrored
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_shape(name: str, interpolation: str):
+    native = DATA_SETS[name][2]
+    image = noise(native, native) if native else noise(90, 70)
+    for size in (24, 28, 32, 64, 224):
+        for is_train in (True, False):
+            tensor = build_transform(name, is_train, size, interpolation=interpolation if is_train else "bicubic")(
+                image
+            )
+            assert tensor.shape == (3, size, size)
+            assert tensor.dtype == torch.float32
+            assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [24, 28, 32])
+@pytest.mark.parametrize("name", ["FMNIST", "CIFAR10", "CIFAR100", "DIGITS", "TINYIMNET"])
+def test_small_images_are_used_whole(name: str, size: int):
+    native = DATA_SETS[name][2]
+    image = noise(native, native)
+    expected = NORMALISED(transforms.Resize((size, size), BICUBIC)(image))
+    assert torch.equal(build_transform(name, False, size)(image), expected)
+
+
+@pytest.mark.parametrize("name", ["FMNIST", "CIFAR10", "CIFAR100", "TINYIMNET"])
+def test_small_images_keep_every_pixel_at_their_own_size(name: str):
+    native = DATA_SETS[name][2]
+    image = noise(native, native)
+    assert torch.equal(build_transform(name, False, native)(image), NORMALISED(image))
+
+
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (32, 36)])
+@pytest.mark.parametrize("name", [name for name in DATA_SETS if DATA_SETS[name][2] is None])
+def test_photographs_are_resized_and_cut_from_the_middle(name: str, size: int, resized: int):
+    image = noise(300, 200)
+    cut = transforms.Compose([transforms.Resize(resized, BICUBIC), transforms.CenterCrop(size), NORMALISED])
+    assert torch.equal(build_transform(name, False, size)(image), cut(image))
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "FMNIST", "DIGITS"])
+def test_small_images_at_224_are_treated_like_photographs(name: str):
+    image = noise(32, 32)
+    cut = transforms.Compose([transforms.Resize(256, BICUBIC), transforms.CenterCrop(224), NORMALISED])
+    assert torch.equal(build_transform(name, False, 224)(image), cut(image))
+    assert isinstance(build_transform(name, True, 224).transforms[0], RandomResizedCropAndInterpolation)
+
+
+def test_crop_ratio():
+    image = noise(300, 200)
+    cut = transforms.Compose([transforms.Resize(224, BICUBIC), transforms.CenterCrop(224), NORMALISED])
+    assert torch.equal(build_transform("IMNET", False, 224, eval_crop_ratio=1.0)(image), cut(image))
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_photographs_are_cut_out_at_random_to_train(size: int):
+    """Of an image with a red border, which is 0.36 of it, most cuttings show less red."""
+    image = Image.new("RGB", (300, 300), (255, 0, 0))
+    image.paste((0, 0, 255), (30, 30, 270, 270))
+    transform = build_transform("IMNET", True, size, **PLAIN)
+    random.seed(0)
+    red = [(transform(image)[0] > 0).float().mean().item() for _ in range(20)]
+    assert sum(share < 0.3 for share in red) > 15
+    assert len(set(red)) > 5
+
+
+def placements(image: Image.Image, shift: int) -> dict[bytes, tuple[int, int]]:
+    """Every way to shift the pixels by up to ``shift``, black where nothing is left, and how it was done."""
+    width = image.width
+    padded = pad(PIXELS(image), [shift] * 4)
+    ways = [(y, x) for y in range(2 * shift + 1) for x in range(2 * shift + 1)]
+    return {padded[:, y : y + width, x : x + width].numpy().tobytes(): (y, x) for y, x in ways}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mirrored"), [("FMNIST", 28, True), ("CIFAR10", 32, True), ("DIGITS", 32, False)]
+)
+def test_small_images_are_shifted_to_train_but_no_digit_is_mirrored(name: str, size: int, mirrored: bool):
+    image = noise(size, size)
+    straight = placements(image, size // 8)
+    turned = placements(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), size // 8)
+    transform = build_transform(name, True, size, **PLAIN)
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    found = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pixels = ((transform(image) * std + mean) * 255).round().to(torch.uint8).numpy().tobytes()
+        assert pixels in straight or pixels in turned
+        found.append(pixels)
+    assert any(pixels in turned for pixels in found) == mirrored
+    ways = {(straight | turned)[pixels] for pixels in found}
+    assert len(ways) > 20
+    assert {y for y, _ in ways} | {x for _, x in ways} == set(range(2 * (size // 8) + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 13])
+@pytest.mark.parametrize("num_images", [0, 1, 2, 3, 7, 8, 9, 64, 359, 360])
+def test_exact_sampler_covers_every_image_once(num_images: int, world_size: int):
+    samplers = [ExactSampler(num_images, rank, world_size) for rank in range(world_size)]
+    lists = [list(sampler) for sampler in samplers]
+    assert sorted(index for indices in lists for index in indices) == list(range(num_images))
+    assert [len(indices) for indices in lists] == [len(sampler) for sampler in samplers]
+    assert max(map(len, lists)) - min(map(len, lists)) <= 1
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 5])
+def test_train_sampler_repeats_each_image_in_a_row(repeats: int):
+    for num_images in range(1, 301):
+        sampler = TrainSampler(num_images, repeats)
+        keys = list(sampler)
+        assert len(keys) == len(sampler) == num_images
+        indices = [index for index, _ in keys]
+        order = indices[::repeats]
+        assert len(set(order)) == len(order)  # another image after the last repeat
+        assert set(order) <= set(range(num_images))
+        assert indices == [index for index in order for _ in range(repeats)][:num_images]
+        assert len(set(keys)) == num_images  # each time with another augmentation
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_train_sampler_deals_out_the_epoch_of_one_process(repeats: int, world_size: int):
+    for num_images in range(1, 301):
+        alone = TrainSampler(num_images, repeats, seed=5)
+        ranks = [TrainSampler(num_images, repeats, 5, rank, world_size) for rank in range(world_size)]
+        for sampler in (alone, *ranks):
+            sampler.set_epoch(2)
+        dealt = [list(sampler) for sampler in ranks]
+        assert all(
+            len(keys) == len(sampler) == num_images // world_size for keys, sampler in zip(dealt, ranks, strict=True)
+        )
+        whole = num_images // world_size * world_size
+        assert [key for step in zip(*dealt, strict=True) for key in step] == list(alone)[:whole]
+
+
+def test_train_sampler_follows_from_seed_and_epoch():
+    def keys(seed: int, epoch: int) -> list[tuple[int, int]]:
+        sampler = TrainSampler(50, 3, seed)
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch)  # of no effect
+        return list(sampler)
+
+    first = keys(0, 0)
+    assert keys(0, 0) == first
+    for other in (keys(0, 1), keys(1, 0)):
+        assert [index for index, _ in other] != [index for index, _ in first]
+        assert not {seed for _, seed in other} & {seed for _, seed in first}
+
+
+def test_train_sampler_takes_all_images_in_the_long_run():
+    sampler = TrainSampler(20, repeats=3)
+    seen = set()
+    for epoch in range(30):
+        sampler.set_epoch(epoch)
+        seen |= {index for index, _ in sampler}
+    assert seen == set(range(20))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation that follows from the key
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def augmented_digits() -> Dataset:
+    dataset, _ = build_dataset("DIGITS", None, True, build_transform("DIGITS", True, 32, reprob=0.5))
+    return SeededDataset(dataset)
+
+
+def test_augmentation_follows_from_the_key(augmented_digits: Dataset):
+    for index, seed in ((0, 1), (3, 2**32 - 1)):
+        torch.manual_seed(0)
+        first, label = augmented_digits[index, seed]
+        torch.manual_seed(1)
+        again, same_label = augmented_digits[index, seed]
+        assert torch.equal(first, again)
+        assert label == same_label == augmented_digits.dataset.labels[index]
+    versions = {augmented_digits[0, seed][0].numpy().tobytes() for seed in range(20)}
+    assert len(versions) == 20
+    assert len(augmented_digits) == 1437
+
+
+def test_batches_do_not_depend_on_the_workers(augmented_digits: Dataset):
+    def batches(num_workers: int) -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(num_workers)  # of no effect
+        sampler = TrainSampler(len(augmented_digits), repeats=3, seed=1)
+        loader = DataLoader(augmented_digits, batch_size=16, sampler=sampler, num_workers=num_workers)
+        return [batch for batch, _ in zip(loader, range(6), strict=False)]
+
+    expected = batches(0)
+    for num_workers in (1, 2):
+        for (images, labels), (same_images, same_labels) in zip(expected, batches(num_workers), strict=True):
+            assert torch.equal(images, same_images)
+            assert torch.equal(labels, same_labels)
+
+
+def test_two_processes_see_the_images_of_one(augmented_digits: Dataset):
+    def images(rank: int, world_size: int) -> Tensor:
+        keys = list(TrainSampler(40, 3, 0, rank, world_size))
+        return torch.stack([augmented_digits[key][0] for key in keys])
+
+    alone = images(0, 1)
+    for rank in range(2):
+        assert torch.equal(images(rank, 2), alone[rank::2])
