@@ -1,7 +1,9 @@
 """The program from the command line, and the engine: resuming, processes, accumulation, precision, what is written."""
 
+import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,65 +17,112 @@ from losses import DistillationLoss
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, MAIN, run_main
+from conftest import ENVIRONMENT, MAIN, Outcome, Run, run_main, run_many
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LEARNGENE, AUX = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2"
-DIGITS = ["--data-set", "DIGITS", "--batch-size", "48", "--num-workers", "0", "--warmup-epochs", "0"]
+LEARNGENE, AUX, DES = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2", "deit_nano_patch8_16_L3_H2"
+DIGITS = "--data-set DIGITS --batch-size 48 --num-workers 0 --warmup-epochs 0 --epochs 1"
+LETS = f"--src-arch {LEARNGENE} --tgt-arch {AUX}"
+DISTIL = "--teacher-model test_resnet --teacher-path OUT/teacher/model.safetensors --distillation-type"
+RESUMED = f"{LETS} {DISTIL} hard --epochs 2 --lr 5e-3 --log-interval 1"
+ALIKE = f"{LETS} --mixup 0 --cutmix 0 --drop-path 0 --lr 2e-3 --clip-grad 1"
+UNEVEN = f"--data-set FOLDER --data-path OUT/uneven --batch-size 4 --eval --model {AUX}"
+DESCEND = f"--des-arch {DES} --load-gene OUT"
+OPTIONS = "--mapping_layer 0,3,3 --mapping_layer_coeff=0,2,0 --opt-betas 0.9 0.98 --no-repeated-aug"
+
+# name → options and number of processes; a phase needs what the one before it wrote. OUT/name is the output folder.
+PHASES = [
+    {
+        "teacher": ("--model test_resnet --input-size 16", 1),
+        "full": (LETS, 1),
+        "bfloat16": (f"{LETS} --amp-dtype bfloat16 --grad-checkpointing", 1),
+        "float16": (f"{LETS} --amp-dtype float16", 1),
+        "one": (f"{ALIKE} --batch-size 64", 1),
+        "two": (f"{ALIKE} --batch-size 32", 2),
+        "uneven1": (UNEVEN, 1),
+        "uneven2": (UNEVEN, 2),
+        "uneven3": (UNEVEN, 3),
+    },
+    {
+        "lets": (f"{LETS} {DISTIL} soft", 1),
+        "tleg": (f"--model aux_deit_nano_patch8_16_L4 {DISTIL} soft", 1),
+        "whole1": (RESUMED, 1),
+        "whole2": (RESUMED, 2),
+    },
+    {
+        "des-lets": (f"{DESCEND}/lets/learngene.safetensors --epochs 0", 1),
+        "des-tleg": (f"{DESCEND}/tleg/learngene.safetensors --epochs 0", 1),
+        "options": (f"{DESCEND}/lets/learngene.safetensors {OPTIONS}", 1),
+        "diverged1": (f"{RESUMED} --unscale-lr --lr 1e30", 1),
+        "diverged2": (f"{RESUMED} --unscale-lr --lr 1e30", 2),
+    },
+    {
+        "again": ("--config OUT/options/args.yaml", 1),
+        "eval-resume": (f"--model {DES} --resume OUT/options/checkpoint.pth --eval", 1),
+        "eval-finetune": (f"--model {DES} --finetune OUT/options/model.safetensors --eval", 1),
+    },
+]
 
 
-def succeed(*args: object, processes: int = 1) -> str:
-    done = run_main(*DIGITS, *args, processes=processes)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+class Runs:
+    """All runs of `PHASES`, and what they left behind."""
 
+    def __init__(self, out: Path):
+        self.out = out
+        self.outcomes: dict[str, Outcome] = {}
+        self.checkpoints: dict[str, bytes] = {}  # of the folders that a diverging run is sent to
+        for i, phase in enumerate(PHASES):
+            for name, (_, processes) in phase.items():
+                if name.startswith("diverged"):  # where a good run has left its checkpoint
+                    shutil.copytree(out / f"whole{processes}", out / name)
+                    self.checkpoints[name] = (out / name / "checkpoint.pth").read_bytes()
+            runs = {name: Run(self.arguments(name, options), n) for name, (options, n) in phase.items()}
+            self.outcomes |= run_many(runs, out / f"phase{i}")
 
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    def arguments(self, name: str, options: str) -> list[str]:
+        common = "" if options.startswith("--config") else DIGITS
+        return f"{common} {options} --output_dir OUT/{name}".replace("OUT", str(self.out)).split()
+
+    def folder(self, name: str) -> Path:
+        assert set(self.outcomes[name].codes) == {0}, self.outcomes[name].stderr
+        return self.out / name
+
+    def log(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder(name) / "log.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    succeed("--model", "test_resnet", "--input-size", "16", "--epochs", "1", "--output_dir", folder)
-    return folder / "model.safetensors"
-
-
-@pytest.fixture(scope="session")
-def stage1(teacher, tmp_path_factory) -> Path:
-    """One epoch of stage 1 of both methods."""
-    folder = tmp_path_factory.mktemp("stage1")
-    distil = [
-        "--teacher-model",
-        "test_resnet",
-        "--teacher-path",
-        teacher,
-        "--distillation-type",
-        "soft",
-        "--epochs",
-        "1",
-    ]
-    succeed("--src-arch", LEARNGENE, "--tgt-arch", AUX, *distil, "--output_dir", folder / "lets")
-    succeed("--model", "aux_deit_nano_patch8_16_L4", *distil, "--output_dir", folder / "tleg")
-    return folder
+def runs(tmp_path_factory) -> Runs:
+    out = tmp_path_factory.mktemp("runs")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):  # 7 images in each of 11 classes: no number of processes here divides 77
+        for c, i in itertools.product(range(11), range(7)):
+            path = out / "uneven" / split / f"c{c:02}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(path)
+    return Runs(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run writes
 # ---------------------------------------------------------------------------------------------------------------------
 
+both = pytest.mark.parametrize("method", ["lets", "tleg"])
 
-@pytest.mark.parametrize("method", ["lets", "tleg"])
-def test_stage_1_writes_everything(stage1, method):
-    folder = stage1 / method
+
+@both
+def test_stage_1_writes_everything(runs, method):
+    folder = runs.folder(method)
     names = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in folder.iterdir()}
     expected = {"checkpoint.pth", "learngene.safetensors", "learngene_ema.safetensors", "log.txt", "args.yaml"}
     assert names == expected | {"events", "curves.png"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    (line,) = log_of(folder)
+    (line,) = runs.log(method)
     keys = ("train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "ema_test_acc1", "epoch", "n_parameters")
     assert all(math.isfinite(line[key]) for key in keys)
     gene = models.load_learngene(folder / "learngene.safetensors")
@@ -82,12 +131,13 @@ def test_stage_1_writes_everything(stage1, method):
     assert line["n_parameters"] == sum(t.numel() for t in gene.tensors.values())
 
 
-@pytest.mark.parametrize("method", ["lets", "tleg"])
-def test_learngene_of_a_checkpoint_is_that_of_the_file(stage1, method):
-    file = models.load_learngene(stage1 / method / "learngene.safetensors")
-    checkpoint = models.load_learngene(stage1 / method / "checkpoint.pth")
-    averaged = models.load_learngene(stage1 / method / "checkpoint.pth", use_ema=True)
-    averaged_file = models.load_learngene(stage1 / method / "learngene_ema.safetensors")
+@both
+def test_learngene_of_a_checkpoint_is_that_of_the_file(runs, method):
+    folder = runs.folder(method)
+    file = models.load_learngene(folder / "learngene.safetensors")
+    checkpoint = models.load_learngene(folder / "checkpoint.pth")
+    averaged = models.load_learngene(folder / "checkpoint.pth", use_ema=True)
+    averaged_file = models.load_learngene(folder / "learngene_ema.safetensors")
     for name, tensor in file.tensors.items():
         assert torch.equal(checkpoint.tensors[name], tensor)
         assert torch.equal(averaged.tensors[name], averaged_file.tensors[name])
@@ -110,93 +160,65 @@ model = timm.create_model(config["architecture"], num_classes=config["num_classe
                           checkpoint_path=sys.argv[1] + "/model.safetensors", **config["model_args"]).eval()
 images = torch.load(sys.argv[2], weights_only=True)
 assert "models" not in sys.modules
-torch.save((model(images), timm.data.resolve_data_config({}, model=model)), sys.argv[3])
+torch.save(model(images), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("method", ["lets", "tleg"])
-def test_des_net_without_training_loads_with_timm_alone(stage1, method, tmp_path):
-    arch = "deit_nano_patch8_16_L3_H2"
-    gene = stage1 / method / "learngene.safetensors"
-    shown = succeed("--des-arch", arch, "--load-gene", gene, "--epochs", "0", "--output_dir", tmp_path / "des")
-    assert "before training" in shown
-    (line,) = log_of(tmp_path / "des")
+@both
+def test_des_net_without_training_loads_with_timm_alone(runs, method, tmp_path):
+    assert "before training" in runs.outcomes[f"des-{method}"].stdout
+    (line,) = runs.log(f"des-{method}")
     assert line["epoch"] == -1
     images = torch.randn(2, 3, 16, 16)
     torch.save(images, tmp_path / "images.pt")
-    command = [
-        sys.executable,
-        "-c",
-        TIMM_ALONE,
-        str(tmp_path / "des"),
-        str(tmp_path / "images.pt"),
-        str(tmp_path / "o"),
-    ]
-    subprocess.run(command, check=True, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
-    logits, _ = torch.load(tmp_path / "o", weights_only=True)
-    expected = models.load_learngene(gene).descend(arch).eval()
+    paths = [runs.folder(f"des-{method}"), tmp_path / "images.pt", tmp_path / "logits.pt"]
+    subprocess.run([sys.executable, "-c", TIMM_ALONE, *map(str, paths)], check=True, cwd=tmp_path, env=ENVIRONMENT)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    expected = models.load_learngene(runs.folder(method) / "learngene.safetensors").descend(DES).eval()
     torch.testing.assert_close(logits, expected(images))
+    transform = json.loads((paths[0] / "config.json").read_text())["pretrained_cfg"]
+    assert (transform["input_size"], transform["crop_pct"]) == ([3, 16, 16], 1)
 
 
-def test_options_of_a_run_repeat_it(stage1, tmp_path):
-    options = ["--des-arch", "deit_nano_patch8_16_L2_H1", "--load-gene", stage1 / "lets" / "learngene.safetensors"]
-    options += [
-        "--mapping_layer",
-        "0,3",
-        "--mapping_layer_coeff=0,2",
-        "--opt-betas",
-        "0.9",
-        "0.98",
-        "--no-repeated-aug",
-    ]
-    succeed(*options, "--epochs", "1", "--output-dir", tmp_path / "a")
-    recorded = yaml.safe_load((tmp_path / "a" / "args.yaml").read_text())
-    assert recorded["mapping_layer"] == [0, 3]
-    again = run_main("--config", tmp_path / "a" / "args.yaml", "--output_dir", tmp_path / "b")
-    assert again.returncode == 0, again.stderr
-    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
-    assert [line["epoch"] for line in log_of(tmp_path / "a")] == [-1, 0]
+def test_options_of_a_run_repeat_it(runs):
+    recorded = yaml.safe_load((runs.folder("options") / "args.yaml").read_text())
+    assert recorded["mapping_layer"] == [0, 3, 3]
+    assert [line["epoch"] for line in runs.log("options")] == [-1, 0]
+    assert runs.log("again") == runs.log("options")
 
 
-def test_eval_and_finetune(stage1, tmp_path):
-    arch = "deit_nano_patch8_16_L2_H1"
-    common = ["--des-arch", arch, "--load-gene", stage1 / "lets" / "learngene.safetensors"]
-    succeed(*common, "--epochs", "1", "--output_dir", tmp_path / "a")
-    trained = log_of(tmp_path / "a")[-1]
-    for source in (
-        ["--resume", tmp_path / "a" / "checkpoint.pth"],
-        ["--finetune", tmp_path / "a" / "model.safetensors"],
-    ):
-        shown = json.loads(succeed("--model", arch, *source, "--eval").splitlines()[-1])
-        assert shown["test_acc1"] == trained["test_acc1"]
-        assert shown["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6)
+@pytest.mark.parametrize("name", ["eval-resume", "eval-finetune"])
+def test_eval(runs, name):
+    trained, shown = runs.log("options")[-1], json.loads(runs.outcomes[name].stdout.splitlines()[-1])
+    assert shown["test_acc1"] == trained["test_acc1"]
+    assert shown["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Resuming, processes
+# Resuming, processes, precision
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_resuming_gives_the_run_that_was_never_interrupted(teacher, tmp_path, processes):
-    options = ["--src-arch", LEARNGENE, "--tgt-arch", AUX, "--epochs", "2", "--lr", "5e-3", "--log-interval", "1"]
-    options += ["--teacher-model", "test_resnet", "--teacher-path", teacher, "--distillation-type", "hard"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(*options, "--output_dir", whole, processes=processes)
-    stop_in_second_epoch([*DIGITS, *options, "--output_dir", parts], processes)
-    assert [line["epoch"] for line in log_of(parts)] == [0]
-    succeed(*options, "--output_dir", parts, "--resume", parts / "checkpoint.pth", processes=processes)
+def test_resuming_gives_the_run_that_was_never_interrupted(runs, processes):
+    name = f"parts{processes}"
+    arguments = runs.arguments(name, RESUMED)
+    stop_in_second_epoch(arguments, processes)
+    assert len((runs.out / name / "log.txt").read_text().splitlines()) == 1
+    done = run_main(*arguments, "--resume", runs.out / name / "checkpoint.pth", processes=processes)
+    assert done.returncode == 0, done.stderr
+    whole, parts = runs.folder(f"whole{processes}"), runs.out / name
     assert (parts / "log.txt").read_text() == (whole / "log.txt").read_text()
-    for name in ("learngene.safetensors", "learngene_ema.safetensors"):
-        expected = load_file(whole / name)
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(parts / name).items())
+    for file in ("learngene.safetensors", "learngene_ema.safetensors"):
+        expected = load_file(whole / file)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(parts / file).items())
 
 
-def stop_in_second_epoch(args: list, processes: int) -> None:
-    """Kill a run as soon as it says that it is in epoch 1."""
+def stop_in_second_epoch(arguments: list[str], processes: int) -> None:
+    """End a run as soon as it says that it is in epoch 1."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    command = [sys.executable, *launcher, str(MAIN), *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT}) as process:
+    command = [sys.executable, *launcher, str(MAIN), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         for line in process.stdout:
             if "epoch 1," in line:
                 break
@@ -204,65 +226,36 @@ def stop_in_second_epoch(args: list, processes: int) -> None:
         process.communicate()
 
 
-def test_two_processes_give_the_result_of_one(stage1, tmp_path):
+def test_two_processes_give_the_result_of_one(runs):
     """The same images with the same augmentation in every step; mixup would pair others."""
-    options = ["--src-arch", LEARNGENE, "--tgt-arch", AUX, "--epochs", "1", "--mixup", "0", "--cutmix", "0"]
-    options += ["--drop-path", "0", "--lr", "2e-3", "--clip-grad", "1"]
-    succeed(*options, "--batch-size", "64", "--output_dir", tmp_path / "one")
-    succeed(*options, "--batch-size", "32", "--output_dir", tmp_path / "two", processes=2)
-    one, two = (load_file(tmp_path / name / "learngene.safetensors") for name in ("one", "two"))
-    moved = load_file(stage1 / "lets" / "learngene.safetensors")
+    one, two = (load_file(runs.folder(name) / "learngene.safetensors") for name in ("one", "two"))
     for name in one:
-        assert one[name].shape == moved[name].shape
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4)
-    a, b = log_of(tmp_path / "one")[0], log_of(tmp_path / "two")[0]
+    a, b = runs.log("one")[0], runs.log("two")[0]
     assert b["test_acc1"] == pytest.approx(a["test_acc1"], abs=0.3)  # an image on the border may fall either way
     assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
 
 
-def test_evaluation_counts_every_image_once(stage1, tmp_path):
-    """7 images a class, 77 in all: no number of processes here divides them."""
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(0)
-    for split in ("train", "val"):
-        for c in range(11):
-            for i in range(7):
-                path = tmp_path / split / f"c{c:02}" / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(path)
-    data = ["--data-set", "FOLDER", "--data-path", tmp_path, "--batch-size", "4", "--eval", "--model", AUX]
-    found = [json.loads(succeed(*data, processes=n).splitlines()[-1]) for n in (1, 2, 3)]
+def test_evaluation_counts_every_image_once(runs):
+    found = [json.loads(runs.outcomes[f"uneven{n}"].stdout.splitlines()[-1]) for n in (1, 2, 3)]
     for other in found[1:]:
-        assert other["test_acc1"] == found[0]["test_acc1"]
-        assert other["test_acc5"] == found[0]["test_acc5"]
+        assert (other["test_acc1"], other["test_acc5"]) == (found[0]["test_acc1"], found[0]["test_acc5"])
         assert other["test_loss"] == pytest.approx(found[0]["test_loss"], rel=1e-6)
-    assert found[0]["test_acc1"] == pytest.approx(100 * round(found[0]["test_acc1"] * 77 / 100) / 77)
+    right = found[0]["test_acc1"] * 77 / 100
+    assert right == pytest.approx(round(right))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision, losses that are not finite
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [["--amp-dtype", "bfloat16", "--grad-checkpointing"], ["--amp-dtype", "float16"]])
-def test_low_precision(options, tmp_path):
-    succeed("--src-arch", LEARNGENE, "--tgt-arch", AUX, "--epochs", "1", *options, "--output_dir", tmp_path)
-    full = tmp_path / "full"
-    succeed("--src-arch", LEARNGENE, "--tgt-arch", AUX, "--epochs", "1", "--output_dir", full)
-    assert log_of(tmp_path)[0]["train_loss"] == pytest.approx(log_of(full)[0]["train_loss"], rel=0.02)
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_low_precision(runs, name):
+    assert runs.log(name)[0]["train_loss"] == pytest.approx(runs.log("full")[0]["train_loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, processes):
-    succeed("--model", AUX, "--epochs", "1", "--output_dir", tmp_path)
-    good = (tmp_path / "checkpoint.pth").read_bytes()
-    options = ["--model", AUX, "--epochs", "2", "--lr", "1e30", "--unscale-lr", "--output_dir", tmp_path]
-    done = run_main(*DIGITS, *options, processes=processes)
-    assert done.returncode == 1
-    assert done.stderr.count("error: the loss is nan in epoch 0") == 1
-    assert (tmp_path / "checkpoint.pth").read_bytes() == good
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(runs, processes):
+    name = f"diverged{processes}"
+    assert runs.outcomes[name].codes == [1] * processes
+    assert runs.outcomes[name].stderr.count("error: the loss is nan in epoch 0") == 1
+    assert (runs.out / name / "checkpoint.pth").read_bytes() == runs.checkpoints[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
