@@ -54,11 +54,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def whole_numbers(text: str | Sequence[int]) -> list[int]:
-    """'0,1,4' or a list of whole numbers."""
+def whole_numbers(text: str) -> list[int] | None:
+    """'0,1,4', or 'none' to take back what a YAML file says."""
     try:
-        return [int(part) for part in (text.split(",") if isinstance(text, str) else text)]
-    except (TypeError, ValueError):
+        return None if text.lower() == "none" else [int(part) for part in text.split(",")]
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,4") from None
 
 
@@ -471,7 +471,8 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
         load_foreign_weights(teacher, args.teacher_path, "--teacher-path", other_head=False)
     else:
         try:
-            teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes)
+            size = {"img_size": args.input_size} if wants_size(args.teacher_model) else {}
+            teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes, **size)
         except InputError:
             raise
         except (OSError, RuntimeError, TypeError) as error:  # no such weights, no network, a name of this project's

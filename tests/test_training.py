@@ -372,6 +372,13 @@ def test_dashes_and_underscores_and_yaml(tmp_path):
     assert (args.opt_betas, args.output_dir) == ([0.9, 0.95], "a_b")
 
 
+def test_mapping_of_a_yaml_can_be_taken_back():
+    config = ["--config", "/configs/conf_train_des_lets.yaml"]
+    args = main.parse_options([*config, "--mapping_layer", "none", "--mapping_layer_coeff", "none"])
+    assert main.parse_options(config).mapping_layer[:3] == [0, 1, 4]
+    assert (args.mapping_layer, args.mapping_layer_coeff) == (None, None)
+
+
 def test_learning_rate_follows_the_images_of_a_step():
     args = main.parse_options(
         ["--model", AUX, "--batch-size", "128", "--accum-iter", "2", "--lr", "1e-3", "--epochs", "9"]
