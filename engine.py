@@ -46,7 +46,8 @@ def train_one_epoch(
         ema_source: the module, without wrappers, that ``ema`` averages.
         seed: the random numbers of a step (mixup, dropout, drop-path) follow from it, the epoch, the step and the
             process, so that they do not depend on what was drawn before.
-        log_interval: steps between two looks at the loss, the only moments the device is waited for.
+        log_interval: steps between two looks at the loss, the only moments the device is waited for (float16 also
+            looks at every step whether the scaled gradients overflowed).
 
     Returns:
         ``loss``, the mean over all processes, and ``lr`` of the first parameter group.
@@ -80,18 +81,24 @@ def train_one_epoch(
             progress.advance()
         if pending == log_interval or step == num_batches - 1:
             interval_loss = utils.mean_over_processes(total / pending).item()
-            if not math.isfinite(interval_loss):
-                raise NotFiniteError(
-                    f"the loss is {interval_loss} in epoch {epoch} before step {step + 1} of {num_batches}, at a "
-                    f"learning rate of {optimizer.param_groups[0]['lr']:.2e}; a lower --lr, --clip-grad 1 or "
-                    "--amp-dtype float32 may help"
-                )
+            check_finite(
+                interval_loss, f"the loss is {interval_loss} in epoch {epoch} before step {step + 1}", optimizer
+            )
             epoch_loss += interval_loss * pending
             total.zero_()
             if progress is not None:
                 progress.show(epoch=epoch, loss=interval_loss, lr=optimizer.param_groups[0]["lr"])
             pending = 0
     return {"loss": epoch_loss / num_batches, "lr": optimizer.param_groups[0]["lr"]}
+
+
+def check_finite(value: float, finding: str, optimizer: Optimizer) -> None:
+    """Raises NotFiniteError, with what was found and what may help, where ``value`` is no finite number."""
+    if not math.isfinite(value):
+        raise NotFiniteError(
+            f"{finding}, at a learning rate of {optimizer.param_groups[0]['lr']:.2e}; a lower --lr, --clip-grad 1 or "
+            "--amp-dtype float32 may help"
+        )
 
 
 def optimizer_step(
@@ -121,6 +128,7 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, first right, among the first five, images
+    count = 0
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast:
@@ -128,9 +136,11 @@ def evaluate(
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double(), loss.new_tensor(len(best))])
+        sums[:3] += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()])
+        count += len(targets)
         if progress is not None:
             progress.advance()
+    sums[3] = count
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss, acc1, acc5, count = sums.tolist()

@@ -7,6 +7,8 @@ anything else    main.py --model resnet18 …           a teacher, or a baseline
 """
 
 import argparse
+import copy
+import inspect
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from pathlib import Path
 import models
 import utils
 from datasets import DATA_SETS, INAT_CATEGORIES, SMALL, SeededDataset, build_dataset, build_transform
-from engine import NotFiniteError, evaluate, train_one_epoch
+from engine import NotFiniteError, check_finite, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss
 from models import InputError
 from samplers import ExactSampler, TrainSampler
@@ -62,13 +64,15 @@ def whole_numbers(text: str) -> list[int] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,4") from None
 
 
-def at_least(lowest: int):
-    """The type of an option that is a whole number from ``lowest`` up."""
+def at_least(lowest: int, highest: int | None = None):
+    """The type of an option that is a whole number from ``lowest`` up, perhaps to ``highest``."""
 
     def number(text: str) -> int:
         value = int(text)
         if value < lowest:
             raise argparse.ArgumentTypeError(f"{value} is too small: at least {lowest}")
+        if highest is not None and value > highest:
+            raise argparse.ArgumentTypeError(f"{value} is too large: at most {highest}")
         return value
 
     number.__name__ = "whole number"  # argparse puts it into its message
@@ -180,7 +184,6 @@ def option_parser() -> Parser:
     g.add_argument("--decay-epochs", type=float, default=30)
     g.add_argument("--warmup-epochs", type=at_least(0), default=5)
     g.add_argument("--cooldown-epochs", type=at_least(0), default=10)
-    g.add_argument("--patience-epochs", type=at_least(0), default=10)
     g.add_argument("--decay-rate", type=float, default=0.1)
 
     g = p.add_argument_group("distillation")
@@ -201,7 +204,7 @@ def option_parser() -> Parser:
     )
     g.add_argument("--compile", action="store_true", help="torch.compile")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
-    g.add_argument("--seed", type=at_least(0), default=0)
+    g.add_argument("--seed", type=at_least(0, 2**32 - 1), default=0)
     g.add_argument("--log-interval", type=at_least(1), default=50, help="steps between two looks at the loss")
     return p  # fmt: skip
 
@@ -292,11 +295,15 @@ def kind_of_run(args: argparse.Namespace) -> str:
             if getattr(args, option):
                 option = "--" + option.replace("_", "-")
                 raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
+        if args.mapping_layer is not None or args.mapping_layer_coeff is not None:
+            raise InputError("--mapping_layer and --mapping_layer_coeff belong to stage 2, not to --src-arch")
         for scheme, known in zip(args.trans_init_scheme, (models.DEPTH_SCHEMES, models.WIDTH_SCHEMES), strict=True):
             if scheme not in known:
                 raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
         return "lets"
     if args.load_gene:
+        if models.is_aux_name(args.des_arch or args.model or ""):
+            raise InputError(f"{args.des_arch or args.model} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
         if not (args.des_arch or args.model):
             raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
         if args.finetune:
@@ -332,7 +339,7 @@ def autocast_of(args: argparse.Namespace, device: torch.device) -> tuple[Abstrac
     """The precision of the forward pass as a context, and whether it needs its gradients scaled (float16)."""
     dtype = args.amp_dtype
     if dtype == "auto":
-        on_device = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        on_device = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"
         dtype = on_device if device.type == "cuda" else "float32"
     if dtype == "float32":
         return nullcontext(), False
@@ -446,7 +453,8 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
     filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
     if filter_fn is not None:
         try:
-            weights = filter_fn(weights, model)
+            takes_model = len(inspect.signature(filter_fn).parameters) > 1  # as most, but not all of timm's do
+            weights = filter_fn(weights, model) if takes_model else filter_fn(weights)
         except (AttributeError, KeyError, RuntimeError, AssertionError) as error:
             raise InputError(f"{option} {source} does not fit {type(model).__name__}: {error}") from error
     classifiers = model.pretrained_cfg["classifier"]
@@ -471,6 +479,12 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
         load_foreign_weights(teacher, args.teacher_path, "--teacher-path", other_head=False)
     else:
         try:
+            config = get_pretrained_cfg(args.teacher_model)
+            if config is not None and config.num_classes != num_classes:
+                raise InputError(
+                    f"--teacher-model {args.teacher_model} has {config.num_classes} classes as timm offers it, the "
+                    f"data {num_classes}: train one with --model {args.teacher_model} and give its --teacher-path"
+                )
             size = {"img_size": args.input_size} if wants_size(args.teacher_model) else {}
             teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes, **size)
         except InputError:
@@ -523,7 +537,10 @@ def set_up(args: argparse.Namespace) -> Run:
     train_loader, test_loader, num_classes = build_loaders(args, device)
     model = build_model(args, kind, num_classes).to(device)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as error:
+            raise InputError(f"--grad-checkpointing: {args.model} cannot recompute its activations") from error
     mixup, base_criterion = build_mixup(args, num_classes)
     teacher = None if args.eval else build_teacher(args, num_classes, device)
     alpha, tau = args.distillation_alpha, args.distillation_tau
@@ -547,6 +564,8 @@ def set_up(args: argparse.Namespace) -> Run:
     )
     if args.resume:
         resume(run)
+    # The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
+    run.scheduler.step(run.start_epoch)
     return run
 
 
@@ -637,8 +656,8 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.o
         raise InputError(
             f"--opt {args.opt}, --opt-betas {args.opt_betas} or --sched {args.sched} cannot be used: {error}"
         ) from error
-    if scheduler is None:
-        raise InputError(f"--sched {args.sched} is unknown: expected one of timm's, such as cosine or step")
+    if scheduler is None or args.sched.startswith("plateau"):  # plateau needs more than the epoch to resume exactly
+        raise InputError(f"--sched {args.sched} cannot be used: expected cosine, step, linear, poly, tanh or multistep")
     return optimizer, scheduler
 
 
@@ -661,12 +680,12 @@ def resume(run: Run) -> None:
         return
     try:
         run.optimizer.load_state_dict(content["optimizer"])
-        run.scheduler.load_state_dict(content["lr_scheduler"])
-        run.scaler.load_state_dict(content["scaler"])
+        if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
+            run.scaler.load_state_dict(content["scaler"])
         if run.ema is not None:
             utils.load_weights(run.ema.module, content["model_ema"], f"--resume {path} (model_ema)")
         run.start_epoch = content["epoch"] + 1
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"--resume {path} holds no training state that fits these options ({error}): --finetune takes weights alone"
         ) from error
@@ -687,6 +706,8 @@ def train(run: Run) -> None:
         log = utils.EpochLog(run.output_dir, run.start_epoch)
     if run.start_epoch == 0 and (run.kind == "descend" or args.epochs == 0):
         finish_epoch(run, log, -1, {})  # what the initialisation alone gives
+    if run.start_epoch >= args.epochs > 0 and utils.is_main():
+        print(f"nothing left to train: epoch {run.start_epoch} of --epochs {args.epochs} has been reached")
     steps = len(run.train_loader)
     progress = utils.Progress(args.epochs * steps, "training", initial=run.start_epoch * steps)
     for epoch in range(run.start_epoch, args.epochs):
@@ -710,7 +731,7 @@ def train(run: Run) -> None:
             progress=progress,
         )
         # timm's convention. DeiT passes the epoch that has just ended, and so trains its first two at the same rate.
-        run.scheduler.step(epoch + 1, trained["loss"])
+        run.scheduler.step(epoch + 1)
         finish_epoch(run, log, epoch, {f"train_{name}": value for name, value in trained.items()})
     progress.close()
     if log is not None:
@@ -720,7 +741,8 @@ def train(run: Run) -> None:
 def finish_epoch(run: Run, log: "utils.EpochLog | None", epoch: int, numbers: dict[str, float]) -> None:
     """Evaluate, log, and write the weights and the checkpoint. Epoch −1 is before training."""
     numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model).items()}
-    if run.ema is not None and epoch >= 0 and not run.args.model_ema_force_cpu:
+    check_finite(numbers["test_loss"], f"the test loss is {numbers['test_loss']} after epoch {epoch}", run.optimizer)
+    if run.ema is not None and epoch >= 0:
         numbers |= {f"ema_test_{name}": value for name, value in evaluate_run(run, run.ema.module).items()}
     if utils.is_main():
         shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
@@ -736,14 +758,24 @@ def finish_epoch(run: Run, log: "utils.EpochLog | None", epoch: int, numbers: di
 
 def evaluate_run(run: Run, model: nn.Module) -> dict[str, float]:
     """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them."""
+    utils.share_buffers(model)
     if isinstance(model, models.AuxNet):
         model = model.to_vit()
-    return evaluate(model, run.test_loader, run.device, run.autocast)
+    if run.args.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
+        model = copy.deepcopy(model).to(run.device)  # the average stays where it is
+    progress = utils.Progress(len(run.test_loader), "evaluating")
+    numbers = evaluate(model, run.test_loader, run.device, run.autocast, progress)
+    progress.close()
+    return numbers
 
 
 def options_in_effect(args: argparse.Namespace) -> dict:
-    """Plain data that ``--config`` reads back."""
-    return {name: value for name, value in vars(args).items() if value is not None and name != "config"}
+    """Plain data with which ``--config`` repeats the run from its start."""
+    defaults = vars(option_parser().parse_args([]))
+    options = {name: value for name, value in vars(args).items() if name not in ("config", "resume", "start_epoch")}
+    # what was taken back with 'none' has to be taken back again
+    taken_back = {name: "none" for name, value in options.items() if value is None and defaults[name] is not None}
+    return {name: value for name, value in options.items() if value is not None} | taken_back
 
 
 def write_checkpoint(run: Run, epoch: int) -> None:

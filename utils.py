@@ -53,6 +53,13 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of the first: batch norm's statistics are of each process's own images."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 @contextmanager
 def errors_reported_once() -> Iterator[None]:
     """An InputError on any process ends all of them with status 2, said once, by the first that met it.

@@ -131,8 +131,9 @@ class Learngene:
                     raise InputError(f"{name} belongs to LeTs; this is a TLEG learngene, which has no such choice")
             weights = tleg.descend(self.tensors, self.config, arch)
         if num_classes not in (None, self.num_classes):
-            weights["head.weight"] = nn.init.trunc_normal_(torch.empty(num_classes, arch.width), std=0.02)
-            weights["head.bias"] = torch.zeros(num_classes)
+            head = weights["head.weight"]
+            weights["head.weight"] = nn.init.trunc_normal_(head.new_empty(num_classes, arch.width), std=0.02)
+            weights["head.bias"] = head.new_zeros(num_classes)
         if arch.img_size != self.arch.img_size:
             grid = arch.img_size // arch.patch_size
             weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], [grid, grid], num_prefix_tokens=0)
@@ -200,8 +201,8 @@ def fetch(path_or_url: str | os.PathLike) -> Path:
     name = hashlib.sha256(address.encode()).hexdigest()[:16] + "-" + Path(urlsplit(address).path).name
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(path))  # writes beside, then renames
         except OSError as error:
             raise InputError(f"{address} could not be downloaded: {error}") from error

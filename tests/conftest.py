@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 MAIN = TESTS.parent / "main.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # tests share few processors
+# Tests share few processors, and a GPU would be one for all processes of a run.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = 120  # a run that lasts longer hangs, and is ended
 
 

@@ -32,7 +32,7 @@ RESUMED = f"{LETS} {DISTIL} hard --epochs 2 --lr 5e-3 --log-interval 1"
 ALIKE = f"{LETS} --mixup 0 --cutmix 0 --drop-path 0 --lr 2e-3 --clip-grad 1"
 UNEVEN = f"--data-set FOLDER --data-path OUT/uneven --batch-size 4 --eval --model {AUX}"
 DESCEND = f"--des-arch {DES} --load-gene OUT"
-OPTIONS = "--mapping_layer 0,3,3 --mapping_layer_coeff=0,2,0 --opt-betas 0.9 0.98 --no-repeated-aug"
+OPTIONS = "--mapping_layer 0,3,3 --mapping_layer_coeff=0,2,0 --opt-betas 0.9 0.98 --no-repeated-aug --aa none"
 
 # name → options and number of processes; a phase needs what the one before it wrote. OUT/name is the output folder.
 PHASES = [
@@ -43,6 +43,8 @@ PHASES = [
         "float16": (f"{LETS} --amp-dtype float16", 1),
         "one": (f"{ALIKE} --batch-size 64", 1),
         "two": (f"{ALIKE} --batch-size 32", 2),
+        "accumulated": (f"{ALIKE} --batch-size 16 --accum-iter 2", 2),
+        "one-step": (f"--model {AUX} --batch-size 1400 --lr 1e30 --unscale-lr", 1),
         "uneven1": (UNEVEN, 1),
         "uneven2": (UNEVEN, 2),
         "uneven3": (UNEVEN, 3),
@@ -183,6 +185,7 @@ def test_des_net_without_training_loads_with_timm_alone(runs, method, tmp_path):
 def test_options_of_a_run_repeat_it(runs):
     recorded = yaml.safe_load((runs.folder("options") / "args.yaml").read_text())
     assert recorded["mapping_layer"] == [0, 3, 3]
+    assert recorded["aa"] == "none"
     assert [line["epoch"] for line in runs.log("options")] == [-1, 0]
     assert runs.log("again") == runs.log("options")
 
@@ -214,6 +217,13 @@ def test_resuming_gives_the_run_that_was_never_interrupted(runs, processes):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(parts / file).items())
 
 
+def test_weights_that_are_not_finite_are_not_written(runs):
+    """The loss of an epoch's only step is that of the weights before it."""
+    assert runs.outcomes["one-step"].codes == [1]
+    assert runs.outcomes["one-step"].stderr.startswith("error: the test loss is nan after epoch 0")
+    assert not (runs.out / "one-step" / "checkpoint.pth").exists()
+
+
 def stop_in_second_epoch(arguments: list[str], processes: int) -> None:
     """End a run as soon as it says that it is in epoch 1."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
@@ -226,12 +236,13 @@ def stop_in_second_epoch(arguments: list[str], processes: int) -> None:
         process.communicate()
 
 
-def test_two_processes_give_the_result_of_one(runs):
+@pytest.mark.parametrize("name", ["two", "accumulated"])
+def test_two_processes_give_the_result_of_one(runs, name):
     """The same images with the same augmentation in every step; mixup would pair others."""
-    one, two = (load_file(runs.folder(name) / "learngene.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4)
-    a, b = runs.log("one")[0], runs.log("two")[0]
+    one, two = (load_file(runs.folder(run) / "learngene.safetensors") for run in ("one", name))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=1e-4)
+    a, b = runs.log("one")[0], runs.log(name)[0]
     assert b["test_acc1"] == pytest.approx(a["test_acc1"], abs=0.3)  # an image on the border may fall either way
     assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
 
@@ -386,3 +397,32 @@ def test_learning_rate_follows_the_images_of_a_step():
     args.warmup_epochs = 0
     optimizer, _ = main.build_optimizer(args, models.create_model(AUX))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 256 / 512)
+
+
+def test_teacher_whose_filter_takes_the_weights_alone(tmp_path):
+    """timm's RegNets are DeiT's teachers."""
+    regnet = models.create_model("regnetx_002", num_classes=10)
+    torch.save({"model": regnet.state_dict()}, tmp_path / "teacher.pth")
+    options = ["--teacher-model", "regnetx_002", "--teacher-path", str(tmp_path / "teacher.pth"), "--input-size", "32"]
+    args = main.parse_options(["--distillation-type", "soft", *options])
+    teacher = main.build_teacher(args, 10, torch.device("cpu"))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(images), regnet.eval()(images))
+
+
+def test_pretrained_teacher_with_other_classes_is_refused():
+    args = main.parse_options(["--distillation-type", "soft", "--teacher-model", "levit_384", "--input-size", "224"])
+    with pytest.raises(models.InputError, match="levit_384 has 1000 classes as timm offers it, the data 100"):
+        main.build_teacher(args, 100, torch.device("cpu"))
+
+
+def test_schedule_follows_the_options_of_the_resumed_run(tmp_path):
+    """More --epochs on resuming stretch the cosine; the options of the first run do not stick."""
+    common = ["--data-set", "DIGITS", "--model", "deit_nano_patch8_16_L2_H1", "--warmup-epochs", "0", "--unscale-lr"]
+    run = main.set_up(main.parse_options([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)]))
+    main.write_checkpoint(run, 0)
+    more = ["--epochs", "4", "--lr", "2e-3", "--min-lr", "0", "--resume", str(tmp_path / "checkpoint.pth")]
+    resumed = main.set_up(main.parse_options([*common, *more]))
+    assert resumed.start_epoch == 1
+    expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
