@@ -85,7 +85,7 @@ def test_aux_layers_that_share_pair_and_row_are_equal():
 
 
 def test_expansion_against_the_formulas_one_weight_at_a_time():
-    """DESIGN of the method, written out for one layer without any stacking."""
+    """The formulas of the method, written out for one layer without any stacking."""
     aux_net = lets_aux()
     p, weights = dict(aux_net.named_parameters()), aux_net.expand()
     i, pair, row = 5, 5 // 4, 5 // 2  # Aux layer 5 of 8: pair 1 of 2, row 2 of 4
