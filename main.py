@@ -28,7 +28,6 @@ from models import InputError
 from samplers import ExactSampler, TrainSampler
 
 import torch
-import torch.distributed as dist
 import yaml
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -830,10 +829,9 @@ def main(argv: Sequence[str]) -> int:
     except NotFiniteError as error:
         if utils.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        utils.leave_together()
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    utils.leave_together()
     return 0
 
 

@@ -60,6 +60,13 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def leave_together() -> None:
+    """End the process group when all processes have come here: with older torch, one that is left alone can hang."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @contextmanager
 def errors_reported_once() -> Iterator[None]:
     """An InputError on any process ends all of them with status 2, said once, by the first that met it.
