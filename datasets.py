@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import zlib
 from collections.abc import Callable, Collection
 from functools import partial
@@ -15,7 +16,7 @@ from samplers import Key
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets as tv
 from torchvision import transforms
@@ -26,7 +27,8 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 class ArrayDataset(Dataset):
     """Grey images held in memory, (count, height, width) in 0…255, as three-channel pictures."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable | None = None):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], transform: Callable | None = None):
+        self.classes = classes
         self.images = [Image.fromarray(image).convert("RGB") for image in images.astype(np.uint8)]
         self.labels = labels.tolist()
         self.transform = transform
@@ -144,7 +146,7 @@ def fmnist(root: Path, is_train: bool, transform: Callable) -> Dataset:
     labels = _read_idx(folders, f"{part}-labels-idx1-ubyte")
     if len(images) != len(labels):
         raise InputError(f"--data-path {root} has {len(images)} {part} images, but {len(labels)} labels")
-    return ArrayDataset(images, labels, transform)
+    return ArrayDataset(images, labels, tv.FashionMNIST.classes, transform)
 
 
 def _read_idx(folders: tuple[Path, ...], name: str) -> np.ndarray:
@@ -165,14 +167,15 @@ def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
     labels = data.target
     parts = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     rows = parts[0 if is_train else 1]
-    return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], transform)
+    return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], list(map(str, range(10))), transform)
 
 
 def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
     """Oxford Flowers 102: the training and validation images to train, as is usual."""
-    if is_train:
-        return ConcatDataset([tv.Flowers102(root, split=split, transform=transform) for split in ("train", "val")])
-    return tv.Flowers102(root, split="test", transform=transform)
+    splits = ("train", "val") if is_train else ("test",)
+    dataset = ConcatDataset([tv.Flowers102(root, split=split, transform=transform) for split in splits])
+    dataset.classes = getattr(tv.Flowers102, "classes", list(map(str, range(1, 103))))  # newer torchvision has names
+    return dataset
 
 
 def _torchvision(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -202,8 +205,8 @@ DATA_SETS = {
 
 def build_dataset(
     name: str, path: str | None, is_train: bool, transform: Callable, inat_category: str = "name"
-) -> tuple[Dataset, int]:
-    """The training or the test images of a data set, and its number of classes.
+) -> tuple[Dataset, list[str]]:
+    """The training or the test images of a data set, and the names of its classes in the order of their labels.
 
     Raises:
         InputError: the path is missing or does not have the layout of the data set, a class is empty, or the classes
@@ -225,7 +228,19 @@ def build_dataset(
         # torchvision and the readers above meet a wrong layout in these ways
         reason = " ".join(str(error).split()).partition(". You can use download=True")[0]  # there is no such option
         raise InputError(f"--data-path {path} does not hold {name} in its usual layout: {reason}") from error
-    return dataset, num_classes or len(dataset.classes)
+    classes = list(dataset.classes)
+    if num_classes not in (None, len(classes)):
+        raise InputError(f"--data-path {path} has {len(classes)} classes, {name} has {num_classes}")
+    return dataset, classes
+
+
+def describe_classes(classes: list[str]) -> dict[str, str]:
+    """What class names mean that are WordNet's codes, as ImageNet's are; empty for other names."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return {}
+    wordnet = ImageNetInfo("imagenet-22k")
+    known = set(wordnet.label_names())
+    return {name: wordnet.label_name_to_description(name) for name in classes if name in known}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,16 +12,17 @@ import inspect
 import json
 import os
 import re
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import models
 import utils
-from datasets import DATA_SETS, INAT_CATEGORIES, SMALL, SeededDataset, build_dataset, build_transform
+from datasets import DATA_SETS, INAT_CATEGORIES, SMALL, SeededDataset, build_dataset, build_transform, describe_classes
 from engine import NotFiniteError, check_finite, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss
 from models import InputError
@@ -29,9 +30,9 @@ from samplers import ExactSampler, TrainSampler
 
 import torch
 import yaml
-from timm.data import Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import clean_state_dict, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
@@ -42,17 +43,27 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent
+CHANNELS = 3  # of every data set here; grey images are made so
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def about(options: str) -> Iterator[None]:
+    """Errors inside say which options they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{options}: {error}") from error
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, through the same door as every other error of the user's."""
 
     def error(self, message: str):
-        raise InputError(message)
+        raise InputError(message[:500])  # it repeats what was given, which a file can make as long as it likes
 
 
 def whole_numbers(text: str) -> list[int] | None:
@@ -108,7 +119,7 @@ def option_parser() -> Parser:
     g.add_argument("--src-arch", help="LeTs stage 1: the learngene, such as deit_small_patch16_224_L8")
     g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12")
     g.add_argument("--des-arch", help="stage 2: the Des-Net, such as deit_base_patch16_224_L12")
-    g.add_argument("--load-gene", help="stage 2: learngene file, published checkpoint, or http(s) address of one")
+    g.add_argument("--load-gene", help="stage 2: learngene file, published checkpoint, or address of one")
     g.add_argument("--gene-ema", action=flag, default=False, help="take model_ema of the learngene's checkpoint")
     g.add_argument("--mapping-layer", type=whole_numbers, help="LeTs stage 2: Aux layer of each layer, '0,1,4,…'")
     g.add_argument("--mapping-layer-coeff", type=whole_numbers, help="LeTs stage 2: Aux layer whose coefficients")
@@ -194,6 +205,7 @@ def option_parser() -> Parser:
 
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", help="where everything is written; default: nothing is")
+    g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload what was trained to the Hugging Face Hub")
     g.add_argument("--device", default="auto", help="auto, cuda or cpu")
     g.add_argument(
         "--amp-dtype",
@@ -243,12 +255,8 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
     file = Path(path)
     if not file.exists() and file.parts[:2] == ("/", "configs"):
         file = REPOSITORY / path.lstrip("/")
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    with about("--config"):
+        content = models.read_yaml(file) or {}
     if not isinstance(content, dict):
         raise InputError(f"--config {path} holds a {type(content).__name__}: expected lines of 'option: value'")
     arguments = []
@@ -259,17 +267,18 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
             raise InputError(
                 f"--config {path}: unknown key {key}{models.nearest(option, parser._option_string_actions)}"
             )
+        plain = not any(isinstance(v, (list, dict)) for v in (value if isinstance(value, list) else ()))
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
-                raise InputError(f"--config {path}: {key} is {value!r}, expected true or false")
+                raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected true or false")
             if value or isinstance(action, argparse.BooleanOptionalAction):
                 arguments.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, list) and action.nargs is not None:
+        elif isinstance(value, list) and plain and action.nargs is not None:
             arguments += [option, *map(str, value)]
-        elif isinstance(value, list) and action.type is whole_numbers:
+        elif isinstance(value, list) and plain and action.type is whole_numbers:
             arguments.append(f"{option}={','.join(map(str, value))}")
         elif isinstance(value, (list, dict, bool)):
-            raise InputError(f"--config {path}: {key} is {value!r}, expected a single value")
+            raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected a single value")
         elif value is not None:
             arguments.append(f"{option}={value}")
     return arguments
@@ -360,20 +369,11 @@ def input_size_of(args: argparse.Namespace, name: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def about(options: str) -> Iterator[None]:
-    """Errors inside say which options they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{options}: {error}") from error
-
-
-def build_model(args: argparse.Namespace, kind: str, num_classes: int) -> nn.Module:
-    """The model of the run: an Aux-Net, a Des-Net, or any model of timm's."""
+def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: models.Learngene | None) -> nn.Module:
+    """The model of the run: an Aux-Net, a Des-Net of ``gene``, or any model of timm's."""
     size = dict(img_size=args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
-    if kind == "descend":
-        return build_des_net(args, num_classes, **size)
+    if gene is not None:
+        return build_des_net(args, num_classes, gene, **size)
     if kind == "lets":
         with about(f"--src-arch {args.src_arch} --tgt-arch {args.tgt_arch}"):
             return models.create_aux_net(
@@ -394,19 +394,43 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int) -> nn.Mod
     return model
 
 
-def build_des_net(args: argparse.Namespace, num_classes: int, **size) -> nn.Module:
-    option = f"--des-arch {args.des_arch}" if args.des_arch else f"--model {args.model}"
-    with about(option):
-        arch = models.parse_arch(args.des_arch or args.model)
-    gene = models.load_learngene(args.load_gene, head_dim=arch.head_dim, use_ema=args.gene_ema)
+def load_gene(args: argparse.Namespace) -> models.Learngene:
+    """The learngene of stage 2. A published one does not say the size of its heads: the Des-Net's is taken."""
+    with about(des_option(args)):
+        head_dim = models.parse_arch(args.des_arch or args.model).head_dim
+    with about("--load-gene"):
+        gene = models.load_learngene(args.load_gene, head_dim=head_dim, use_ema=args.gene_ema)
+    say(f"{args.load_gene}: {gene}")
+    return gene
+
+
+def des_option(args: argparse.Namespace) -> str:
+    return f"--des-arch {args.des_arch}" if args.des_arch else f"--model {args.model}"
+
+
+def build_des_net(
+    args: argparse.Namespace, num_classes: int, gene: models.Learngene, img_size: int, **rates
+) -> nn.Module:
+    """The Des-Net, and a line for each part of it that does not come from the learngene as it is."""
+    with about(des_option(args)):
+        arch = replace(models.parse_arch(args.des_arch or args.model), img_size=img_size)
+        mapping = args.mapping_layer, args.mapping_layer_coeff, args.width_select
+        des_net = gene.descend(arch, *mapping, num_classes=num_classes, in_chans=CHANNELS, **rates)
+    if gene.num_classes != num_classes:
+        say(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
+    if gene.arch.patch_size != arch.patch_size:
+        say(f"patches of {gene.arch.patch_size} pixels in the learngene, {arch.patch_size} here: they are resampled")
+    if gene.arch.num_patches != arch.num_patches:
+        say(f"{gene.arch.num_patches} patches in the learngene, {arch.num_patches} here: their positions are resampled")
+    if gene.config["in_chans"] != CHANNELS:
+        say(f"{gene.config['in_chans']} channel(s) in the learngene, {CHANNELS} here: the patch embedding is adapted")
+    return des_net
+
+
+def say(line: str) -> None:
+    """Print a line once, however many processes there are."""
     if utils.is_main():
-        print(f"{args.load_gene}: {gene}")
-        if gene.num_classes != num_classes:
-            print(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
-    with about(option):
-        return gene.descend(
-            arch, args.mapping_layer, args.mapping_layer_coeff, args.width_select, num_classes=num_classes, **size
-        )
+        print(line, flush=True)
 
 
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:
@@ -443,30 +467,58 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
     Args:
         other_head: whether a head for another number of classes is left out, or an error.
     """
-    path = models.fetch(source)
-    content = models.read_checkpoint(path)["model"]
-    weights = clean_state_dict(content.get("state_dict", content))
-    if isinstance(model, models.AuxNet):  # not timm's, and its head depends on no number of classes but its own
-        return utils.load_weights(model, weights, f"{option} {source}")
+    with about(option):
+        if isinstance(model, models.AuxNet):
+            gene = models.load_learngene(source, head_dim=model.arch.head_dim)
+            say(f"{source}: {gene}")
+            return utils.load_weights(model, gene.tensors, f"{option} {source}")
+        path = models.fetch(source)
+        weights = models.fuse_qkv(models.weights_of(models.read_checkpoint(path), path))
+    with about(f"{option} {source}"):
+        weights = fit_head(fit_images(weights, model, source), model, source, other_head)
+    utils.load_weights(model, weights, f"{option} {source}")
+
+
+def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:
+    """Weights of another implementation, resolution or number of channels, fitted to ``model`` by timm's functions."""
     module = sys.modules[type(model).__module__]
     filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
+    positions = weights.get("pos_embed")
     if filter_fn is not None:
         try:
             takes_model = len(inspect.signature(filter_fn).parameters) > 1  # as most, but not all of timm's do
             weights = filter_fn(weights, model) if takes_model else filter_fn(weights)
-        except (AttributeError, KeyError, RuntimeError, AssertionError) as error:
-            raise InputError(f"{option} {source} does not fit {type(model).__name__}: {error}") from error
-    classifiers = model.pretrained_cfg["classifier"]
-    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
+            raise InputError(f"does not fit {type(model).__name__}: {models.in_a_line(e)}") from e
+    if positions is not None and "pos_embed" in weights and positions.shape != weights["pos_embed"].shape:
+        before, now = tuple(positions.shape), tuple(weights["pos_embed"].shape)
+        say(f"{source} has positions {before}, here are {now}: they are resampled")
+    for name in as_list(model.pretrained_cfg.get("first_conv")):
+        kernel, own = weights.get(f"{name}.weight"), model.get_submodule(name).weight
+        if kernel is not None and kernel.ndim == own.ndim == 4 and kernel.shape[1] != own.shape[1]:
+            say(f"{source} is for images of {kernel.shape[1]} channel(s), here are {own.shape[1]}: it is adapted")
+            weights = {**weights, f"{name}.weight": models.adapt_channels(kernel, own.shape[1])}
+    return weights
+
+
+def fit_head(
+    weights: dict[str, torch.Tensor], model: nn.Module, source: str, other_head: bool
+) -> dict[str, torch.Tensor]:
+    """The head of ``model`` in place of one for another number of classes, which is an error without ``other_head``."""
+    for name in as_list(model.pretrained_cfg["classifier"]):
         head = weights.get(f"{name}.weight")
-        if head is not None and head.shape[0] != model.num_classes:
+        if head is not None and head.ndim and head.shape[0] != model.num_classes:
             if not other_head:
-                raise InputError(f"{option} {source} has {head.shape[0]} classes, the data {model.num_classes}")
-            if utils.is_main():
-                print(f"{source} has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
+                raise InputError(f"has {head.shape[0]} classes, the data {model.num_classes}")
+            say(f"{source} has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
             fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
             weights = {**weights, **fresh}
-    utils.load_weights(model, weights, f"{option} {source}")
+    return weights
+
+
+def as_list(names: str | Sequence[str] | None) -> Sequence[str]:
+    """Names as timm's configurations give them: one, several, or none."""
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
@@ -511,6 +563,7 @@ class Run:
     autocast: AbstractContextManager
     train_loader: DataLoader
     test_loader: DataLoader
+    classes: list[str]
     model: nn.Module
     ema: ModelEmaV3 | None
     mixup: Mixup | None
@@ -519,6 +572,8 @@ class Run:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     start_epoch: int
+    log: "utils.EpochLog | None" = None
+    facts: dict[str, object] = field(default_factory=dict)
 
 
 def set_up(args: argparse.Namespace) -> Run:
@@ -529,12 +584,16 @@ def set_up(args: argparse.Namespace) -> Run:
     """
     kind = kind_of_run(args)
     output_dir = writable_folder(args.output_dir)
+    check_upload(args)
     device = device_of(args)
     autocast, half = autocast_of(args, device)
     args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
     random_seed(args.seed)
-    train_loader, test_loader, num_classes = build_loaders(args, device)
-    model = build_model(args, kind, num_classes).to(device)
+    gene = load_gene(args) if kind == "descend" else None
+    facts = facts_of(args, gene)
+    train_loader, test_loader, classes = build_loaders(args, device)
+    num_classes = len(classes)
+    model = build_model(args, kind, num_classes, gene).to(device)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -552,6 +611,7 @@ def set_up(args: argparse.Namespace) -> Run:
         autocast=autocast,
         train_loader=train_loader,
         test_loader=test_loader,
+        classes=classes,
         model=model,
         ema=build_ema(args, model),
         mixup=mixup,
@@ -560,11 +620,14 @@ def set_up(args: argparse.Namespace) -> Run:
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=half),
         start_epoch=args.start_epoch,
+        facts=facts,
     )
     if args.resume:
         resume(run)
     # The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
     run.scheduler.step(run.start_epoch)
+    if output_dir is not None and not args.eval:
+        run.log = utils.EpochLog(output_dir, run.start_epoch)
     return run
 
 
@@ -581,8 +644,8 @@ def writable_folder(path: str | None) -> Path | None:
         raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from error
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, DataLoader, int]:
-    """Training and test images in batches, and the number of classes."""
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, DataLoader, list[str]]:
+    """Training and test images in batches, and the names of the classes."""
     sets = []
     for is_train in (True, False):
         transform = build_transform(
@@ -598,9 +661,11 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataL
             eval_crop_ratio=args.eval_crop_ratio,
         )
         sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category))
-    (train, num_classes), (test, test_classes) = sets
-    if num_classes != test_classes:
-        raise InputError(f"--data-path {args.data_path}: {num_classes} classes to train, {test_classes} to test")
+    (train, classes), (test, test_classes) = sets
+    if classes != test_classes:
+        raise InputError(
+            f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
+        )
     if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
         raise InputError(
             f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
@@ -620,7 +685,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataL
     test_loader = DataLoader(
         test, batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
     )
-    return train_loader, test_loader, num_classes
+    return train_loader, test_loader, classes
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
@@ -667,26 +732,38 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
 
 
 def resume(run: Run) -> None:
-    """Continue from a checkpoint of this program; with --eval only the weights are taken."""
+    """Continue from a checkpoint of this program or a published one; with --eval only the weights are taken."""
     path = models.fetch(run.args.resume)
     content = models.read_checkpoint(path)
+    head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
+    with about("--resume"):
+        rename = models.published_names(content, path, head_dim)
+        weights = rename(models.weights_of(content, path))
     head = "head_weight" if isinstance(run.model, models.AuxNet) else f"{run.model.pretrained_cfg['classifier']}.weight"
-    found, expected = (w[head].shape[0] if head in w else None for w in (content["model"], run.model.state_dict()))
+    found, expected = (w[head].shape[0] if head in w else None for w in (weights, run.model.state_dict()))
     if None not in (found, expected) and found != expected:
         raise InputError(f"--resume {path} has {found} classes, the data {expected}")
-    utils.load_weights(run.model, content["model"], f"--resume {path}")
+    utils.load_weights(run.model, weights, f"--resume {path}")
     if run.args.eval:
         return
     try:
-        run.optimizer.load_state_dict(content["optimizer"])
+        names = utils.parameter_names(run.optimizer, run.model)
+        state = content["optimizer"]["state"]
+        if models.is_published(content):
+            state = models.published_moments(state, models.weights_of(content, path), rename, names)
+        utils.load_optimizer_state(run.optimizer, state, names)
+        if run.ema is not None:
+            average = rename(models.weights_of(content, path, "model_ema"))
+            utils.load_weights(run.ema.module, average, f"--resume {path} (model_ema)")
         if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
             run.scaler.load_state_dict(content["scaler"])
-        if run.ema is not None:
-            utils.load_weights(run.ema.module, content["model_ema"], f"--resume {path} (model_ema)")
+        if type(content["epoch"]) is not int or not 0 <= content["epoch"] < 10**6:
+            raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
         run.start_epoch = content["epoch"] + 1
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"--resume {path} holds no training state that fits these options ({error}): --finetune takes weights alone"
+            f"--resume {path} holds no training state that fits these options ({models.in_a_line(error)}): "
+            "--finetune takes weights alone"
         ) from error
 
 
@@ -698,13 +775,11 @@ def train(run: Run) -> None:
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
     if args.compile:
         model = torch.compile(model)
-    log = None
     if run.output_dir is not None:
         with models.written_whole(run.output_dir / "args.yaml") as unfinished:
             Path(unfinished).write_text(yaml.safe_dump(options_in_effect(args)))
-        log = utils.EpochLog(run.output_dir, run.start_epoch)
     if run.start_epoch == 0 and (run.kind == "descend" or args.epochs == 0):
-        finish_epoch(run, log, -1, {})  # what the initialisation alone gives
+        finish_epoch(run, -1, {})  # what the initialisation alone gives
     if run.start_epoch >= args.epochs > 0 and utils.is_main():
         print(f"nothing left to train: epoch {run.start_epoch} of --epochs {args.epochs} has been reached")
     steps = len(run.train_loader)
@@ -731,13 +806,13 @@ def train(run: Run) -> None:
         )
         # timm's convention. DeiT passes the epoch that has just ended, and so trains its first two at the same rate.
         run.scheduler.step(epoch + 1)
-        finish_epoch(run, log, epoch, {f"train_{name}": value for name, value in trained.items()})
+        finish_epoch(run, epoch, {f"train_{name}": value for name, value in trained.items()})
     progress.close()
-    if log is not None:
-        log.close()
+    if run.log is not None:
+        run.log.close()
 
 
-def finish_epoch(run: Run, log: "utils.EpochLog | None", epoch: int, numbers: dict[str, float]) -> None:
+def finish_epoch(run: Run, epoch: int, numbers: dict[str, float]) -> None:
     """Evaluate, log, and write the weights and the checkpoint. Epoch −1 is before training."""
     numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model).items()}
     check_finite(numbers["test_loss"], f"the test loss is {numbers['test_loss']} after epoch {epoch}", run.optimizer)
@@ -746,13 +821,13 @@ def finish_epoch(run: Run, log: "utils.EpochLog | None", epoch: int, numbers: di
     if utils.is_main():
         shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
         tqdm.write(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
-    if log is None:
+    if run.log is None:
         return
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     write_weights(run)
     if epoch >= 0:
         write_checkpoint(run, epoch)
-    log.add({**numbers, "epoch": epoch, "n_parameters": parameters})
+    run.log.add({**numbers, "epoch": epoch, "n_parameters": parameters})
 
 
 def evaluate_run(run: Run, model: nn.Module) -> dict[str, float]:
@@ -800,23 +875,119 @@ def write_weights(run: Run) -> None:
         options = options_in_effect(run.args)
         models.Learngene.of(run.model, options).save(run.output_dir / "learngene.safetensors")
         if run.ema is not None:
-            models.Learngene.of(run.ema.module, options).save(run.output_dir / "learngene_ema.safetensors")
+            models.Learngene.of(run.ema.module, options, averaged=True).save(
+                run.output_dir / "learngene_ema.safetensors"
+            )
         return
-    name, size, crop = run.args.des_arch or run.args.model, run.args.input_size, run.args.eval_crop_ratio
-    if DATA_SETS[run.args.data_set][2] is not None and size <= SMALL:
-        crop = 1.0  # small images are used whole
-    if models.follows_grammar(name):
-        arguments = models.timm_kwargs(replace(models.parse_arch(name), img_size=size))
-        name = "vit_base_patch16_224"
+    name, size = run.args.des_arch or run.args.model, run.args.input_size
+    small = DATA_SETS[run.args.data_set][2] is not None and size <= SMALL  # small images are used whole
+    models.save_model(
+        run.model,
+        run.output_dir,
+        replace(models.parse_arch(name), img_size=size) if models.follows_grammar(name) else name,
+        model_args={"img_size": size} if not models.follows_grammar(name) and wants_size(name) else {},
+        data_config={
+            "input_size": [CHANNELS, size, size],
+            "crop_pct": 1.0 if small else run.args.eval_crop_ratio,
+            "crop_mode": "squash" if small else "center",
+            "interpolation": "bicubic",  # of every evaluation here, whatever timm records for the architecture
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+        },
+        label_names=run.classes,
+        label_descriptions=describe_classes(run.classes),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From and to other machines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fetch_addresses(args: argparse.Namespace) -> None:
+    """Download what options name by address, once per machine, after the options are known to fit each other."""
+    kind_of_run(args)
+    on_hub = "learngene_ema.safetensors" if args.gene_ema else "learngene.safetensors"
+    sources = {
+        "--load-gene": (args.load_gene, on_hub),
+        "--finetune": (args.finetune, "model.safetensors"),
+        "--resume": (args.resume, "checkpoint.pth"),
+        "--teacher-path": (args.teacher_path, "model.safetensors"),
+    }
+    for option, (source, name) in sources.items():
+        if source and is_address(source) and utils.local_rank() == 0:
+            with about(option):
+                models.fetch(source, on_hub=name)
+
+
+def check_upload(args: argparse.Namespace) -> None:
+    """Raises InputError where --push-to-hub cannot succeed."""
+    if args.push_to_hub is None:
+        return
+    if args.output_dir is None or args.eval:
+        found = "--eval writes nothing" if args.eval else "--output-dir is missing"
+        raise InputError(f"--push-to-hub uploads what a run writes into --output-dir: {found}")
+    if utils.is_main():
+        with about("--push-to-hub"):
+            models.check_upload(args.push_to_hub)
+
+
+def facts_of(args: argparse.Namespace, gene: models.Learngene | None) -> dict[str, object]:
+    """Where the weights of a run come from, for its model card."""
+    if args.src_arch:
+        return {"learngene": args.src_arch, "Aux-Net": args.tgt_arch}
+    facts = {"architecture": args.des_arch or args.model, "finetuned from": args.finetune and public(args.finetune)}
+    if gene is not None:
+        facts |= {
+            "learngene": gene,
+            "its file": public(args.load_gene),
+            "width selection": args.width_select,
+        }
+        if gene.method == "lets":
+            with about(des_option(args)):
+                depth = models.parse_arch(args.des_arch or args.model).depth
+                mapping = models.mapping_or_default(gene.config, depth, args.mapping_layer, args.mapping_layer_coeff)
+            facts |= dict(zip(("mapping_layer", "mapping_layer_coeff"), mapping, strict=True))
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def public(source: str) -> str:
+    """An address, or the name of a file without the folders of this machine."""
+    return source if is_address(source) else Path(source).name
+
+
+def is_address(source: str) -> bool:
+    return source.startswith(("http://", "https://", "hf-hub:"))
+
+
+def push(run: Run) -> None:
+    """Upload the output folder with a card."""
+    args = run.args
+    source = f"hf-hub:{args.push_to_hub}"
+    if isinstance(run.model, models.AuxNet):
+        usage = f'import models\n\ngene = models.load_learngene("{source}")'
     else:
-        arguments = {"img_size": size} if wants_size(name) else {}
-    utils.save_for_timm(run.model, run.output_dir, name, arguments, size, crop)
+        usage = f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)'
+    facts = {**run.facts, "data": f"{args.data_set}, {len(run.classes)} classes, {args.input_size} pixels"}
+    teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
+    facts["teacher"] = teacher if args.distillation_type != "none" else "none"
+    facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
+    own = ("data_path", "output_dir", "load_gene", "finetune", "teacher_path")
+    options = {name: value for name, value in options_in_effect(args).items() if name not in own}
+    card = models.model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, options, usage)
+    with models.written_whole(run.output_dir / "README.md") as unfinished:
+        Path(unfinished).write_text(card)
+    with about("--push-to-hub"):
+        say(f"uploaded: {models.upload(run.output_dir, args.push_to_hub)}")
 
 
 def main(argv: Sequence[str]) -> int:
     utils.init_distributed()
     with utils.errors_reported_once():
-        run = set_up(parse_options(argv))
+        args = parse_options(argv)
+        fetch_addresses(args)
+    with utils.errors_reported_once():  # the other processes of a machine find what the first has fetched
+        run = set_up(args)
     if utils.is_main():
         print(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)", flush=True)
     try:
@@ -831,6 +1002,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         utils.leave_together()
         return 1
+    with utils.errors_reported_once():
+        if run.args.push_to_hub and utils.is_main():
+            push(run)
     utils.leave_together()
     return 0
 

@@ -12,7 +12,6 @@ from models import InputError, written_whole
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -117,34 +116,34 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(weights)
 
 
-def save_for_timm(
-    model: nn.Module, folder: Path, architecture: str, model_args: dict, input_size: int, crop_ratio: float
-) -> None:
-    """``model.safetensors`` and ``config.json``, from which timm alone makes the model and its transform.
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """The names of the optimiser's parameters in the order in which its state dict numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping, names: list[str]) -> None:
+    """Take over an optimiser's ``state``; learning rate, decay and the like stay those of the options.
 
     Args:
-        architecture: a name of timm's registry.
-        model_args: what its entry needs to make the same model; plain data.
-        crop_ratio: the part of an image's side that the evaluation crop keeps.
+        names: of the parameters, in the order of their numbers.
+
+    Raises:
+        InputError: the state is not that of these parameters.
     """
-    kept = ("mean", "std", "interpolation", "first_conv", "classifier", "fixed_input_size", "pool_size")
-    known = dict(model.pretrained_cfg)
-    config = {
-        "architecture": architecture,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "model_args": model_args,
-        "pretrained_cfg": {
-            "num_classes": model.num_classes,
-            "input_size": [3, input_size, input_size],
-            "crop_pct": crop_ratio,
-            **{key: known[key] for key in kept if known.get(key) is not None},
-        },
-    }
-    with written_whole(folder / "model.safetensors") as unfinished:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, unfinished)
-    with written_whole(folder / "config.json") as unfinished:
-        Path(unfinished).write_text(json.dumps(config, indent=2) + "\n")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    needed = (
+        {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) else set()
+    )
+    for number, values in state.items():
+        if missing := needed - values.keys():
+            raise InputError(f"its optimizer has no {min(missing)} of {names[number]}")
+        for name in values.keys() & {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "step"}:
+            value = values[name]
+            shape = () if name == "step" else parameters[number].shape
+            if not isinstance(value, Tensor) or value.shape != shape or not value.sum().isfinite():
+                raise InputError(f"its optimizer's {name} of {names[number]} is not that of this model")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,8 +192,11 @@ class EpochLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.curves = folder / "log.txt", folder / "curves.png"
-        lines = self.path.read_text().splitlines() if start_epoch > 0 and self.path.is_file() else []
-        self.epochs = [line for line in map(json.loads, lines) if line["epoch"] < start_epoch]
+        try:
+            lines = self.path.read_text().splitlines() if start_epoch > 0 and self.path.is_file() else []
+            self.epochs = [line for line in map(json.loads, lines) if line["epoch"] < start_epoch]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{self.path} cannot be continued ({error}): expected a JSON object per line") from error
         self._write()
         self.events = SummaryWriter(str(folder), purge_step=start_epoch)
 

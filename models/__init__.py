@@ -11,16 +11,22 @@ import timm
 from torch import nn
 
 from .aux_net import AuxNet
-from .learngene import Learngene, fetch, load_learngene, read_checkpoint, to_published, written_whole
-from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, WIDTH_SELECTIONS, LeTs
+from .files import fetch, read_checkpoint, read_json, read_yaml, weights_of, written_whole
+from .directory import read_model, save_model
+from .hub import check_upload, model_card, upload
+from .learngene import Learngene, load_learngene, save_published, to_published
+from .published import fuse_qkv, is_published, published_moments, published_names
+from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, WIDTH_SELECTIONS, LeTs, mapping_or_default
 from .tleg import TLEG
 from .vit import (
     GRAMMAR,
     PUBLISHED_NAMES,
     InputError,
     ViTArch,
+    adapt_channels,
     create_vit,
     follows_grammar,
+    in_a_line,
     is_aux_name,
     nearest,
     parse_arch,
@@ -37,18 +43,34 @@ __all__ = [
     "LeTs",
     "Learngene",
     "ViTArch",
+    "adapt_channels",
+    "check_upload",
     "create_aux_net",
     "create_model",
     "create_vit",
     "fetch",
     "follows_grammar",
+    "fuse_qkv",
+    "in_a_line",
     "is_aux_name",
+    "is_published",
     "load_learngene",
+    "mapping_or_default",
+    "model_card",
     "nearest",
     "parse_arch",
+    "published_moments",
+    "published_names",
     "read_checkpoint",
+    "read_json",
+    "read_model",
+    "read_yaml",
+    "save_model",
+    "save_published",
     "timm_kwargs",
     "to_published",
+    "upload",
+    "weights_of",
     "written_whole",
 ]
 

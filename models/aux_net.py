@@ -14,7 +14,7 @@ from .vit import ViTArch, create_vit
 
 
 class WeightsOnMeta(TorchFunctionMode):
-    """Within this context new weights are on the meta device: shapes without numbers.
+    """Within this context new weights are on the meta device: shapes without numbers, which nothing is computed for.
 
     ``with torch.device("meta")`` would do, but for `torch.linspace`, whose numbers timm ≤ 1.0.15 reads as drop-path
     rates.
@@ -22,8 +22,13 @@ class WeightsOnMeta(TorchFunctionMode):
 
     CONSTRUCTORS = (torch.empty, torch.ones, torch.zeros, torch.rand, torch.randn, torch.randint)
 
+    INITIALISERS = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        tensor = args[0] if args else kwargs.get("tensor")
+        if func.__name__ in self.INITIALISERS and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
         if func in self.CONSTRUCTORS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

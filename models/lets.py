@@ -325,14 +325,22 @@ def descend(
             f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
         )
     layers_per_pair = tgt.depth // (src.depth // 2)
-    if mapping_layer is None and mapping_layer_coeff is None:
-        mapping_layer, mapping_layer_coeff = default_mapping(arch.depth, tgt.depth, layers_per_pair, layers_per_row)
-    check_mapping(mapping_layer, mapping_layer_coeff, arch.depth, tgt.depth)
-    layers = [
-        (a // layers_per_pair, r // layers_per_row) for a, r in zip(mapping_layer, mapping_layer_coeff, strict=True)
-    ]
+    mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff)
+    layers = [(a // layers_per_pair, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
     plan = depth_plan(layers, p["g"].shape[1], src.depth // 2, device=p["g"].device)
     return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
+
+
+def mapping_or_default(
+    config: dict, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, the default ones."""
+    aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]
+    if layer is None and coeff is None:
+        layers_per_pair = aux_depth // (config["src_arch"]["depth"] // 2)
+        return default_mapping(depth, aux_depth, layers_per_pair, layers_per_row)
+    check_mapping(layer, coeff, depth, aux_depth)
+    return layer, coeff
 
 
 def default_mapping(

@@ -5,6 +5,7 @@ aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from functools import partial
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv, build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 # width and number of heads of each size; nano and micro are for small images
 SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+MAX_DEPTH = 512  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
 AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a depth
 
 GRAMMAR = (
@@ -40,6 +43,11 @@ class InputError(ValueError):
     """Something that the user can put right, said in one sentence."""
 
 
+def in_a_line(error: Exception) -> str:
+    """What an error of a library says, short enough for one sentence of ours; some add a stack trace."""
+    return " ".join(str(error).split())[:300]
+
+
 @dataclass(frozen=True)
 class ViTArch:
     """The sizes of a ViT. ``width`` is in neurons, ``patch_size`` and ``img_size`` in pixels."""
@@ -53,6 +61,8 @@ class ViTArch:
     def __post_init__(self):
         if min(self.width, self.depth, self.num_heads, self.patch_size, self.img_size) < 1:
             raise InputError(f"every size of an architecture is at least 1, not as in {self}")
+        if self.depth > MAX_DEPTH:
+            raise InputError(f"{self.depth} layers are too many: at most {MAX_DEPTH}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} cannot be divided among {self.num_heads} heads")
         if self.img_size < self.patch_size:
@@ -137,6 +147,37 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
         feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **sizes,
     )
+
+
+def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
+    """The kernel (out, in, height, width) of a first convolution for images of ``in_chans`` channels.
+
+    timm's rule: summed for one channel, else repeated and rescaled. A kernel of one channel is first spread evenly over
+    three, which changes nothing for grey images.
+
+    Raises:
+        InputError: the kernel has another number of channels than 1, 3 or ``in_chans``.
+    """
+    found = kernel.shape[1]
+    if found == in_chans:
+        return kernel
+    if found not in (1, 3):
+        raise InputError(f"weights for images of {found} channels cannot be used for {in_chans}: expected 1 or 3")
+    return adapt_input_conv(in_chans, kernel if found == 3 else kernel.repeat(1, 3, 1, 1) / 3)
+
+
+def adapt_to_images(weights: dict[str, Tensor], arch: ViTArch, in_chans: int) -> dict[str, Tensor]:
+    """The state dict of a ViT for images, patches and channels other than those that it was trained with.
+
+    Patch embedding and position embedding are resampled with timm's functions; ``arch`` says to what.
+    """
+    patch, position = weights["patch_embed.proj.weight"], weights["pos_embed"]
+    if patch.shape[-1] != arch.patch_size:
+        patch = resample_patch_embed(patch, [arch.patch_size, arch.patch_size])
+    if position.shape[1] != arch.num_patches:
+        grid = math.isqrt(arch.num_patches)
+        position = resample_abs_pos_embed(position, [grid, grid], num_prefix_tokens=0)
+    return {**weights, "patch_embed.proj.weight": adapt_channels(patch, in_chans), "pos_embed": position}
 
 
 def timm_kwargs(arch: ViTArch) -> dict:

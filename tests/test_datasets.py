@@ -32,8 +32,8 @@ PIXELS = transforms.PILToTensor()
 
 def read(name: str, root: Path | None, is_train: bool, **kwargs) -> tuple[list[tuple[Tensor, int]], int]:
     """All images and labels, and the number of classes."""
-    dataset, num_classes = build_dataset(name, root and str(root), is_train, PIXELS, **kwargs)
-    return [dataset[i] for i in range(len(dataset))], num_classes
+    dataset, classes = build_dataset(name, root and str(root), is_train, PIXELS, **kwargs)
+    return [dataset[i] for i in range(len(dataset))], len(classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ CASES = {
     "yaml_list": Case(f"{PLAIN} --config FILES/list.yaml", ("list.yaml", "lr", "[1, 2]", "single value")),
     "yaml_text": Case(f"{PLAIN} --config FILES/text.txt", ("--config", "text.txt", "option: value")),
     "yaml_broken": Case(f"{PLAIN} --config FILES/broken.yaml", ("--config", "broken.yaml", "not YAML")),
+    "yaml_code": Case(f"{PLAIN} --config FILES/code.yaml", ("--config", "code.yaml", "python/object"), BOTH),
+    "yaml_alias": Case(f"{PLAIN} --config FILES/alias.yaml", ("--config", "alias.yaml", "aliases")),
     "yaml_missing": Case(f"{PLAIN} --config FILES/no.yaml", ("--config", "no.yaml", "No such file")),
     # architectures
     "architecture": Case(
@@ -141,6 +143,7 @@ CASES = {
     ),
     "gene_code": Case(f"{DESCEND} --load-gene FILES/trap.pth", ("trap.pth", "refused", "open"), BOTH),
     "gene_code_legacy": Case(f"{DESCEND} --load-gene FILES/trap.tar", ("trap.tar", "refused", "open")),
+    "gene_code_suffix": Case(f"{DESCEND} --load-gene FILES/trap.safetensors", ("trap.safetensors", "refused", "open")),
     "gene_code_pickle": Case(f"{DESCEND} --load-gene FILES/trap.pkl", ("trap.pkl", "weights")),
     # Des-Nets
     "tleg_mapping": Case(
@@ -191,7 +194,6 @@ CASES = {
     "head_size": Case(
         f"{DIGITS} --des-arch deit_tiny_patch8_32_L4_H1 {LETS}", ("--des-arch", "64", "32", "heads"), BOTH
     ),
-    "patch_size": Case(f"{DIGITS} --des-arch deit_nano_patch4_32_L4_H2 {LETS}", ("--des-arch", "4 pixels", "8")),
     # checkpoints
     "resume_missing": Case(f"{PLAIN} --resume FILES/no.pth", ("no.pth", "missing", "weights")),
     "resume_classes": Case(
@@ -279,6 +281,8 @@ def make_files(files: Path) -> None:
     (files / "flag.yaml").write_text("pin_mem: 3\n")
     (files / "list.yaml").write_text("lr: [1, 2]\n")
     (files / "broken.yaml").write_text("epochs: [1\nlr: 2\n")
+    (files / "code.yaml").write_text(f"epochs: !!python/object/apply:builtins.open ['{files / 'marker'}', w]\n")
+    (files / "alias.yaml").write_text("lr: &rate 1e-3\nmin-lr: *rate\n")
 
     trees = {
         "good": (dict(ant=1, bat=1), dict(ant=1, bat=1)),
@@ -324,6 +328,7 @@ def make_files(files: Path) -> None:
 
     trap = {"model": ten, "args": Trap(files / "marker")}
     torch.save(trap, files / "trap.pth")
+    torch.save(trap, files / "trap.safetensors")
     torch.save(trap, files / "trap.tar", _use_new_zipfile_serialization=False)
     (files / "trap.pkl").write_bytes(pickle.dumps(trap))
 

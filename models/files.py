@@ -1,0 +1,304 @@
+"""Files that somebody else may have written: fetched from addresses, read without running code from them.
+
+Also the other direction: a file is written whole or not at all.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+import yaml
+from filelock import FileLock
+from safetensors import safe_open
+from timm.models import clean_state_dict
+from torch import Tensor
+from tqdm import tqdm
+
+from .hub import from_hub
+from .vit import InputError, in_a_line
+
+TEXT_LIMIT = 2**20  # bytes of a YAML or JSON file; those of this program have a thousandth of it
+NESTING_LIMIT = 20  # of YAML, which takes quadratic time to read
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fetch(source: str | os.PathLike, on_hub: str = "model.safetensors", timeout: float = 30.0) -> Path:
+    """A local path for a path or an address; what has to be downloaded is kept for the next time.
+
+    Args:
+        source: a path; ``http(s)://…``, perhaps with ``#sha256=`` and 64 digits that the file has to have; or
+            ``hf-hub:owner/name[/file][@revision]``.
+        on_hub: which file of a Hugging Face repository is meant where the address does not name one.
+        timeout: seconds without an answer after which an ``http(s)`` server is given up.
+
+    Raises:
+        InputError: there is no such file, or the address gave none.
+    """
+    address = str(source)
+    if address.startswith("hf-hub:"):
+        return from_hub(address, on_hub)
+    if address.startswith(("http://", "https://")):
+        return _download(address, timeout)
+    path = Path(address)
+    if not path.is_file():
+        raise InputError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: expected a file of weights")
+    return path
+
+
+def _download(address: str, timeout: float) -> Path:
+    """Into torch's hub folder, under a name that follows from the address."""
+    url, _, fragment = address.partition("#")
+    if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
+        raise InputError(f"{address} ends in #{fragment}: expected #sha256= and 64 hexadecimal digits, or nothing")
+    expected = fragment.removeprefix("sha256=").lower()
+    try:
+        name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(urlsplit(url).path).name
+    except ValueError as error:
+        raise InputError(f"{url} is no address: {error}") from error
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # other processes wait, and then find the file
+            if not (path.exists() and expected in ("", sha256(path))):
+                _receive(url, path.with_name(name + ".part"), timeout)
+                found = sha256(path.with_name(name + ".part"))
+                if expected not in ("", found):
+                    path.with_name(name + ".part").unlink()
+                    raise InputError(f"{url} has the SHA-256 {found}, expected {expected}: it is another file")
+                os.replace(path.with_name(name + ".part"), path)
+    except OSError as error:
+        raise InputError(f"{url} could not be kept in {path.parent}: {error}") from error
+    return path
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _receive(url: str, partial: Path, timeout: float) -> None:
+    """Download ``url`` to ``partial``. A connection that breaks is taken up where it broke, now or in a later run."""
+    print(f"downloading {url}", file=sys.stderr)
+    had = -1
+    while True:
+        try:
+            return _receive_rest(url, partial, timeout)
+        except InputError:
+            partial.unlink()
+            _version_of(partial).unlink(missing_ok=True)
+            raise
+        except HTTPError as error:
+            if error.code != 416:  # what was kept is not a beginning of what is there now
+                raise InputError(f"{url} could not be downloaded: {error}") from error
+            partial.unlink()
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a broken address, or length
+            kept = partial.stat().st_size if partial.exists() else 0
+            if kept <= had or kept == 0:  # nothing came since the last attempt
+                later = f"; the {kept:,} bytes that came are kept for the next attempt" if kept else ""
+                raise InputError(f"{url} could not be downloaded: {getattr(error, 'reason', error)}{later}") from error
+            had = kept
+
+
+def _receive_rest(url: str, partial: Path, timeout: float) -> None:
+    """Append to ``partial`` what it lacks of ``url``.
+
+    Raises:
+        OSError, HTTPException: the connection failed; what came until then is in ``partial``.
+    """
+    version = _version_of(partial)
+    headers = {"User-Agent": "learngenes", "Accept-Encoding": "identity"}
+    if partial.exists() and version.exists():
+        headers |= {"Range": f"bytes={partial.stat().st_size}-", "If-Range": version.read_text()}
+    with urlopen(Request(url, headers=headers), timeout=timeout) as response:
+        begin = partial.stat().st_size if response.status == 206 else 0
+        total = begin + int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
+        if begin == 0:
+            version.unlink(missing_ok=True)
+            mark = response.headers["ETag"] or ""
+            mark = response.headers["Last-Modified"] if mark[:1] != '"' else mark  # a weak mark says too little
+            if mark:
+                version.write_text(mark)
+        bar = dict(unit="B", unit_scale=True, leave=False, disable=None)  # None: only on a terminal
+        with open(partial, "ab" if begin else "wb") as file, tqdm(total=total, initial=begin, **bar) as progress:
+            while block := response.read(2**16):
+                if file.tell() == 0 and block.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+                    raise InputError(f"{url} is a web page: expected the address of the file itself")
+                file.write(block)
+                progress.update(len(block))
+            if total is not None and file.tell() < total:
+                raise ConnectionError(f"the connection broke after {file.tell():,} of {total:,} bytes")
+    version.unlink(missing_ok=True)
+
+
+def _version_of(partial: Path) -> Path:
+    """Keeps the server's mark of the file's version, so that halves of different versions are not put together."""
+    return partial.with_name(partial.name + ".version")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint, without running code from it: the weights are under ``model``.
+
+    A bare state dict and a safetensors file become ``{"model": …}``; the header of a learngene file is added as
+    ``learngene``. The published checkpoints hold an ``argparse.Namespace``, which is allowed by name.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds objects other than tensors and plain data.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise InputError(f"{path} is empty: expected a file of weights")
+    try:
+        if start[8:] == b"{":  # safetensors: the header's length in eight bytes, then the header
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get("learngene")
+                content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+            return content if header is None else {**content, "learngene": json.loads(header)}
+        if start.startswith(b"PK"):
+            _refuse_compression(path)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol; what is wrong is said below
+            with open(path, "rb") as file:  # by a path, newer torch goes by the name's suffix
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way the parsers know
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign:
+            raise InputError(f"{path} is refused: besides tensors and plain data it holds {foreign[1]}") from error
+        raise InputError(f"{path} is damaged or no file of weights: {type(error).__name__}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}: expected a checkpoint or a state dict")
+    return dict(content) if "model" in content else {"model": dict(content)}
+
+
+def _refuse_compression(path: str | os.PathLike) -> None:
+    """torch does not compress its archives: one that unpacks to more than it holds was made to fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    if declared > os.path.getsize(path):
+        raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
+
+
+def weights_of(content: Mapping, path: str | os.PathLike, key: str = "model") -> dict[str, Tensor]:
+    """The state dict under ``key`` of what `read_checkpoint` read from ``path``, without the prefixes of wrappers.
+
+    Raises:
+        InputError: there is none, or it holds anything but whole tensors of finite numbers.
+    """
+    weights = content.get(key)
+    weights = weights.get("state_dict", weights) if isinstance(weights, Mapping) else None
+    if not isinstance(weights, Mapping) or not any(isinstance(t, Tensor) for t in weights.values()):
+        raise InputError(f"{path} holds no weights under {key!r}: expected a checkpoint or a state dict")
+    if not all(isinstance(name, str) for name in weights):
+        raise InputError(f"{path} is damaged: a name of its weights is no text")
+    for name, tensor in weights.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.is_complex():
+            raise InputError(f"{path} is refused: {name} is no ordinary tensor")
+    # views of one storage can declare any number of elements
+    declared = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if declared > os.path.getsize(path):
+        raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():  # inf and nan stay in a sum
+            raise InputError(f"{path} cannot be used: {name} holds values that are not finite")
+    return clean_state_dict(weights)
+
+
+def read_yaml(path: str | os.PathLike) -> object:
+    """The plain data of a YAML file.
+
+    Raises:
+        InputError: the file is missing, no YAML, or holds tags or aliases, which could make much of little.
+    """
+    text = _plain_text(path)
+    try:
+        depth = 0
+        for token in yaml.scan(text):
+            depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
+            if isinstance(token, yaml.AliasToken) or depth > NESTING_LIMIT:
+                what = "aliases (*name)" if depth <= NESTING_LIMIT else f"more than {NESTING_LIMIT} levels"
+                raise InputError(f"{path} holds YAML with {what}, which is not read here: write plain values")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not YAML of plain data: {in_a_line(error)}") from error
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """The plain data of a JSON file.
+
+    Raises:
+        InputError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(_plain_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not JSON: {in_a_line(error)}") from error
+
+
+def _plain_text(path: str | os.PathLike) -> str:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(TEXT_LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > TEXT_LIMIT:
+        raise InputError(f"{path} has more than {TEXT_LIMIT:,} bytes: expected a short text file")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[str]:
+    """A name to write to, beside ``path``; it becomes ``path`` when all is written, and is removed if that fails."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield str(unfinished)
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

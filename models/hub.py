@@ -1,0 +1,125 @@
+"""The Hugging Face Hub: learngenes and weights from it; trained models to it, with a card.
+
+huggingface_hub is imported where it is used: half a second that local files need not wait for.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from .vit import InputError, in_a_line
+
+FILES = ("README.md", "log.txt", "*.safetensors", "config.json")  # of what a run writes
+SECONDS = 10.0  # without an answer, after which the Hub is given up
+
+
+def from_hub(address: str, on_hub: str) -> Path:
+    """The file of ``hf-hub:owner/name[/file][@revision]`` in huggingface_hub's cache, downloaded if it is not there.
+
+    Args:
+        on_hub: the file that is meant where the address names none.
+
+    Raises:
+        InputError: there is no such repository, revision or file, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+
+    where, _, revision = address.removeprefix("hf-hub:").partition("@")
+    owner, name, file = [*where.split("/", 2), "", ""][:3]
+    if not (owner and name):
+        raise InputError(f"{address} names no repository: expected hf-hub:owner/name[/file][@revision]")
+    repo_id, file, revision = f"{owner}/{name}", file or on_hub, revision or None
+    try:
+        with suppress(OfflineModeIsEnabled):  # then it may be in the cache
+            # asked first, as the download would try again and again where there is no such thing, or no network
+            revision = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS).sha
+        return Path(hf_hub_download(repo_id, file, revision=revision))
+    except EntryNotFoundError as error:
+        raise InputError(f"{address}: the repository has no {file}; …/{name}/FILE names another one") from error
+    except hub_errors() as error:
+        raise InputError(f"{address} could not be downloaded: {in_a_line(error)}") from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises for what a user can put right; its versions use different HTTP libraries."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+
+
+def check_upload(repo_id: str) -> None:
+    """Ask the Hub, before any long work, whether this machine's token may write to ``repo_id``.
+
+    Raises:
+        InputError: the name is not ``owner/name``, or the token is missing, wrong or another's.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise InputError(f"{repo_id} is no name of a repository: expected OWNER/NAME") from error
+    if "/" not in repo_id:
+        raise InputError(f"{repo_id} has no owner: expected OWNER/NAME")
+    try:
+        user = HfApi().whoami()
+    except hub_errors() as error:
+        raise InputError(f"the Hub does not accept your token, see `hf auth login`: {in_a_line(error)}") from error
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
+    if repo_id.partition("/")[0] not in owners:
+        raise InputError(f"{repo_id} is not yours to write: your token is that of {', '.join(owners)}")
+
+
+def upload(folder: Path, repo_id: str) -> str:
+    """Upload a run's folder, without its checkpoint.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: the upload failed; the folder is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repo_id, exist_ok=True)
+        commit = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload a trained model"
+        )
+    except hub_errors() as error:
+        raise InputError(f"not uploaded: {in_a_line(error)}; `hf upload {repo_id} {folder}` tries again") from error
+    return str(commit.commit_url)
+
+
+def model_card(
+    title: str,
+    facts: Mapping[str, object],
+    accuracy: Sequence[Mapping[str, float]],
+    options: Mapping[str, object],
+    usage: str,
+) -> str:
+    """The text of a card: what it is, where it comes from, how it was trained, what was measured, how to use it.
+
+    Args:
+        facts: name → value, each a line.
+        accuracy: the lines of ``log.txt``; the first and the last are shown.
+        options: of the run, as in ``args.yaml``.
+        usage: Python code.
+    """
+    head = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["learngene", "timm"]}
+    columns = [name for name in ("test_acc1", "test_acc5", "ema_test_acc1") if name in accuracy[-1]]
+    chosen = accuracy if len(accuracy) < 3 else (accuracy[0], accuracy[-1])
+    rows = [["epochs trained", *(f"{name} (%)" for name in columns)], ["---"] * (1 + len(columns))]
+    rows += [
+        [str(line["epoch"] + 1), *(f"{line[name]:.2f}" if name in line else "" for name in columns)] for line in chosen
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = "\n".join(f"- **{name}**: {value}" for name, value in facts.items())
+    return (
+        f"---\n{yaml.safe_dump(head)}---\n\n# {title}\n\n{lines}\n\n## Accuracy\n\n{table}\n\n## Use\n\n"
+        f"```python\n{usage}\n```\n\n## Recipe\n\n```yaml\n{yaml.safe_dump(dict(options))}```\n"
+    )

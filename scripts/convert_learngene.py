@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Turn a published learngene into this project's file, and back. Tensors and recorded options stay what they are.
+
+The target's suffix says which: .safetensors is this project's format, .pth the published one.
+
+scripts/convert_learngene.py published_checkpoint.pth learngene.safetensors
+scripts/convert_learngene.py output/lets/learngene.safetensors for_the_authors_code.pth
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+
+
+def main(argv: Sequence[str]) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", help="learngene file, checkpoint of this program, published checkpoint, or address")
+    p.add_argument("target", type=Path, help="the file to write, .safetensors or .pth")
+    p.add_argument("--head-dim", type=int, default=64, help="neurons of a head, which published files do not say")
+    p.add_argument("--gene-ema", action="store_true", help="take the averaged weights of a checkpoint")
+    args = p.parse_args(argv)
+    try:
+        if args.target.suffix not in (".safetensors", ".pth"):
+            raise models.InputError(f"{args.target} ends in {args.target.suffix!r}: expected .safetensors or .pth")
+        if not args.target.parent.is_dir():
+            raise models.InputError(f"{args.target.parent} is no folder: expected one to write {args.target.name} into")
+        gene = models.load_learngene(args.source, head_dim=args.head_dim, use_ema=args.gene_ema)
+        print(f"{args.source}: {gene}")
+        if args.target.suffix == ".pth":
+            models.save_published(gene, args.target)
+        else:
+            gene.save(args.target)
+        print(f"{args.target}: {models.load_learngene(args.target, head_dim=gene.arch.head_dim)}")
+    except (models.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""List known learngenes, or download them.
+
+scripts/download_learngenes.py             lists the registry
+scripts/download_learngenes.py NAME…       downloads these; what is already there is not downloaded again
+
+A registry is a YAML file like learngenes.yaml beside this script.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+from models import InputError
+
+import gdown
+import torch
+from filelock import FileLock
+
+REGISTRY = Path(__file__).with_name("learngenes.yaml")
+KEYS = {"name": str, "method": str, "architectures": list, "address": str, "sha256": str, "note": str}
+OPTIONAL = ("sha256", "note")
+KINDS = {str: "text", list: "a list"}
+
+ADDRESS = re.compile(r"https?://[\w.:-]+/[^\s#]+|hf-hub:[\w.-]+/[\w./@-]+")
+DRIVE_HOSTS = ("drive.google.com", "docs.google.com")
+DRIVE_FOLDER = re.compile(r"https://drive\.google\.com/drive/(?:u/\d+/)?folders/([-\w]{25,})")
+DRIVE_FILE = re.compile(r"https://drive\.google\.com/(?:file/d/|(?:uc|open)\?(?:.*&)?id=)([-\w]{25,})")
+TIMEOUT = 60.0  # seconds without an answer after which Google Drive is given up
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A learngene of the registry, under its keys."""
+
+    name: str
+    method: str
+    architectures: list[str]
+    address: str
+    sha256: str = ""
+    note: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """Of its file's name, such as ``.pth``."""
+        if self.address.startswith("hf-hub:"):  # owner/name[/file][@revision]
+            file = self.address.partition("@")[0].split("/", 2)[2:]
+            return Path(*file).suffix or ".safetensors"
+        return Path(urlsplit(self.address).path).suffix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_registry(path: Path) -> dict[str, Entry]:
+    """The entries of a registry by their names.
+
+    Raises:
+        InputError: the file cannot be read, or one of its entries is not as it should be.
+    """
+    content = models.read_yaml(path)
+    if not isinstance(content, list):
+        raise InputError(f"{path} holds a {type(content).__name__}: expected a list of learngenes")
+    entries: dict[str, Entry] = {}
+    for number, values in enumerate(content, start=1):
+        try:
+            entry = checked_entry(values)
+            if entry.name in entries:
+                raise InputError("another entry has this name, too")
+        except InputError as error:
+            name = values.get("name") if isinstance(values, dict) else None
+            raise InputError(f"{path}, entry {number}{f' ({name!s:.100})' if name else ''}: {error}") from error
+        entries[entry.name] = entry
+    return entries
+
+
+def checked_entry(values: object) -> Entry:
+    """One item of the registry's list as an `Entry`. Raises InputError if it is none."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"it is {values!r:.200}, expected the keys {', '.join(KEYS)}")
+    for key, value in values.items():
+        if key not in KEYS:
+            raise InputError(f"unknown key {key!r:.200}, expected {', '.join(KEYS)}")
+        if not isinstance(value, KEYS[key]):
+            raise InputError(f"{key} is {value!r:.200}, expected {KINDS[KEYS[key]]}")
+    if missing := [key for key in KEYS if key not in values and key not in OPTIONAL]:
+        raise InputError(f"{missing[0]} is missing")
+    entry = Entry(**values)
+    if not re.fullmatch(r"\w[\w.-]*", entry.name):
+        raise InputError("name becomes that of a file: expected letters, digits, '_', '-' and '.'")
+    if entry.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", entry.sha256):
+        raise InputError(f"sha256 is {entry.sha256!r:.200}, expected 64 hexadecimal digits")
+    check_architectures(entry)
+    check_address(entry)
+    return entry
+
+
+def check_architectures(entry: Entry) -> None:
+    """Raises InputError unless they are the architectures of the entry's method."""
+    for name in entry.architectures:
+        if not isinstance(name, str):
+            raise InputError(f"architectures holds {name!r:.200}, expected names")
+        models.parse_arch(name)
+    aux = [models.is_aux_name(name) for name in entry.architectures]
+    if entry.method == "lets":
+        if aux != [False, False]:
+            raise InputError("architectures of lets are two deit_… names: the learngene, the Aux-Net")
+    elif entry.method == "tleg":
+        if not aux or not all(aux):
+            raise InputError("architectures of tleg are one or more aux_deit_… names: the Aux-Nets")
+    else:
+        raise InputError(f"method is {entry.method!r:.200}, expected lets or tleg")
+
+
+def check_address(entry: Entry) -> None:
+    """Raises InputError unless it is an address that something can be fetched from."""
+    if not ADDRESS.fullmatch(entry.address):
+        raise InputError(f"address is {entry.address!r:.200}, expected http(s)://…/… without '#', or hf-hub:owner/name")
+    if urlsplit(entry.address).hostname in DRIVE_HOSTS and not DRIVE_FILE.match(entry.address):
+        if not DRIVE_FOLDER.match(entry.address):
+            raise InputError(
+                f"address is {entry.address!r:.200}, expected https://drive.google.com/drive/folders/… or …/file/d/…"
+            )
+        if entry.sha256:
+            raise InputError("sha256 is that of a file, and the address is a folder of Google Drive")
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """The registry in columns; an entry has as many lines as architectures."""
+    rows: list[Sequence[str]] = [("name", "method", "architectures", "address", "sha256", "note")]
+    for entry in entries:
+        cells = {**asdict(entry), "sha256": "known" if entry.sha256 else "unknown"}
+        columns = [cells[key] if key == "architectures" else [cells[key]] for key in KEYS]
+        rows += zip_longest(*columns, fillvalue="")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fetch(entry: Entry, folder: Path) -> list[Path]:
+    """The files of an entry, in ``folder``; those that are already there are said and left alone.
+
+    Raises:
+        InputError: a file could not be downloaded or written, or has another hash than the registry says.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if urlsplit(entry.address).hostname in DRIVE_HOSTS:
+            files = drive_files(entry, folder)
+        else:
+            files = {folder / (entry.name + entry.suffix): ""}
+        for path, drive_id in files.items():
+            if path.exists():
+                print(f"{path} is already there")
+                check_hash(entry, path, "remove it to download it again")
+            elif drive_id:
+                fetch_from_drive(entry, folder, drive_id, path)
+            else:
+                fragment = f"#sha256={entry.sha256}" if entry.sha256 and entry.address.startswith("http") else ""
+                kept = models.fetch(entry.address + fragment, on_hub="learngene.safetensors")
+                check_hash(entry, kept, "it is another file")
+                with models.written_whole(path) as unfinished:
+                    shutil.copyfile(kept, unfinished)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder} cannot be written: {error}") from error
+    return [*files]
+
+
+def check_hash(entry: Entry, path: Path, consequence: str) -> None:
+    """Raises InputError unless the file has the hash that the registry says, if it says one."""
+    if entry.sha256 and (found := models.files.sha256(path)) != entry.sha256.lower():
+        raise InputError(f"{path} has the SHA-256 {found}, expected {entry.sha256} of {entry.name}: {consequence}")
+
+
+def drive_files(entry: Entry, folder: Path) -> dict[Path, str]:
+    """What to write for an entry on Google Drive, with Google Drive's ids of the files."""
+    options = dict(skip_download=True, quiet=True, use_cookies=False, timeout=TIMEOUT)
+    with drive_errors(entry, folder):
+        if match := DRIVE_FILE.match(entry.address):
+            file = gdown.download(id=match[1], **options)
+            return {folder / (entry.name + Path(file.path).suffix): file.id}
+        files = gdown.download_folder(id=DRIVE_FOLDER.match(entry.address)[1], **options)
+        if not files:  # a folder that only some may see looks like this, too
+            raise gdown.DownloadError("it shows no files to the public")
+    return {folder / entry.name / file.path: file.id for file in files}
+
+
+def fetch_from_drive(entry: Entry, folder: Path, drive_id: str, path: Path) -> None:
+    """Download a file of Google Drive to ``path``, continuing where an earlier attempt stopped.
+
+    Until it is whole it is kept in torch's hub folder, as other downloads are.
+    """
+    received = Path(torch.hub.get_dir(), "checkpoints", f"drive-{drive_id}")
+    received.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{received}.lock"):  # gdown would continue a file that another process is writing
+        with drive_errors(entry, folder):
+            print(f"downloading {path} from Google Drive", file=sys.stderr)
+            options = dict(resume=True, quiet=not sys.stderr.isatty(), use_cookies=False, timeout=TIMEOUT)
+            gdown.download(id=drive_id, output=str(received), **options)
+        try:
+            check_hash(entry, received, "it is another file")
+        except InputError:
+            received.unlink()
+            raise
+        with models.written_whole(path) as unfinished:
+            shutil.move(received, unfinished)
+
+
+@contextmanager
+def drive_errors(entry: Entry, folder: Path) -> Iterator[None]:
+    """Whatever gdown could not do becomes an InputError that says what the user can."""
+    try:
+        yield
+    except (gdown.DownloadError, OSError) as error:
+        first = error
+        while cause := first.__cause__ or first.__context__:
+            first = cause
+        reason = " ".join(str(first).split()) or type(first).__name__
+        raise InputError(
+            f"{entry.name} could not be downloaded from Google Drive ({reason}): try again later, "
+            f"or open {entry.address} in a browser and save what it holds in {folder}"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(paths: Sequence[Path], head_dim: int) -> None:
+    """Print what the learngenes among the files are. Raises InputError if none is one."""
+    others = []
+    for path in paths:
+        try:
+            print(f"{path}: {models.load_learngene(path, head_dim)}")
+        except InputError as error:
+            others.append(f"no learngene, but kept: {error}")
+    if len(others) == len(paths):
+        raise InputError("; ".join(others))
+    for line in others:
+        print(line)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*", metavar="NAME", help="what to download; default: list what there is")
+    p.add_argument("--registry", type=Path, default=REGISTRY, metavar="FILE", help="default: %(default)s")
+    p.add_argument("--output-dir", type=Path, default=Path("learngenes"), metavar="DIR", help="default: %(default)s")
+    p.add_argument("--head-dim", type=int, default=64, help="neurons of an attention head, to read published files")
+    args = p.parse_args()
+    try:
+        if args.head_dim < 1:
+            raise InputError(f"--head-dim {args.head_dim} is too small: at least 1")
+        entries = read_registry(args.registry)
+        for name in args.names:
+            if name not in entries:
+                raise InputError(f"{args.registry} has no learngene {name!r}: expected one of {', '.join(entries)}")
+        if not args.names:
+            print(table([*entries.values()]))
+        for name in dict.fromkeys(args.names):
+            describe(fetch(entries[name], args.output_dir), args.head_dim)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
