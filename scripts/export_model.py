@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Write the model of a folder as model.onnx and as model.pt2, for any number of images at once.
+
+scripts/export_model.py --model output/des
+scripts/export_model.py --model output/des --formats onnx --images picture.jpg other.png
+
+Each file is read back and compared with the model on images before it gets its name.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+from datasets import build_dataset
+from scripts.predict import load, printable, read_picture
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+TOLERANCE = 1e-4  # between logits
+MAX_BATCH = 2**31 - 1  # torch 2.6 does not export position embeddings for a batch without limit
+ONNX_LIMIT = 1536 * 2**20  # bytes of weights beyond which torch writes a second file beside the ONNX file
+
+
+class ExportError(Exception):
+    """The model cannot be exported, said in one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pair of functions per format: write the file, and read it back as a function images → logits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(program: ExportedProgram, path: str) -> None:
+    names = dict(input_names=["images"], output_names=["logits"])
+    # torch 2.6 would leave the graph as it is
+    torch.onnx.export(program, (), path, **names, dynamo=True, optimize=True, external_data=False, verbose=False)
+
+
+def read_onnx(path: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def write_torch(program: ExportedProgram, path: str) -> None:
+    with open(path, "wb") as file:  # torch wants a name to end in .pt2, and the unfinished one does not
+        torch.export.save(program, file)
+
+
+def read_torch(path: str) -> Callable[[Tensor], Tensor]:
+    # This can run code from a file, but the file is the one that has just been written here.
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+FORMATS = {  # name → file, writer, reader, packages besides those that everything needs
+    "onnx": ("model.onnx", write_onnx, read_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch": ("model.pt2", write_torch, read_torch, ()),
+}
+
+
+def trace(model: nn.Module, size: Sequence[int]) -> ExportedProgram:
+    """The operations of ``model`` on any number of images of ``size`` (channels, height, width).
+
+    Raises:
+        ExportError: torch cannot follow the model.
+    """
+    # One image would fix the batch at one. Files keep the example, so it is not of the pictures.
+    example = torch.zeros(2, *size)
+    try:
+        with quiet():
+            return torch.export.export(
+                model, (example,), dynamic_shapes=({0: Dim("batch", max=MAX_BATCH)},), strict=False
+            )
+    except Exception as error:  # exporters fail in ways of their own
+        raise ExportError(f"torch {torch.__version__} cannot export this model: {reason(error)}") from error
+
+
+def write(program: ExportedProgram, format: str, path: Path, images: Tensor, logits: Sequence[Tensor]) -> float:
+    """Write ``program`` to ``path``, and read it back.
+
+    Args:
+        logits: the model's for the first images, for each number of images to try.
+
+    Returns:
+        The largest difference between logits of the file and of the model.
+
+    Raises:
+        InputError: ``path`` cannot be written to.
+        ExportError: the exporter fails, or the difference is too large; there is no new file then.
+    """
+    _, writer, reader, packages = FORMATS[format]
+    try:
+        with models.written_whole(path) as unfinished, quiet(), torch.no_grad():
+            writer(program, unfinished)
+            exported = reader(unfinished)
+            difference = torch.cat([exported(images[: len(some)]) - some for some in logits]).abs().max().item()
+            if not difference <= TOLERANCE:  # it may be nan
+                raise ExportError(f"its logits are {difference:.1e} off the model's, more than {TOLERANCE:.0e}")
+    except OSError as error:
+        raise models.InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:  # exporters fail in ways of their own
+        versions = ", ".join(f"{name} {import_module(name).__version__}" for name in ("torch", *packages))
+        raise ExportError(f"{path} is not written ({versions}): {reason(error)}") from error
+    return difference
+
+
+def reason(error: Exception) -> str:
+    """The first line of what was first raised, without what was added on its way."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = str(error).strip().partition("\n")[0][:300]
+    return line if isinstance(error, ExportError) else f"{type(error).__name__} {line}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters warn of their own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_formats(text: str, model: nn.Module) -> list[str]:
+    """The formats that a list such as 'onnx,torch' names.
+
+    Raises:
+        InputError: one is unknown, not for a model of this size, or needs a package that is not there.
+    """
+    formats = list(dict.fromkeys(text.split(",")))
+    for format in formats:
+        if format not in FORMATS:
+            raise models.InputError(f"--formats {text}: {format!r} is unknown, expected {' or '.join(FORMATS)}")
+        for package in FORMATS[format][3]:
+            try:
+                import_module(package)
+            except ImportError as error:
+                needed = " ".join(FORMATS[format][3])
+                raise models.InputError(
+                    f"--formats {format} needs {package}, which cannot be imported: pip install {needed}"
+                ) from error
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if "onnx" in formats and size > ONNX_LIMIT:
+        raise models.InputError(f"--formats onnx takes up to {ONNX_LIMIT:,} bytes of weights: the model has {size:,}")
+    return formats
+
+
+def run(args: argparse.Namespace) -> None:
+    model, transform, _ = load(args.model)
+    formats = check_formats(args.formats, model)
+    if args.images:
+        images = [transform(read_picture(path)) for path in args.images]
+    else:
+        digits, _ = build_dataset("DIGITS", None, is_train=False, transform=transform)
+        images = [digits[i][0] for i in range(16)]
+    images = torch.stack(images * 2 if len(images) == 1 else images)
+    sizes = sorted({1, 2, len(images)})
+    program = trace(model, images.shape[1:])
+    with torch.no_grad():
+        logits = [model(images[:size]) for size in sizes]
+    batches = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
+    for format in formats:
+        path = args.model / FORMATS[format][0]
+        difference = write(program, format, path, images, logits)
+        print(printable(f"{path}: largest difference of a logit {difference:.1e}, in batches of {batches} images"))
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="with model.safetensors and config.json")
+    p.add_argument("--formats", default="onnx,torch", help="onnx, torch (torch.export), or both")
+    p.add_argument("--images", nargs="+", metavar="FILE", help="what to compare on; default: 16 handwritten digits")
+    try:
+        run(p.parse_args())
+    except models.InputError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+    except ExportError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""The most probable classes of pictures, by a model folder that main.py wrote.
+
+scripts/predict.py --model output/des picture.jpg other.png
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+# What torchvision's ImageFolder takes. Pillow knows more, among them PostScript, which it hands to another program.
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# A picture is resized until its shorter side fits the model. These two keep the other side from filling the memory.
+LARGEST = 2048  # pixels of the shorter side after that
+LONGEST = 100  # times the shorter side
+LINE = 100  # characters of a class name and its meaning that are shown
+
+
+def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor], dict]:
+    """The model in ``folder``, what prepares an RGB picture for it as main.py's evaluation does, its ``config.json``.
+
+    The result of the preparation has the shape (3, height, width).
+
+    Raises:
+        InputError: a file is missing or damaged, or they do not fit each other.
+    """
+    model, config = models.read_model(folder)
+    images = config["pretrained_cfg"]
+    if max(images["input_size"]) / images["crop_pct"] > LARGEST:
+        raise models.InputError(f"{folder}/config.json: input_size or crop_pct makes pictures of over {LARGEST} pixels")
+    try:
+        transform = create_transform(**resolve_data_config(pretrained_cfg=images), is_training=False)
+        with torch.inference_mode():
+            found = model(transform(Image.new("RGB", (32, 32)))[None]).shape
+    except Exception as error:  # what does not fit shows in many ways
+        what = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        raise models.InputError(f"{folder}/config.json does not say how to prepare pictures: {what}") from error
+    if found != (1, config["num_classes"]):
+        raise models.InputError(f"{folder} gives {tuple(found)} for one picture, expected (1, {config['num_classes']})")
+    return model, transform, config
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture in RGB, with the values that torchvision's ImageFolder would give.
+
+    Raises:
+        InputError: the file is missing, damaged, no picture, or one that would fill the memory.
+    """
+    if not Path(path).is_file():
+        raise models.InputError(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}: expected a picture")
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, and of odd metadata
+            picture = Image.open(file, formats=FORMATS).convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise models.InputError(f"{path} is no picture: expected one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # a damaged file can fail in any way the parsers know
+        what = " ".join(str(error).split())[:300]
+        raise models.InputError(f"{path} cannot be read as a picture: {what or type(error).__name__}") from error
+    if max(picture.size) > LONGEST * min(picture.size):
+        size = "×".join(map(str, picture.size))
+        raise models.InputError(f"{path} has {size} pixels: expected a side at most {LONGEST} times the other")
+    return picture
+
+
+def printable(text: object) -> str:
+    """``text`` without control characters, which could do things to the terminal."""
+    return "".join(character for character in str(text) if character.isprintable())
+
+
+def class_names(config: Mapping) -> list[str]:
+    """What to call each class: its name and what the name means, or its number."""
+    names = config.get("label_names") or range(config["num_classes"])
+    meanings = config.get("label_descriptions", {})
+    return [printable(f"{name}  {meanings.get(name, '')}").rstrip()[:LINE] for name in names]
+
+
+def most_probable(logits: Tensor, names: Sequence[str], top_k: int) -> Iterable[str]:
+    """One line per class, the most probable first, for the logits (classes,) of one picture."""
+    for probability, index in zip(*logits.double().softmax(-1).topk(min(top_k, len(names))), strict=True):
+        yield f"{probability.item():8.2%}  {names[index]}"
+
+
+def predict(args: argparse.Namespace) -> None:
+    if args.top_k < 1:
+        raise models.InputError(f"--top-k {args.top_k} is too small: at least 1")
+    model, transform, config = load(args.model)
+    batch = torch.stack([transform(read_picture(path)) for path in args.images])
+    with torch.inference_mode():
+        logits = model(batch)
+    if not logits.isfinite().all():
+        raise models.InputError(f"{args.model} gives logits that are not finite")
+    names = class_names(config)
+    for path, row in zip(args.images, logits, strict=True):
+        print(printable(path), *most_probable(row, names, args.top_k), sep="\n")
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, metavar="FOLDER", help="with model.safetensors and config.json")
+    p.add_argument("--top-k", type=int, default=5, help="how many classes to show")
+    p.add_argument("images", nargs="+", metavar="IMAGE", help=f"file of the kind {', '.join(FORMATS)}")
+    try:
+        predict(p.parse_args())
+    except models.InputError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
