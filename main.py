@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import models
 import utils
@@ -398,7 +399,7 @@ def load_gene(args: argparse.Namespace) -> models.Learngene:
     """The learngene of stage 2. A published one does not say the size of its heads: the Des-Net's is taken."""
     with about(des_option(args)):
         head_dim = models.parse_arch(args.des_arch or args.model).head_dim
-    with about("--load-gene"):
+    with about(f"--load-gene {args.load_gene}"):
         gene = models.load_learngene(args.load_gene, head_dim=head_dim, use_ema=args.gene_ema)
     say(f"{args.load_gene}: {gene}")
     return gene
@@ -483,7 +484,8 @@ def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) 
     """Weights of another implementation, resolution or number of channels, fitted to ``model`` by timm's functions."""
     module = sys.modules[type(model).__module__]
     filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
-    positions = weights.get("pos_embed")
+    first = as_list(model.pretrained_cfg.get("first_conv"))
+    positions, kernels = weights.get("pos_embed"), {name: weights.get(f"{name}.weight") for name in first}
     if filter_fn is not None:
         try:
             takes_model = len(inspect.signature(filter_fn).parameters) > 1  # as most, but not all of timm's do
@@ -493,8 +495,12 @@ def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) 
     if positions is not None and "pos_embed" in weights and positions.shape != weights["pos_embed"].shape:
         before, now = tuple(positions.shape), tuple(weights["pos_embed"].shape)
         say(f"{source} has positions {before}, here are {now}: they are resampled")
-    for name in as_list(model.pretrained_cfg.get("first_conv")):
+    for name in first:
         kernel, own = weights.get(f"{name}.weight"), model.get_submodule(name).weight
+        if kernel is not None and kernels[name] is not None and kernels[name].shape != kernel.shape:
+            say(
+                f"{source} has patches {tuple(kernels[name].shape)}, here are {tuple(kernel.shape)}: they are resampled"
+            )
         if kernel is not None and kernel.ndim == own.ndim == 4 and kernel.shape[1] != own.shape[1]:
             say(f"{source} is for images of {kernel.shape[1]} channel(s), here are {own.shape[1]}: it is adapted")
             weights = {**weights, f"{name}.weight": models.adapt_channels(kernel, own.shape[1])}
@@ -626,6 +632,8 @@ def set_up(args: argparse.Namespace) -> Run:
         resume(run)
     # The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
     run.scheduler.step(run.start_epoch)
+    if args.push_to_hub and run.start_epoch >= args.epochs > 0:
+        raise InputError(f"--push-to-hub: nothing is left to train or upload, epoch {run.start_epoch} has been reached")
     if output_dir is not None and not args.eval:
         run.log = utils.EpochLog(output_dir, run.start_epoch)
     return run
@@ -733,24 +741,27 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
 
 def resume(run: Run) -> None:
     """Continue from a checkpoint of this program or a published one; with --eval only the weights are taken."""
-    path = models.fetch(run.args.resume)
+    path = models.fetch(run.args.resume, on_hub="checkpoint.pth")
     content = models.read_checkpoint(path)
     head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
     with about("--resume"):
         rename = models.published_names(content, path, head_dim)
         weights = rename(models.weights_of(content, path))
     head = "head_weight" if isinstance(run.model, models.AuxNet) else f"{run.model.pretrained_cfg['classifier']}.weight"
-    found, expected = (w[head].shape[0] if head in w else None for w in (weights, run.model.state_dict()))
-    if None not in (found, expected) and found != expected:
-        raise InputError(f"--resume {path} has {found} classes, the data {expected}")
+    found, expected = (w[head].shape[:1] if head in w else () for w in (weights, run.model.state_dict()))
+    if found and expected and found != expected:
+        raise InputError(f"--resume {path} has {found[0]} classes, the data {expected[0]}")
     utils.load_weights(run.model, weights, f"--resume {path}")
     if run.args.eval:
         return
     try:
         names = utils.parameter_names(run.optimizer, run.model)
         state = content["optimizer"]["state"]
+        groups = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
         if models.is_published(content):
             state = models.published_moments(state, models.weights_of(content, path), rename, names)
+        elif groups != [len(group["params"]) for group in run.optimizer.param_groups]:
+            raise InputError("its optimizer has other groups of parameters")
         utils.load_optimizer_state(run.optimizer, state, names)
         if run.ema is not None:
             average = rename(models.weights_of(content, path, "model_ema"))
@@ -775,9 +786,10 @@ def train(run: Run) -> None:
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
     if args.compile:
         model = torch.compile(model)
-    if run.output_dir is not None:
+    if run.log is not None:
         with models.written_whole(run.output_dir / "args.yaml") as unfinished:
             Path(unfinished).write_text(yaml.safe_dump(options_in_effect(args)))
+        run.log.begin()
     if run.start_epoch == 0 and (run.kind == "descend" or args.epochs == 0):
         finish_epoch(run, -1, {})  # what the initialisation alone gives
     if run.start_epoch >= args.epochs > 0 and utils.is_main():
@@ -852,6 +864,12 @@ def options_in_effect(args: argparse.Namespace) -> dict:
     return {name: value for name, value in options.items() if value is not None} | taken_back
 
 
+def recipe(args: argparse.Namespace) -> dict:
+    """The options in effect without those that name places on this machine, for files that others will read."""
+    places = ("data_path", "output_dir", "load_gene", "finetune", "teacher_path")
+    return {name: value for name, value in options_in_effect(args).items() if name not in places}
+
+
 def write_checkpoint(run: Run, epoch: int) -> None:
     """Everything to resume. Random numbers need no state: those of an epoch follow from the seed."""
     content = {
@@ -865,14 +883,14 @@ def write_checkpoint(run: Run, epoch: int) -> None:
     if run.ema is not None:
         content["model_ema"] = run.ema.module.state_dict()
     if isinstance(run.model, models.AuxNet):
-        content["learngene"] = models.Learngene.of(run.model, options_in_effect(run.args)).header
+        content["learngene"] = models.Learngene.of(run.model, recipe(run.args)).header
     utils.save_checkpoint(run.output_dir / "checkpoint.pth", content)
 
 
 def write_weights(run: Run) -> None:
     """Stage 1: the learngene files. Else: the model in timm's own format."""
     if isinstance(run.model, models.AuxNet):
-        options = options_in_effect(run.args)
+        options = recipe(run.args)
         models.Learngene.of(run.model, options).save(run.output_dir / "learngene.safetensors")
         if run.ema is not None:
             models.Learngene.of(run.ema.module, options, averaged=True).save(
@@ -907,10 +925,10 @@ def write_weights(run: Run) -> None:
 def fetch_addresses(args: argparse.Namespace) -> None:
     """Download what options name by address, once per machine, after the options are known to fit each other."""
     kind_of_run(args)
-    on_hub = "learngene_ema.safetensors" if args.gene_ema else "learngene.safetensors"
-    sources = {
-        "--load-gene": (args.load_gene, on_hub),
-        "--finetune": (args.finetune, "model.safetensors"),
+    gene = "learngene_ema.safetensors" if args.gene_ema else "learngene.safetensors"
+    sources = {  # option → address, and the file of a Hub repository that is meant
+        "--load-gene": (args.load_gene, gene),
+        "--finetune": (args.finetune, gene if models.is_aux_name(args.model or "") else "model.safetensors"),
         "--resume": (args.resume, "checkpoint.pth"),
         "--teacher-path": (args.teacher_path, "model.safetensors"),
     }
@@ -952,7 +970,10 @@ def facts_of(args: argparse.Namespace, gene: models.Learngene | None) -> dict[st
 
 
 def public(source: str) -> str:
-    """An address, or the name of a file without the folders of this machine."""
+    """An address without passwords and signatures, or the name of a file without the folders of this machine."""
+    parts = urlsplit(source)
+    if parts.scheme in ("http", "https"):
+        return f"{parts.scheme}://{parts.hostname}{parts.path}"
     return source if is_address(source) else Path(source).name
 
 
@@ -972,13 +993,16 @@ def push(run: Run) -> None:
     teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
     facts["teacher"] = teacher if args.distillation_type != "none" else "none"
     facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
-    own = ("data_path", "output_dir", "load_gene", "finetune", "teacher_path")
-    options = {name: value for name, value in options_in_effect(args).items() if name not in own}
-    card = models.model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, options, usage)
+    card = models.model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, recipe(args), usage)
     with models.written_whole(run.output_dir / "README.md") as unfinished:
         Path(unfinished).write_text(card)
+    files = ["README.md", "log.txt"]
+    if isinstance(run.model, models.AuxNet):
+        files += ["learngene.safetensors"] + ["learngene_ema.safetensors"] * (run.ema is not None)
+    else:
+        files += ["model.safetensors", "config.json"]
     with about("--push-to-hub"):
-        say(f"uploaded: {models.upload(run.output_dir, args.push_to_hub)}")
+        say(f"uploaded: {models.upload(run.output_dir, files, args.push_to_hub)}")
 
 
 def main(argv: Sequence[str]) -> int:

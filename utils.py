@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from models import InputError, written_whole
@@ -72,6 +73,9 @@ def errors_reported_once() -> Iterator[None]:
 
     Every process has to pass here, and nothing inside may wait for another process.
     """
+    if dist.is_initialized():
+        # a group with more patience than that of training: one process may be downloading for the others
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     message = None
     try:
         yield
@@ -80,7 +84,7 @@ def errors_reported_once() -> Iterator[None]:
     messages = [message]
     if dist.is_initialized():
         messages = [None] * world_size()
-        dist.all_gather_object(messages, message)
+        dist.all_gather_object(messages, message, group=group)
     failed = [r for r, m in enumerate(messages) if m is not None]
     if failed:
         if rank() == failed[0]:
@@ -189,16 +193,20 @@ class EpochLog:
     """``log.txt``, one JSON object per epoch, and the same numbers as TensorBoard events and ``curves.png``."""
 
     def __init__(self, folder: Path, start_epoch: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path, self.curves = folder / "log.txt", folder / "curves.png"
+        """Raises InputError if ``log.txt`` of the run that is continued cannot be read; writes nothing yet."""
+        self.path, self.curves, self.start_epoch = folder / "log.txt", folder / "curves.png", start_epoch
         try:
             lines = self.path.read_text().splitlines() if start_epoch > 0 and self.path.is_file() else []
             self.epochs = [line for line in map(json.loads, lines) if line["epoch"] < start_epoch]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{self.path} cannot be continued ({error}): expected a JSON object per line") from error
+
+    def begin(self) -> None:
+        """Keep the epochs before the first one of this run, and nothing else of an earlier run."""
+        from torch.utils.tensorboard import SummaryWriter
+
         self._write()
-        self.events = SummaryWriter(str(folder), purge_step=start_epoch)
+        self.events = SummaryWriter(str(self.path.parent), purge_step=self.start_epoch)
 
     def add(self, numbers: dict) -> None:
         self.epochs.append(numbers)

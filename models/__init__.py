@@ -11,7 +11,7 @@ import timm
 from torch import nn
 
 from .aux_net import AuxNet
-from .files import fetch, read_checkpoint, read_json, read_yaml, weights_of, written_whole
+from .files import fetch, read_checkpoint, read_yaml, sha256, weights_of, written_whole
 from .directory import read_model, save_model
 from .hub import check_upload, model_card, upload
 from .learngene import Learngene, load_learngene, save_published, to_published
@@ -62,11 +62,11 @@ __all__ = [
     "published_moments",
     "published_names",
     "read_checkpoint",
-    "read_json",
     "read_model",
     "read_yaml",
     "save_model",
     "save_published",
+    "sha256",
     "timm_kwargs",
     "to_published",
     "upload",

@@ -83,7 +83,7 @@ def read_model(folder: str | os.PathLike) -> tuple[nn.Module, dict]:
 def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:
     """The model of ``config``, holding ``weights``. Nothing is allocated before their shapes are known to fit."""
     name, num_classes, model_args = config["architecture"], config["num_classes"], config["model_args"]
-    if name == PLAIN_VIT:
+    if name == PLAIN_VIT and "embed_dim" in model_args:
         sizes = {size: model_args[size] for size in ("depth", "num_heads", "patch_size", "img_size")}
         arch = ViTArch(model_args["embed_dim"], **sizes)
         if model_args != timm_kwargs(arch):

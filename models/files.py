@@ -6,6 +6,7 @@ Also the other direction: a file is written whole or not at all.
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import pickle
 import re
@@ -31,8 +32,17 @@ from tqdm import tqdm
 from .hub import from_hub
 from .vit import InputError, in_a_line
 
-TEXT_LIMIT = 2**20  # bytes of a YAML or JSON file; those of this program have a thousandth of it
-NESTING_LIMIT = 20  # of YAML, which takes quadratic time to read
+YAML_LIMIT = 2**20  # bytes; those of this program have a thousandth of it
+JSON_LIMIT = 2**24  # bytes; the names and meanings of all of ImageNet's classes take a twelfth of it
+NESTING_LIMIT = 20  # levels of YAML, which takes quadratic time to read
+SCALAR_LIMIT = 1000  # characters of a value in YAML; some numbers take quadratic time, too
+
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8} | {
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching
@@ -76,10 +86,9 @@ def _download(address: str, timeout: float) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # other processes wait, and then find the file
-            if not (path.exists() and expected in ("", sha256(path))):
+            if not path.exists() or (expected and sha256(path) != expected):
                 _receive(url, path.with_name(name + ".part"), timeout)
-                found = sha256(path.with_name(name + ".part"))
-                if expected not in ("", found):
+                if expected and (found := sha256(path.with_name(name + ".part"))) != expected:
                     path.with_name(name + ".part").unlink()
                     raise InputError(f"{url} has the SHA-256 {found}, expected {expected}: it is another file")
                 os.replace(path.with_name(name + ".part"), path)
@@ -105,7 +114,7 @@ def _receive(url: str, partial: Path, timeout: float) -> None:
         try:
             return _receive_rest(url, partial, timeout)
         except InputError:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             _version_of(partial).unlink(missing_ok=True)
             raise
         except HTTPError as error:
@@ -115,7 +124,8 @@ def _receive(url: str, partial: Path, timeout: float) -> None:
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a broken address, or length
             kept = partial.stat().st_size if partial.exists() else 0
             if kept <= had or kept == 0:  # nothing came since the last attempt
-                later = f"; the {kept:,} bytes that came are kept for the next attempt" if kept else ""
+                resumable = kept and _version_of(partial).exists()
+                later = f"; the {kept:,} bytes that came are kept for the next attempt" if resumable else ""
                 raise InputError(f"{url} could not be downloaded: {getattr(error, 'reason', error)}{later}") from error
             had = kept
 
@@ -131,12 +141,18 @@ def _receive_rest(url: str, partial: Path, timeout: float) -> None:
     if partial.exists() and version.exists():
         headers |= {"Range": f"bytes={partial.stat().st_size}-", "If-Range": version.read_text()}
     with urlopen(Request(url, headers=headers), timeout=timeout) as response:
+        mark = response.headers["ETag"] or ""
+        mark = response.headers["Last-Modified"] if mark[:1] != '"' else mark  # a weak mark says too little
         begin = partial.stat().st_size if response.status == 206 else 0
+        range_begins = str(response.headers["Content-Range"]).startswith(f"bytes {begin}-")
+        if begin and not (range_begins and mark in (None, version.read_text())):  # the rest of something else
+            partial.unlink()
+            return _receive_rest(url, partial, timeout)
+        if response.headers.get_content_type() == "text/html":
+            raise InputError(f"{url} is a web page: expected the address of the file itself")
         total = begin + int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
         if begin == 0:
             version.unlink(missing_ok=True)
-            mark = response.headers["ETag"] or ""
-            mark = response.headers["Last-Modified"] if mark[:1] != '"' else mark  # a weak mark says too little
             if mark:
                 version.write_text(mark)
         bar = dict(unit="B", unit_scale=True, leave=False, disable=None)  # None: only on a terminal
@@ -146,6 +162,8 @@ def _receive_rest(url: str, partial: Path, timeout: float) -> None:
                     raise InputError(f"{url} is a web page: expected the address of the file itself")
                 file.write(block)
                 progress.update(len(block))
+            if file.tell() == 0:
+                raise InputError(f"{url} is empty: expected a file of weights")
             if total is not None and file.tell() < total:
                 raise ConnectionError(f"the connection broke after {file.tell():,} of {total:,} bytes")
     version.unlink(missing_ok=True)
@@ -183,8 +201,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
                 header = (file.metadata() or {}).get("learngene")
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             return content if header is None else {**content, "learngene": json.loads(header)}
-        if start.startswith(b"PK"):
-            _refuse_compression(path)
+        _refuse_bombs(path, zipped=start.startswith(b"PK"))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pickle's protocol; what is wrong is said below
             with open(path, "rb") as file:  # by a path, newer torch goes by the name's suffix
@@ -201,12 +218,41 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return dict(content) if "model" in content else {"model": dict(content)}
 
 
-def _refuse_compression(path: str | os.PathLike) -> None:
-    """torch does not compress its archives: one that unpacks to more than it holds was made to fill the memory."""
+def _refuse_bombs(path: str | os.PathLike, zipped: bool) -> None:
+    """Refuse pickles and archives that were made to fill the memory: torch writes none of what is refused here."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:  # one of any length can stand in a few bytes of a pickle
+            raise InputError(f"{path} is refused: besides tensors and plain data it holds a bytearray")
+        tail = content[-98:]
+    if not zipped:
+        return
     with zipfile.ZipFile(path) as archive:
         declared = sum(entry.file_size for entry in archive.infolist())
-    if declared > os.path.getsize(path):
-        raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        agreed = _directory_is_at(archive.start_dir, tail, size)
+    if compressed or declared > size or not agreed:
+        raise InputError(
+            f"{path} is refused: it has {size:,} bytes and declares {declared:,}, or is compressed, unlike torch's"
+        )
+
+
+def _directory_is_at(start: int, tail: bytes, size: int) -> bool:
+    """Whether a zip archive's end records point to the directory that Python found, which torch then finds, too.
+
+    Python takes the directory that stands before the end records, torch the one that they point to.
+
+    Args:
+        tail: the last 98 bytes of the archive's ``size``: a 64-bit end record, the pointer to it, the end record.
+    """
+    record, pointer, end = tail[:56], tail[56:76], tail[76:]
+    if end[:4] != b"PK\5\6":
+        return False
+    stated = int.from_bytes(end[16:20], "little")
+    if pointer[:4] != b"PK\6\7":
+        return stated == start
+    record_at, stated_64 = int.from_bytes(pointer[8:16], "little"), int.from_bytes(record[48:56], "little")
+    return record[:4] == b"PK\6\6" and record_at == size - 98 and stated_64 == start and stated in (start, 2**32 - 1)
 
 
 def weights_of(content: Mapping, path: str | os.PathLike, key: str = "model") -> dict[str, Tensor]:
@@ -223,7 +269,7 @@ def weights_of(content: Mapping, path: str | os.PathLike, key: str = "model") ->
         raise InputError(f"{path} is damaged: a name of its weights is no text")
     for name, tensor in weights.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.is_quantized or tensor.is_complex():
+        if not plain or tensor.dtype not in DTYPES:
             raise InputError(f"{path} is refused: {name} is no ordinary tensor")
     # views of one storage can declare any number of elements
     declared = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
@@ -239,16 +285,24 @@ def read_yaml(path: str | os.PathLike) -> object:
     """The plain data of a YAML file.
 
     Raises:
-        InputError: the file is missing, no YAML, or holds tags or aliases, which could make much of little.
+        InputError: the file is missing, no YAML, or holds what could make much of little: tags, aliases, deep nesting.
     """
-    text = _plain_text(path)
+    text = _plain_text(path, YAML_LIMIT)
     try:
         depth = 0
         for token in yaml.scan(text):
             depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
-            if isinstance(token, yaml.AliasToken) or depth > NESTING_LIMIT:
-                what = "aliases (*name)" if depth <= NESTING_LIMIT else f"more than {NESTING_LIMIT} levels"
-                raise InputError(f"{path} holds YAML with {what}, which is not read here: write plain values")
+            what = None
+            if isinstance(token, yaml.AliasToken):
+                what = f"the alias *{token.value}"
+            elif isinstance(token, yaml.TagToken):
+                what = f"the tag {''.join(part or '' for part in token.value)}"
+            elif isinstance(token, yaml.ScalarToken) and len(token.value) > SCALAR_LIMIT:
+                what = f"a value of more than {SCALAR_LIMIT} characters"
+            elif depth > NESTING_LIMIT:
+                what = f"more than {NESTING_LIMIT} levels"
+            if what:
+                raise InputError(f"{path} holds {what}, which is not read here: write short, plain values")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
@@ -263,21 +317,21 @@ def read_json(path: str | os.PathLike) -> object:
         InputError: the file is missing or no JSON.
     """
     try:
-        return json.loads(_plain_text(path))
+        return json.loads(_plain_text(path, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not JSON: {in_a_line(error)}") from error
 
 
-def _plain_text(path: str | os.PathLike) -> str:
+def _plain_text(path: str | os.PathLike, limit: int) -> str:
     try:
         with open(path, "rb") as file:
-            content = file.read(TEXT_LIMIT + 1)
+            content = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > TEXT_LIMIT:
-        raise InputError(f"{path} has more than {TEXT_LIMIT:,} bytes: expected a short text file")
+    if len(content) > limit:
+        raise InputError(f"{path} has more than {limit:,} bytes: expected a short text file")
     try:
         return content.decode()
     except UnicodeDecodeError as error:

@@ -11,7 +11,6 @@ import yaml
 
 from .vit import InputError, in_a_line
 
-FILES = ("README.md", "log.txt", "*.safetensors", "config.json")  # of what a run writes
 SECONDS = 10.0  # without an answer, after which the Hub is given up
 
 
@@ -25,18 +24,25 @@ def from_hub(address: str, on_hub: str) -> Path:
         InputError: there is no such repository, revision or file, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     where, _, revision = address.removeprefix("hf-hub:").partition("@")
     owner, name, file = [*where.split("/", 2), "", ""][:3]
     if not (owner and name):
         raise InputError(f"{address} names no repository: expected hf-hub:owner/name[/file][@revision]")
-    repo_id, file, revision = f"{owner}/{name}", file or on_hub, revision or None
+    repo_id, file, revision, offline = f"{owner}/{name}", file or on_hub, revision or None, None
     try:
-        with suppress(OfflineModeIsEnabled):  # then it may be in the cache
-            # asked first, as the download would try again and again where there is no such thing, or no network
-            revision = HfApi().model_info(repo_id, revision=revision, timeout=SECONDS).sha
-        return Path(hf_hub_download(repo_id, file, revision=revision))
+        # asked first: the download itself would try again and again where there is no such thing, or no network
+        HfApi().model_info(repo_id, revision=revision, timeout=SECONDS)
+    except (HfHubHTTPError, ValueError) as error:
+        raise InputError(f"{address} could not be downloaded: {in_a_line(error)}") from error
+    except hub_errors() as error:  # offline, or as good as that
+        offline = error
+    try:
+        return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=offline is not None))
+    except LocalEntryNotFoundError as error:
+        reason = in_a_line(offline or error)
+        raise InputError(f"{address} is not kept on this machine, and the Hub not reached: {reason}") from error
     except EntryNotFoundError as error:
         raise InputError(f"{address}: the repository has no {file}; …/{name}/FILE names another one") from error
     except hub_errors() as error:
@@ -51,12 +57,13 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def check_upload(repo_id: str) -> None:
-    """Ask the Hub, before any long work, whether this machine's token may write to ``repo_id``.
+    """Make the repository if need be, before any long work, and with that see whether it may be written to.
 
     Raises:
-        InputError: the name is not ``owner/name``, or the token is missing, wrong or another's.
+        InputError: the name is not ``owner/name``, the Hub cannot be reached, or does not accept this machine's token.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -66,32 +73,28 @@ def check_upload(repo_id: str) -> None:
     if "/" not in repo_id:
         raise InputError(f"{repo_id} has no owner: expected OWNER/NAME")
     try:
-        user = HfApi().whoami()
+        with suppress(RepositoryNotFoundError):  # the one question that takes a time-out
+            HfApi().model_info(repo_id, timeout=SECONDS)
+        HfApi().create_repo(repo_id, exist_ok=True)
     except hub_errors() as error:
-        raise InputError(f"the Hub does not accept your token, see `hf auth login`: {in_a_line(error)}") from error
-    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
-    if repo_id.partition("/")[0] not in owners:
-        raise InputError(f"{repo_id} is not yours to write: your token is that of {', '.join(owners)}")
+        raise InputError(f"{repo_id} cannot be written to, see `hf auth login`: {in_a_line(error)}") from error
 
 
-def upload(folder: Path, repo_id: str) -> str:
-    """Upload a run's folder, without its checkpoint.
-
-    Returns:
-        The address of the commit.
+def upload(folder: Path, files: Sequence[str], repo_id: str) -> str:
+    """Upload ``files`` of a folder in one commit, and return its address.
 
     Raises:
         InputError: the upload failed; the folder is as it was.
     """
     from huggingface_hub import HfApi
 
+    message = "Upload what was trained"
     try:
-        HfApi().create_repo(repo_id, exist_ok=True)
         commit = HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload a trained model"
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(files), commit_message=message
         )
     except hub_errors() as error:
-        raise InputError(f"not uploaded: {in_a_line(error)}; `hf upload {repo_id} {folder}` tries again") from error
+        raise InputError(f"not uploaded, {', '.join(files)} stay in {folder}: {in_a_line(error)}") from error
     return str(commit.commit_url)
 
 

@@ -159,6 +159,8 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
     Raises:
         InputError: the file is missing, damaged, no learngene, or holds anything but tensors and plain data.
     """
+    if head_dim < 1:
+        raise InputError(f"head_dim {head_dim} is too small: at least 1")
     path = fetch(path_or_url, on_hub="learngene_ema.safetensors" if use_ema else "learngene.safetensors")
     content = read_checkpoint(path)
     try:
@@ -174,11 +176,9 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
 def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema: bool) -> Learngene:
     """The learngene in the ``content`` of a file; its tensors can still have any names and shapes."""
     header = content.get("learngene", {})
-    options = published.options_of(content.get("args"))
-    if isinstance(header, Mapping):
-        options = header.get("options", options)
-    if not (isinstance(header, Mapping) and isinstance(options, Mapping)):
+    if not isinstance(header, Mapping):
         raise InputError("its header is no mapping")
+    options = published.options_of(header.get("options", content.get("args")))
     # what is averaged stands beside the rest in a checkpoint, and alone in learngene_ema.safetensors
     weights = weights_of(content, path, "model_ema" if use_ema and not header.get("averaged") else "model")
     averaged = use_ema or bool(header.get("averaged"))

@@ -27,7 +27,7 @@ GRAMMAR = (
     "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}[_L{depth}][_H{heads}], "
     f"with size one of {', '.join(SIZES)}"
 )
-_NUMBER = r"([1-9]\d*)"
+_NUMBER = r"([1-9]\d{0,5})"
 _STEM = rf"deit_({'|'.join(SIZES)})_patch{_NUMBER}_{_NUMBER}"
 _PLAIN = re.compile(rf"{_STEM}_L{_NUMBER}(?:_H{_NUMBER})?")
 _AUX = re.compile(rf"aux_{_STEM}(?:_L{_NUMBER})?(?:_H{_NUMBER})?")
@@ -40,7 +40,13 @@ PUBLISHED_NAMES = (
 
 
 class InputError(ValueError):
-    """Something that the user can put right, said in one sentence."""
+    """Something that the user can put right, said in one sentence.
+
+    The sentence may repeat what stands in a file: it is cut, and cleaned of what could do things to a terminal.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else " " for c in message[:1000]))
 
 
 def in_a_line(error: Exception) -> str:

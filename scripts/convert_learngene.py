@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Turn a published learngene into this project's file, and back. Tensors and recorded options stay what they are.
+"""Turn a published learngene into this project's file, and back.
+
+Tensors, as float32, and plain options stay what they are.
 
 The target's suffix says which: .safetensors is this project's format, .pth the published one.
 

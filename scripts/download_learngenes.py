@@ -186,7 +186,7 @@ def fetch(entry: Entry, folder: Path) -> list[Path]:
 
 def check_hash(entry: Entry, path: Path, consequence: str) -> None:
     """Raises InputError unless the file has the hash that the registry says, if it says one."""
-    if entry.sha256 and (found := models.files.sha256(path)) != entry.sha256.lower():
+    if entry.sha256 and (found := models.sha256(path)) != entry.sha256.lower():
         raise InputError(f"{path} has the SHA-256 {found}, expected {entry.sha256} of {entry.name}: {consequence}")
 
 
@@ -268,7 +268,7 @@ def main() -> int:
     p.add_argument("--head-dim", type=int, default=64, help="neurons of an attention head, to read published files")
     args = p.parse_args()
     try:
-        if args.head_dim < 1:
+        if args.head_dim < 1:  # before anything is downloaded
             raise InputError(f"--head-dim {args.head_dim} is too small: at least 1")
         entries = read_registry(args.registry)
         for name in args.names:

@@ -96,9 +96,8 @@ def predict(args: argparse.Namespace) -> None:
     if args.top_k < 1:
         raise models.InputError(f"--top-k {args.top_k} is too small: at least 1")
     model, transform, config = load(args.model)
-    batch = torch.stack([transform(read_picture(path)) for path in args.images])
-    with torch.inference_mode():
-        logits = model(batch)
+    with torch.inference_mode():  # one by one, as all of them together may be more than the memory holds
+        logits = torch.cat([model(transform(read_picture(path))[None]) for path in args.images])
     if not logits.isfinite().all():
         raise models.InputError(f"{args.model} gives logits that are not finite")
     names = class_names(config)

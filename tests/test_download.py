@@ -1,6 +1,8 @@
 """Files from an address, against real servers on this machine."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 GENE = (FIXTURES / "tleg_learngene.pth").read_bytes()
 DIGEST = hashlib.sha256(GENE).hexdigest()
 PAGE = b"\n<!DOCTYPE html><html><body>Sign in to download</body></html>"
+SIGN_IN = b"<!-- please --><html><body>Sign in to download</body></html>"
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Server:
     content: bytes = GENE
     version: str = '"1"'
     ranges: bool = True
+    honest: bool = True  # or else ranges are of whatever version is there now
     break_after: list[int] = field(default_factory=list)  # bytes of each answer before the connection is cut
     silent: threading.Event = field(default_factory=threading.Event)  # until it is set, /silent gets no answer
     asked: list[str | None] = field(default_factory=list)  # the Range of each request, None without
@@ -40,14 +44,15 @@ def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
             if self.path == "/silent":
                 server.silent.wait()
                 return
-            if self.path not in ("/gene.pth", "/page.pth"):
+            contents = {"/gene.pth": server.content, "/page.pth": PAGE, "/sign-in.pth": SIGN_IN, "/empty.pth": b""}
+            if self.path not in contents:
                 self.send_error(404)
                 return
-            content = server.content if self.path == "/gene.pth" else PAGE
+            content = contents[self.path]
             asked = self.headers["Range"]
             server.asked.append(asked)
             begin = 0
-            if asked and server.ranges and self.headers["If-Range"] == server.version:
+            if asked and server.ranges and (self.headers["If-Range"] == server.version or not server.honest):
                 begin = int(asked.removeprefix("bytes=").removesuffix("-"))
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
@@ -55,6 +60,7 @@ def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
                 self.send_response(200)
             self.send_header("Content-Length", str(len(content) - begin))
             self.send_header("ETag", server.version)
+            self.send_header("Content-Type", "text/html" if content == SIGN_IN else "application/octet-stream")
             self.end_headers()
             end = begin + server.break_after.pop(0) if server.break_after else None
             self.wfile.write(content[begin:end])
@@ -81,7 +87,7 @@ def server() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """Where downloads are kept."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -118,7 +124,7 @@ def test_broken_download_is_taken_up_in_a_later_run(server, cache):
     assert server.asked == [None, "bytes=1000-", "bytes=1000-"]
 
 
-@pytest.mark.parametrize("change", ["other version", "no ranges", "shorter"])
+@pytest.mark.parametrize("change", ["other version", "dishonest", "no ranges", "shorter"])
 def test_halves_of_different_files_are_not_put_together(server, change):
     server.break_after = [1000, 0]
     with pytest.raises(models.InputError, match="kept for the next attempt"):
@@ -126,7 +132,8 @@ def test_halves_of_different_files_are_not_put_together(server, change):
     if change == "no ranges":
         server.ranges = False
     else:
-        server.content, server.version = GENE[::-1] if change == "other version" else GENE[:500], '"2"'
+        server.content, server.version = GENE[:500] if change == "shorter" else GENE[::-1], '"2"'
+        server.honest = change != "dishonest"
     assert models.fetch(f"{server.address}/gene.pth").read_bytes() == server.content
 
 
@@ -164,6 +171,8 @@ def test_no_server_is_one_sentence(cache, address):
 REFUSED = {
     "missing": ("SERVER/missing.pth", "missing.pth could not be downloaded: HTTP Error 404"),
     "page": ("SERVER/page.pth", "page.pth is a web page: expected the address of the file itself"),
+    "sign-in": ("SERVER/sign-in.pth", "sign-in.pth is a web page"),
+    "empty": ("SERVER/empty.pth", "empty.pth is empty"),
     "md5": ("SERVER/gene.pth#md5=12", "ends in #md5=12: expected #sha256= and 64 hexadecimal digits"),
     "hub-empty": ("hf-hub:owner/gene", "gene.safetensors is empty"),
     "hub-file": ("hf-hub:owner/gene/other.pth", "the repository has no other.pth"),
@@ -237,4 +246,24 @@ def test_processes_of_a_run_download_once(outcomes):
     assert outcome.codes == [2, 2]
     assert "the size of a head" in outcome.stderr
     assert outcome.stderr.count("downloading") == 1
-    assert server.asked.count(None) == 2  # once for this run, once for the page
+    assert server.asked.count(None) == 4  # once for this run, and once for each of the other answers
+
+
+def test_hub_file_is_there_when_the_hub_is_not(tmp_path, monkeypatch):
+    """In processes of their own: huggingface_hub reads its address once, when it is imported."""
+    code = "import sys, models; print(models.fetch(sys.argv[1]).read_bytes().decode())"
+
+    def fetch(environment: dict[str, str], address: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, address]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, env={**ENVIRONMENT, **environment}, cwd=root, capture_output=True, text=True)
+
+    with HubStandIn() as hub:
+        hub.add("owner/vit", {"model.safetensors": b"weights"})
+        environment = hub.environment(tmp_path / "hub")
+        assert fetch(environment, "hf-hub:owner/vit").stdout == "weights\n"
+    for offline in ("0", "1"):
+        environment["HF_HUB_OFFLINE"] = offline
+        assert fetch(environment, "hf-hub:owner/vit").stdout == "weights\n"
+        missing = fetch(environment, "hf-hub:owner/other")
+        assert "hf-hub:owner/other is not kept on this machine, and the Hub not reached" in missing.stderr

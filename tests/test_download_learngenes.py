@@ -128,7 +128,7 @@ def test_list_of_a_registry_of_ones_own(run):
     [
         ("mine: tleg", ["registry.yaml", "dict", "a list"]),
         ("- [", ["registry.yaml", "not YAML"]),
-        ("- &a {name: x}\n- *a", ["registry.yaml", "aliases"]),
+        ("- &a {name: x}\n- *a", ["registry.yaml", "alias"]),
         (["mine"], ["entry 1", "'mine'", "name, method"]),
         ([entry("http://h/x") | {"adress": "x"}], ["entry 1 (mine)", "'adress'", "address"]),
         ([{"name": "mine", "method": "tleg", "address": "http://h/x"}], ["entry 1", "architectures is missing"]),

@@ -81,7 +81,7 @@ CASES = {
     "yaml_text": Case(f"{PLAIN} --config FILES/text.txt", ("--config", "text.txt", "option: value")),
     "yaml_broken": Case(f"{PLAIN} --config FILES/broken.yaml", ("--config", "broken.yaml", "not YAML")),
     "yaml_code": Case(f"{PLAIN} --config FILES/code.yaml", ("--config", "code.yaml", "python/object"), BOTH),
-    "yaml_alias": Case(f"{PLAIN} --config FILES/alias.yaml", ("--config", "alias.yaml", "aliases")),
+    "yaml_alias": Case(f"{PLAIN} --config FILES/alias.yaml", ("--config", "alias.yaml", "alias *rate")),
     "yaml_missing": Case(f"{PLAIN} --config FILES/no.yaml", ("--config", "no.yaml", "No such file")),
     # architectures
     "architecture": Case(

@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -129,8 +130,8 @@ def as_safetensors(tensors: dict, header: object, rng: random.Random) -> bytes:
     content = save(tensors, metadata=None if header is None else {"learngene": json.dumps(header)})
     if rng.random() < 0.8:
         return content
-    length = int.from_bytes(content[:8], "little")
-    table = json.loads(content[8 : 8 + length])
+    begin = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:begin])
     entry = table[rng.choice([name for name in table if name != "__metadata__"])]
     if rng.random() < 0.5:
         entry["shape"] = rng.choice(([HUGE, HUGE], [HUGE], [0, HUGE], [2**64], [-1]))
@@ -138,7 +139,7 @@ def as_safetensors(tensors: dict, header: object, rng: random.Random) -> bytes:
         entry["data_offsets"] = rng.choice(([0, HUGE], [HUGE, HUGE + 4], [8, 4], [0, 2**64]))
     text = json.dumps(table).encode()
     length = rng.choice((len(text), len(text), HUGE, 2**63, len(text) + 1))
-    return length.to_bytes(8, "little") + text + content[8 + len(content) :]
+    return length.to_bytes(8, "little") + text + content[begin:]
 
 
 def as_torch(content: object, rng: random.Random) -> bytes:
@@ -354,27 +355,37 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Hang(BaseException):
+    """Not an Exception: no reader may take it for what is wrong with the file."""
+
+
 def hang(*_) -> None:
-    raise TimeoutError("the reader hangs")
+    raise Hang("the reader hangs")
+
+
+def shapes(gene: models.Learngene) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in gene.tensors.items()}
 
 
 def read_all(name: str, folder: Path) -> dict:
     """Read the mutated files of a format: how often what happened, and the growth of memory in bytes."""
     read = FORMATS[name].reader()
-    read(folder / "good")  # which is read correctly, and imports what reading needs
+    good = read(folder / "good")  # which also imports what reading needs
     signal.signal(signal.SIGALRM, hang)
     before = peak()
     ends = {"read": 0, "refused": 0, "wrong": []}
     for path in sorted((folder / "bad").iterdir()):
         signal.alarm(SECONDS)
         try:
-            read(path)
+            found = read(path)
             ends["read"] += 1
+            if int(path.name) % 2 and isinstance(good, models.Learngene) and shapes(found) != shapes(good):
+                ends["wrong"].append(f"{path.name}: read as {found}")  # only its bytes were mutated, not its sizes
         except models.InputError as error:
             ends["refused"] += 1
             if "\n" in str(error) or len(str(error)) > 1500:
                 ends["wrong"].append(f"{path.name}: {str(error)[:2000]}")
-        except Exception as error:
+        except (Exception, Hang) as error:
             ends["wrong"].append(f"{path.name}: {type(error).__name__}: {str(error)[:300]}")
         signal.alarm(0)
     return {**ends, "grown": peak() - before}
@@ -385,6 +396,16 @@ def read_large(path: Path) -> dict:
     before = peak()
     models.load_learngene(path).descend("deit_base_patch16_224_L1_H1")
     return {"grown": peak() - before}
+
+
+def read_bomb(path: Path) -> dict:
+    """What is said of a file that is no learngene, and the growth of memory by reading it."""
+    before = peak()
+    try:
+        models.load_learngene(path)
+    except models.InputError as error:
+        return {"said": str(error), "grown": peak() - before}
+    return {"said": "read", "grown": peak() - before}
 
 
 def in_a_process(*arguments: str) -> dict:
@@ -410,6 +431,55 @@ def test_mutated_files_are_read_or_refused(name, tmp_path):
     assert found["grown"] < 2 * len(good) + 500 * 10**6
 
 
+def second_directory(archive: bytes) -> bytes:
+    """A zip archive with a harmless directory where Python looks, before the end record, which points to the other."""
+    end = archive.rindex(b"PK\5\6")
+    size, begin = struct.unpack("<II", archive[end + 12 : end + 20])
+    harmless = bytearray(archive[begin : begin + size])
+    at = 0
+    while at < size:
+        harmless[at + 10 : at + 12] = bytes(2)  # stored
+        harmless[at + 20 : at + 28] = struct.pack("<II", 4, 4)  # bytes, compressed and not
+        at += 46 + sum(struct.unpack("<HHH", harmless[at + 28 : at + 34]))
+    return archive[:end] + harmless + archive[end:]
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that would fill the memory of a reader that trusts them."""
+    large = io.BytesIO()
+    torch.save({"model": {"a": torch.zeros(2**28)}}, large)  # a gigabyte
+    packed = io.BytesIO()
+    with zipfile.ZipFile(large) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    return {
+        "bytearray": b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R.",
+        "compressed": packed.getvalue(),
+        "directories": second_directory(packed.getvalue()),
+        "base-60": b"lr: " + b"1:" * 200_000 + b"1\n",
+    }
+
+
+@pytest.fixture(scope="module")
+def bomb_files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bombs")
+    for name, content in bombs().items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["bytearray", "compressed", "directories"])
+def test_bombs_are_refused_before_they_grow(bomb_files, name):
+    found = in_a_process("bomb", str(bomb_files / name))
+    assert "refused" in found["said"] or "damaged" in found["said"]
+    assert found["grown"] < 10**8
+
+
+def test_yaml_that_takes_quadratic_time_is_refused(bomb_files):
+    with pytest.raises(models.InputError, match="a value of more than 1000 characters"):
+        models.read_yaml(bomb_files / "base-60")
+
+
 def test_memory_for_a_learngene_of_published_size(tmp_path):
     gene = models.Learngene.of(models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12"))
     gene.save(tmp_path / "own")
@@ -421,4 +491,5 @@ def test_memory_for_a_learngene_of_published_size(tmp_path):
 
 if __name__ == "__main__":
     name, path = sys.argv[1], Path(sys.argv[2])
-    print(json.dumps(read_large(path) if name == "large" else read_all(name, path)))
+    readers = {"large": read_large, "bomb": read_bomb}
+    print(json.dumps(readers[name](path) if name in readers else read_all(name, path)))
