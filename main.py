@@ -75,6 +75,14 @@ def whole_numbers(text: str) -> list[int] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,4") from None
 
 
+def parts(text: str) -> list[str]:
+    """'attn,mlp': parts of a ViT."""
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in models.PARTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part: expected some of {','.join(models.PARTS)}")
+    return names
+
+
 def at_least(lowest: int, highest: int | None = None):
     """The type of an option that is a whole number from ``lowest`` up, perhaps to ``highest``."""
 
@@ -125,6 +133,10 @@ def option_parser() -> Parser:
     g.add_argument("--mapping-layer", type=whole_numbers, help="LeTs stage 2: Aux layer of each layer, '0,1,4,…'")
     g.add_argument("--mapping-layer-coeff", type=whole_numbers, help="LeTs stage 2: Aux layer whose coefficients")
     g.add_argument("--width-select", default="continuous", choices=models.WIDTH_SELECTIONS)
+    g.add_argument("--depth-select", default="default", help="LeTs stage 2: default, even, first, last, or pairs:0,2,…")
+    g.add_argument("--skip-init", type=parts, default=[], help=f"stage 2: leave at random {','.join(models.PARTS)}")
+    g.add_argument("--init", choices=models.RIVALS, help="start from a trained ViT of other sizes, without learngene")
+    g.add_argument("--init-path", help="the trained ViT of --init: checkpoint or address")
     g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
     g.add_argument(
         "--trans-init-scheme",
@@ -276,7 +288,7 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
                 arguments.append(option if value else "--no-" + option[2:])
         elif isinstance(value, list) and plain and action.nargs is not None:
             arguments += [option, *map(str, value)]
-        elif isinstance(value, list) and plain and action.type is whole_numbers:
+        elif isinstance(value, list) and plain and action.type in (whole_numbers, parts):
             arguments.append(f"{option}={','.join(map(str, value))}")
         elif isinstance(value, (list, dict, bool)):
             raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected a single value")
@@ -300,7 +312,7 @@ def kind_of_run(args: argparse.Namespace) -> str:
         if not (args.src_arch and args.tgt_arch):
             missing = "--tgt-arch" if args.src_arch else "--src-arch"
             raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
-        for option in ("load_gene", "des_arch", "model", "finetune"):
+        for option in ("load_gene", "des_arch", "model", "finetune", "init", "init_path"):
             if getattr(args, option):
                 option = "--" + option.replace("_", "-")
                 raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
@@ -315,14 +327,19 @@ def kind_of_run(args: argparse.Namespace) -> str:
             raise InputError(f"{args.des_arch or args.model} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
         if not (args.des_arch or args.model):
             raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
-        if args.finetune:
-            raise InputError("--finetune and --load-gene both give the first weights: choose one")
+        if args.finetune or args.init or args.init_path:
+            raise InputError("--load-gene gives the first weights, as do --finetune and --init: choose one")
         return "descend"
     if args.des_arch:
         raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
     for option in ("mapping_layer", "mapping_layer_coeff"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option} needs --load-gene: it says how a Des-Net is made from a learngene")
+    if (args.init is None) != (args.init_path is None):
+        missing = "--init" if args.init is None else "--init-path"
+        raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
+    if args.init and (args.finetune or not models.follows_grammar(args.model or "") or models.is_aux_name(args.model)):
+        raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
     if not args.model:
         raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
     return "tleg" if models.is_aux_name(args.model) else "plain"
@@ -392,7 +409,23 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: mod
         )
     if args.finetune:
         load_foreign_weights(model, args.finetune, "--finetune", other_head=True)
+    if args.init:
+        initialise_from(model, args)
     return model
+
+
+def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
+    """Give ``model`` weights from a trained ViT of other sizes (`models.RIVALS`)."""
+    arch = replace(models.parse_arch(args.model), img_size=args.input_size)
+    with about(f"--init-path {args.init_path}"):
+        path = models.fetch(args.init_path)
+        weights = models.fuse_qkv(models.weights_of(models.read_checkpoint(path), path))
+        source = models.source_arch(weights, arch.head_dim)
+        say(f"{args.init_path}: {source}, for {args.init.replace('_', ' ')}")
+        weights = models.RIVALS[args.init](weights, source, arch)
+    with about(f"--init-path {args.init_path}"):
+        weights = fit_head(fit_images(weights, model, args.init_path), model, args.init_path, other_head=True)
+    utils.load_weights(model, weights, f"--init-path {args.init_path}")
 
 
 def load_gene(args: argparse.Namespace) -> models.Learngene:
@@ -415,8 +448,8 @@ def build_des_net(
     """The Des-Net, and a line for each part of it that does not come from the learngene as it is."""
     with about(des_option(args)):
         arch = replace(models.parse_arch(args.des_arch or args.model), img_size=img_size)
-        mapping = args.mapping_layer, args.mapping_layer_coeff, args.width_select
-        des_net = gene.descend(arch, *mapping, num_classes=num_classes, in_chans=CHANNELS, **rates)
+        choices = args.mapping_layer, args.mapping_layer_coeff, args.width_select, args.depth_select, args.skip_init
+        des_net = gene.descend(arch, *choices, num_classes=num_classes, in_chans=CHANNELS, **rates)
     if gene.num_classes != num_classes:
         say(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
     if gene.arch.patch_size != arch.patch_size:
@@ -866,7 +899,7 @@ def options_in_effect(args: argparse.Namespace) -> dict:
 
 def recipe(args: argparse.Namespace) -> dict:
     """The options in effect without those that name places on this machine, for files that others will read."""
-    places = ("data_path", "output_dir", "load_gene", "finetune", "teacher_path")
+    places = ("data_path", "output_dir", "load_gene", "finetune", "init_path", "teacher_path")
     return {name: value for name, value in options_in_effect(args).items() if name not in places}
 
 
@@ -930,6 +963,7 @@ def fetch_addresses(args: argparse.Namespace) -> None:
         "--load-gene": (args.load_gene, gene),
         "--finetune": (args.finetune, gene if models.is_aux_name(args.model or "") else "model.safetensors"),
         "--resume": (args.resume, "checkpoint.pth"),
+        "--init-path": (args.init_path, "model.safetensors"),
         "--teacher-path": (args.teacher_path, "model.safetensors"),
     }
     for option, (source, name) in sources.items():
@@ -955,6 +989,8 @@ def facts_of(args: argparse.Namespace, gene: models.Learngene | None) -> dict[st
     if args.src_arch:
         return {"learngene": args.src_arch, "Aux-Net": args.tgt_arch}
     facts = {"architecture": args.des_arch or args.model, "finetuned from": args.finetune and public(args.finetune)}
+    if args.init:
+        facts["initialised by"] = f"{args.init}, from {public(args.init_path)}"
     if gene is not None:
         facts |= {
             "learngene": gene,
@@ -964,7 +1000,8 @@ def facts_of(args: argparse.Namespace, gene: models.Learngene | None) -> dict[st
         if gene.method == "lets":
             with about(des_option(args)):
                 depth = models.parse_arch(args.des_arch or args.model).depth
-                mapping = models.mapping_or_default(gene.config, depth, args.mapping_layer, args.mapping_layer_coeff)
+                lists = args.mapping_layer, args.mapping_layer_coeff, args.depth_select
+                mapping = models.mapping_or_default(gene.config, depth, *lists)
             facts |= dict(zip(("mapping_layer", "mapping_layer_coeff"), mapping, strict=True))
     return {name: str(value) for name, value in facts.items() if value is not None}
 

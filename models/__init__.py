@@ -14,9 +14,11 @@ from .aux_net import AuxNet
 from .files import fetch, read_checkpoint, read_yaml, sha256, weights_of, written_whole
 from .directory import read_model, save_model
 from .hub import check_upload, model_card, upload
-from .learngene import Learngene, load_learngene, save_published, to_published
+from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
 from .published import fuse_qkv, is_published, published_moments, published_names
-from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, WIDTH_SELECTIONS, LeTs, mapping_or_default
+from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, LeTs, mapping_or_default
+from .rivals import RIVALS, source_arch
+from .selection import WIDTH_SELECTIONS
 from .tleg import TLEG
 from .vit import (
     GRAMMAR,
@@ -35,6 +37,8 @@ from .vit import (
 
 __all__ = [
     "DEPTH_SCHEMES",
+    "PARTS",
+    "RIVALS",
     "TLEG",
     "WIDTH_SCHEMES",
     "WIDTH_SELECTIONS",
@@ -67,6 +71,7 @@ __all__ = [
     "save_model",
     "save_published",
     "sha256",
+    "source_arch",
     "timm_kwargs",
     "to_published",
     "upload",

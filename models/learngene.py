@@ -15,11 +15,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import lets, published, tleg
-from .aux_net import AuxNet, WeightsOnMeta, vit_from_weights
+from .aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
 from .files import fetch, read_checkpoint, weights_of, written_whole
 from .vit import InputError, ViTArch, adapt_to_images, in_a_line, parse_arch
 
 METHODS = {"lets": "LeTs", "tleg": "TLEG"}
+# part of a ViT → what stands in the names of its weights, and in no others
+PARTS = {"attn": ".attn.", "mlp": ".mlp.", "norm": "norm", "patch_embed": "patch_embed.", "pos_embed": "pos_embed"}
 
 
 @dataclass
@@ -93,6 +95,8 @@ class Learngene:
         mapping_layer: Sequence[int] | None = None,
         mapping_layer_coeff: Sequence[int] | None = None,
         width_select: str = "continuous",
+        depth_select: str = "default",
+        skip_init: Sequence[str] = (),
         num_classes: int | None = None,
         **vit_kwargs,
     ) -> VisionTransformer:
@@ -102,7 +106,10 @@ class Learngene:
             arch: a name of the grammar, or the sizes.
             mapping_layer: LeTs: for each layer, the Aux layer whose learngene pair is used (default: spread evenly).
             mapping_layer_coeff: LeTs: for each layer, the Aux layer whose coefficient row is used.
-            width_select: LeTs: which rows of the width matrices to keep, one of `WIDTH_SELECTIONS`.
+            width_select: which rows of the width matrices (LeTs) or which neurons (TLEG) a Des-Net narrower than the
+                Aux-Net keeps, one of `WIDTH_SELECTIONS`.
+            depth_select: LeTs, without the mapping lists: how they are made, as in `lets.select_depth`.
+            skip_init: `PARTS` that stay as timm initialises them, for the papers' ablation of components.
             num_classes: ``None`` keeps the learngene's head, another number than its own gives a fresh one.
             vit_kwargs: passed on to timm's ``VisionTransformer``; ``img_size`` and ``patch_size`` replace those of
                 ``arch``. For other images than the learngene's, the position embedding and the patch embedding are
@@ -117,21 +124,28 @@ class Learngene:
         )
         in_chans = vit_kwargs.pop("in_chans", self.config["in_chans"])
         if self.method == "lets":
-            weights = lets.descend(self.tensors, self.config, arch, mapping_layer, mapping_layer_coeff, width_select)
+            mapping = mapping_layer, mapping_layer_coeff, width_select, depth_select
+            weights = lets.descend(self.tensors, self.config, arch, *mapping)
         else:
             for name, given in (
                 ("mapping_layer", mapping_layer is not None),
                 ("mapping_layer_coeff", mapping_layer_coeff is not None),
-                ("width_select", width_select != "continuous"),
+                ("depth_select", depth_select != "default"),
             ):
                 if given:
                     raise InputError(f"{name} belongs to LeTs; this is a TLEG learngene, which has no such choice")
-            weights = tleg.descend(self.tensors, self.config, arch)
+            weights = tleg.descend(self.tensors, self.config, arch, width_select)
         if num_classes not in (None, self.num_classes):
             head = weights["head.weight"]
             weights["head.weight"] = nn.init.trunc_normal_(head.new_empty(num_classes, arch.width), std=0.02)
             weights["head.bias"] = head.new_zeros(num_classes)
         weights = adapt_to_images(weights, arch, in_chans)
+        if unknown := set(skip_init) - PARTS.keys():
+            raise InputError(f"skip_init names {min(unknown)}: expected {', '.join(PARTS)}")
+        if skip_init:
+            fresh = random_vit_weights(arch, num_classes=len(weights["head.bias"]), in_chans=in_chans)
+            skipped = tuple(PARTS[part] for part in skip_init)
+            weights |= {name: tensor for name, tensor in fresh.items() if any(key in name for key in skipped)}
         return vit_from_weights(arch, weights, num_classes=len(weights["head.bias"]), in_chans=in_chans, **vit_kwargs)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from .aux_net import AuxNet, random_vit_weights
+from .selection import choose_rows, rows_of_heads
 from .vit import InputError, ViTArch
 
 MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
-WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
+DEPTH_STRATEGIES = ("default", "even", "first", "last")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,6 +302,7 @@ def descend(
     mapping_layer: Sequence[int] | None = None,
     mapping_layer_coeff: Sequence[int] | None = None,
     width_select: str = "continuous",
+    depth_select: str = "default",
 ) -> dict[str, Tensor]:
     """The state dict of a Des-Net of ``arch`` sizes.
 
@@ -310,6 +312,7 @@ def descend(
         mapping_layer: for each Des-Net layer, the Aux layer whose pair of learngene layers it is made from.
         mapping_layer_coeff: for each Des-Net layer, the Aux layer whose coefficient row it takes.
         width_select: which rows of the width matrices a Des-Net narrower than the Aux-Net keeps.
+        depth_select: without mapping lists, how they are made, as in `select_depth`.
 
     Raises:
         InputError: wider than the Aux-Net, other heads than the learngene's, or mapping lists that do not fit.
@@ -325,43 +328,69 @@ def descend(
             f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
         )
     layers_per_pair = tgt.depth // (src.depth // 2)
-    mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff)
+    mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
     layers = [(a // layers_per_pair, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
     plan = depth_plan(layers, p["g"].shape[1], src.depth // 2, device=p["g"].device)
     return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
 
 
 def mapping_or_default(
-    config: dict, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None
+    config: dict, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None, depth_select: str = "default"
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, the default ones."""
+    """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, those of ``depth_select``."""
     aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]
     if layer is None and coeff is None:
         layers_per_pair = aux_depth // (config["src_arch"]["depth"] // 2)
-        return default_mapping(depth, aux_depth, layers_per_pair, layers_per_row)
+        return select_depth(depth, aux_depth, layers_per_pair, layers_per_row, depth_select)
+    if depth_select != "default":
+        raise InputError(f"depth_select {depth_select} and mapping lists both say which layers to take: give one")
     check_mapping(layer, coeff, depth, aux_depth)
     return layer, coeff
 
 
-def default_mapping(
-    depth: int, aux_depth: int, layers_per_pair: int, layers_per_row: int
+def select_depth(
+    depth: int, aux_depth: int, layers_per_pair: int, layers_per_row: int, how: str = "default"
 ) -> tuple[list[int], list[int]]:
     """``mapping_layer`` and ``mapping_layer_coeff`` for a Des-Net of ``depth`` layers.
 
-    Up to as many layers as there are rows: rows evenly spaced, first and last among them. More: every row equally
-    often, and those in the middle once more for the remainder. For 12 of 16 layers these are the published lists.
+    Args:
+        how: which of the K coefficient rows the layers take. ``default``: up to K layers, rows evenly spaced, first and
+            last among them; more, every row equally often, and those in the middle once more for the remainder, which
+            for 12 of 16 layers are the published lists. ``even``: layer l of d takes row ⌊l·K/d⌋. ``first``, ``last``:
+            every row equally often, and the first or last ones once more; up to K layers, only those.
+            ``pairs:0,2``: as ``default``, of the rows of these pairs of learngene layers alone.
+
+    Raises:
+        InputError: ``how`` is unknown, or names a pair that there is not.
     """
-    rows = range(0, aux_depth, layers_per_row)
-    if depth <= len(rows):
+    rows = list(range(0, aux_depth, layers_per_row))
+    if how.startswith("pairs:"):
+        rows = [row for row in rows if row // layers_per_pair in pairs_of(how, aux_depth // layers_per_pair)]
+    elif how not in DEPTH_STRATEGIES:
+        expected = ", ".join(DEPTH_STRATEGIES)
+        raise InputError(
+            f"unknown depth selection {how!r}: expected {expected}, or pairs: and numbers such as pairs:0,2"
+        )
+    times, rest = divmod(depth, len(rows))
+    if how == "even":
+        coeff = [rows[l * len(rows) // depth] for l in range(depth)]
+    elif times == 0 and how not in ("first", "last"):
         coeff = [rows[round(i)] for i in torch.linspace(0, len(rows) - 1, depth, dtype=torch.float64).tolist()]
     else:
-        times, rest = divmod(depth, len(rows))
-        first = (len(rows) - rest) // 2
+        first = {"first": 0, "last": len(rows) - rest}.get(how, (len(rows) - rest) // 2)
         coeff = [row for i, row in enumerate(rows) for _ in range(times + (first <= i < first + rest))]
     # Aux layers of one pair are counted up from its first, as in the published lists
     pairs = [row // layers_per_pair for row in coeff]
     layer = [p * layers_per_pair + pairs[:i].count(p) % layers_per_pair for i, p in enumerate(pairs)]
     return layer, coeff
+
+
+def pairs_of(how: str, num_pairs: int) -> set[int]:
+    """The numbers in ``pairs:0,2``."""
+    numbers = how.removeprefix("pairs:").split(",")
+    if not all(n.isdecimal() and int(n) < num_pairs for n in numbers):
+        raise InputError(f"{how} names pairs of learngene layers: expected numbers from 0 to {num_pairs - 1}")
+    return {int(n) for n in numbers}
 
 
 def check_mapping(layer: Sequence[int] | None, coeff: Sequence[int] | None, depth: int, aux_depth: int) -> None:
@@ -388,7 +417,7 @@ def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "co
     learngene itself.
 
     Args:
-        how: ``continuous``, the first rows; or the rows of largest (``top``) or smallest (``bottom``) l1 or l2 norm.
+        how: as in `choose_rows`.
     """
     rows, s = p["E"].shape
     if width == s + rows:  # every row is kept
@@ -397,7 +426,7 @@ def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "co
     emb = choose_rows(p["E"], new, how)
     per_head = torch.stack([p["Q"], p["K"], p["V"]]).unflatten(2, (-1, head_dim)).movedim(2, 0)
     heads = choose_rows(per_head.flatten(1), new // head_dim, how)
-    head_rows = (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+    head_rows = rows_of_heads(heads, head_dim)
     hidden = choose_rows(p["M"], 4 * new, how)
     return {
         **p,
@@ -415,14 +444,3 @@ def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "co
         **{f"{m}_{kind}": p[f"{m}_{kind}"][:old] for m in ("patch_embed", "fc_norm") for kind in ("weight", "bias")},
         "head_weight": p["head_weight"][:, :old],
     }
-
-
-def choose_rows(matrix: Tensor, count: int, how: str) -> Tensor:
-    """The numbers of ``count`` rows of ``matrix`` (…, rows, columns), in ascending order: (…, count)."""
-    if how not in WIDTH_SELECTIONS:
-        raise InputError(f"unknown width selection {how!r}: expected {', '.join(WIDTH_SELECTIONS)}")
-    if how == "continuous":
-        return torch.arange(count, device=matrix.device).expand(*matrix.shape[:-2], count)
-    norm, end = how.split("_")
-    sizes = torch.linalg.vector_norm(matrix, ord=int(norm[1]), dim=-1)
-    return sizes.topk(count, largest=end == "top").indices.sort().values

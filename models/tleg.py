@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .aux_net import AuxNet, random_vit_weights
+from .selection import choose_neurons, keep_neurons
 from .vit import PUBLISHED_NAMES, InputError, ViTArch, is_aux_name, register
 
 MODULES = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
@@ -83,19 +84,25 @@ class TLEG(AuxNet):
         return {"pos_embed"}  # norms and biases have one axis
 
 
-def descend(p: dict[str, Tensor], config: dict, arch: ViTArch) -> dict[str, Tensor]:
+def descend(p: dict[str, Tensor], config: dict, arch: ViTArch, width_select: str = "continuous") -> dict[str, Tensor]:
     """The state dict of a Des-Net of ``arch`` sizes, whose ``fc_norm`` is the Aux-Net's ``norm``.
 
+    Args:
+        width_select: which neurons a Des-Net narrower than the learngene keeps of one as wide, as in `choose_rows`.
+
     Raises:
-        InputError: the Des-Net has another width or other heads than the learngene.
+        InputError: the Des-Net is wider than the learngene, or has heads of another size.
     """
     aux = ViTArch(**config["tgt_arch"])
-    if (arch.width, arch.num_heads) != (aux.width, aux.num_heads):
+    if arch.width > aux.width or arch.head_dim != aux.head_dim:
         raise InputError(
-            f"the Des-Net has width {arch.width} and {arch.num_heads} heads; this TLEG learngene makes Des-Nets of "
-            f"width {aux.width} and {aux.num_heads} heads, of any depth"
+            f"the Des-Net has {arch.num_heads} heads of {arch.head_dim} neurons; this TLEG learngene makes Des-Nets of "
+            f"up to {aux.num_heads} heads of {aux.head_dim} neurons (width {aux.width}), of any depth"
         )
-    return expand(p, arch.depth, norm="fc_norm")
+    weights = expand(p, arch.depth, norm="fc_norm")
+    if arch.width == aux.width:
+        return weights
+    return keep_neurons(weights, choose_neurons(weights, arch.width, aux.head_dim, width_select))
 
 
 for _name in PUBLISHED_NAMES:

@@ -82,6 +82,23 @@ class ViTArch:
     def num_patches(self) -> int:
         return (self.img_size // self.patch_size) ** 2
 
+    def num_params(self, num_classes: int, in_chans: int = 3) -> int:
+        """The parameters of `create_vit`'s model of these sizes, counted from shapes."""
+        d, hidden = self.width, 4 * self.width
+        patches = (in_chans * self.patch_size**2 + 1) * d + self.num_patches * d
+        attention = (d + 1) * 3 * d + (d + 1) * d
+        mlp = (d + 1) * hidden + (hidden + 1) * d
+        norms = 2 * 2 * d
+        return patches + self.depth * (norms + attention + mlp) + 2 * d + (d + 1) * num_classes
+
+    def macs(self, num_classes: int, in_chans: int = 3) -> int:
+        """Multiply-accumulate operations of one image's forward pass: its products of matrices, counted from shapes."""
+        n, d, hidden = self.num_patches, self.width, 4 * self.width
+        patches = n * in_chans * self.patch_size**2 * d
+        linear = n * (3 * d * d + d * d + 2 * d * hidden)  # qkv, proj, fc1 and fc2
+        attention = 2 * n * n * d  # q·kᵀ, and the mean of v
+        return patches + self.depth * (linear + attention) + d * num_classes
+
     def __str__(self) -> str:
         return f"L{self.depth}-H{self.num_heads} (width {self.width}), patch {self.patch_size}, image {self.img_size}"
 

@@ -151,13 +151,32 @@ CASES = {
         ("mapping_layer", "LeTs", "TLEG"),
         BOTH,
     ),
-    "tleg_width_select": Case(
-        f"{DESCEND} --load-gene FILES/tleg.safetensors --width_select l1_top", ("width_select", "LeTs", "TLEG")
+    "tleg_depth_select": Case(
+        f"{DESCEND} --load-gene FILES/tleg.safetensors --depth-select even", ("depth_select", "LeTs", "TLEG")
     ),
     "tleg_width": Case(
-        f"{DIGITS} --des-arch deit_nano_patch8_32_L4_H1 --load-gene FILES/tleg.safetensors",
-        ("--des-arch", "width 32", "width 64"),
+        f"{DIGITS} --des-arch deit_nano_patch8_32_L4_H3 --load-gene FILES/tleg.safetensors",
+        ("--des-arch", "3 heads", "up to 2 heads"),
     ),
+    "depth_select": Case(f"{DESCEND} {LETS} --depth-select middle", ("'middle'", "default, even, first, last")),
+    "depth_pairs": Case(f"{DESCEND} {LETS} --depth-select pairs:0,9", ("pairs:0,9", "numbers from 0 to")),
+    "depth_twice": Case(
+        f"{DESCEND} {LETS} --depth-select even --mapping_layer 0,1,2,3 --mapping_layer_coeff 0,2,4,6",
+        ("depth_select even", "give one"),
+    ),
+    "skip_part": Case(f"{DESCEND} {LETS} --skip-init attn,head", ("--skip-init", "'head'", "attn,mlp,norm")),
+    "init_alone": Case(f"{PLAIN} --init stacking", ("--init-path is missing",)),
+    "init_path_alone": Case(f"{PLAIN} --init-path FILES/ten.pth", ("--init is missing",)),
+    "init_and_gene": Case(f"{DESCEND} {LETS} --init stacking --init-path FILES/ten.pth", ("--load-gene", "choose one")),
+    "init_smaller": Case(
+        f"{DIGITS} --model deit_nano_patch8_32_L5_H2 --init weight_selection --init-path FILES/ten.pth",
+        ("--init-path", "needs a larger ViT"),
+    ),
+    "init_width": Case(
+        f"{DIGITS} --model deit_nano_patch8_32_L5_H1 --init stacking --init-path FILES/ten.pth",
+        ("--init-path", "the widths differ: 64 and 32"),
+    ),
+    "init_code": Case(f"{PLAIN} --init stacking --init-path FILES/trap.pth", ("trap.pth", "refused", "open")),
     "mapping_unequal": Case(
         f"{DESCEND} {LETS} --mapping_layer 0,1,2,3 --mapping_layer_coeff 0,2,4",
         ("mapping_layer_coef", "3 entries", "needs 4"),

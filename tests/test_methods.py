@@ -163,7 +163,7 @@ def test_wider_than_the_aux_net_is_refused_with_the_widest():
 
 
 def test_default_mapping_gives_the_published_lists():
-    layer, coeff = lets.default_mapping(12, aux_depth=16, layers_per_pair=4, layers_per_row=2)
+    layer, coeff = lets.select_depth(12, aux_depth=16, layers_per_pair=4, layers_per_row=2)
     assert layer == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert coeff == [0, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 14]
 
@@ -180,7 +180,7 @@ def test_default_mapping_gives_the_published_lists():
     ],
 )
 def test_default_mapping_of_other_depths(depth, coeff):
-    layer, found = lets.default_mapping(depth, aux_depth=16, layers_per_pair=4, layers_per_row=2)
+    layer, found = lets.select_depth(depth, aux_depth=16, layers_per_pair=4, layers_per_row=2)
     assert found == coeff
     assert [a // 4 for a in layer] == [r // 4 for r in coeff]
 

@@ -1,0 +1,223 @@
+"""What stage 2 can choose, and the initialisations that need no learngene, on weights small enough to check by hand."""
+
+from dataclasses import replace
+
+import main
+import models
+from models import lets, rivals, selection
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# one head of two neurons in the small ViT, two heads in the large one
+SMALL, LARGE = models.ViTArch(2, 2, 1, 4, 8), models.ViTArch(4, 3, 2, 4, 8)
+DIGITS = "--data-set DIGITS --num-workers 0 --batch-size 64 --warmup-epochs 0 --device cpu"
+
+
+def numbered(arch: models.ViTArch) -> dict[str, torch.Tensor]:
+    """A ViT's state dict in which every number is another one."""
+    weights = models.create_vit(arch, num_classes=3).state_dict()
+    start, filled = 0, {}
+    for name, tensor in weights.items():
+        filled[name] = torch.arange(start, start + tensor.numel(), dtype=torch.float32).view(tensor.shape)
+        start += tensor.numel()
+    return filled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deit_nano_patch4_16_L3", "deit_tiny_patch16_224_L3_H5", "deit_micro_patch7_28_L1"])
+@pytest.mark.parametrize(("num_classes", "in_chans"), [(10, 3), (1000, 1)])
+def test_counts_from_shapes_are_those_of_the_model(name, num_classes, in_chans):
+    arch = models.parse_arch(name)
+    vit = models.create_model(name, num_classes=num_classes, in_chans=in_chans).eval()
+    assert arch.num_params(num_classes, in_chans) == sum(p.numel() for p in vit.parameters())
+    for block in vit.blocks:
+        block.attn.fused_attn = False  # torch's counter knows its products of matrices
+    with FlopCounterMode(display=False) as counter:
+        vit(torch.zeros(1, in_chans, arch.img_size, arch.img_size))
+    assert 2 * arch.macs(num_classes, in_chans) == counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Width of TLEG
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tleg(width: int = 16, heads: int = 4) -> models.Learngene:
+    torch.manual_seed(0)
+    aux_net = models.TLEG(models.ViTArch(width, 3, heads, 4, 8), num_classes=3)
+    with torch.no_grad():
+        for parameter in aux_net.parameters():
+            parameter.normal_()
+    return models.Learngene.of(aux_net)
+
+
+@pytest.mark.parametrize("how", models.WIDTH_SELECTIONS)
+def test_narrow_des_net_of_tleg_is_aligned(how):
+    """A ViT of width 16 whose neurons outside the chosen ones are silent is the one of width 8 that keeps them."""
+    gene = tleg()
+    wide = gene.descend(replace(gene.arch, depth=2)).state_dict()
+    neurons = selection.choose_neurons(wide, 8, 4, how)
+    assert [len(n) for n in neurons[:2]] == [8, 8]
+    narrow = gene.descend(replace(gene.arch, depth=2, width=8, num_heads=2), width_select=how).state_dict()
+    images = torch.randn(2, 3, 8, 8)
+    # q·kᵀ of the kept heads is that of the wide ViT, if its input is silent elsewhere
+    x = torch.zeros(1, 4, 16)
+    x[..., neurons.embedding] = torch.randn(1, 4, 8)
+    q, k, _ = (x @ wide["blocks.1.attn.qkv.weight"].T + wide["blocks.1.attn.qkv.bias"]).chunk(3, dim=-1)
+    inner = x[..., neurons.embedding] @ narrow["blocks.1.attn.qkv.weight"].T + narrow["blocks.1.attn.qkv.bias"]
+    q_narrow, k_narrow, _ = inner.chunk(3, dim=-1)
+    kept = [int(head) // 4 for head in neurons.heads[::4]]
+    for i, head in enumerate(kept):
+        here, there = slice(4 * i, 4 * i + 4), slice(4 * head, 4 * head + 4)
+        expected = q[..., there] @ k[..., there].mT
+        torch.testing.assert_close(q_narrow[..., here] @ k_narrow[..., here].mT, expected)
+        # proj sees the same heads
+        rows = wide["blocks.1.attn.proj.weight"][neurons.embedding]
+        assert torch.equal(narrow["blocks.1.attn.proj.weight"][:, here], rows[:, there])
+    assert torch.equal(narrow["pos_embed"], wide["pos_embed"][..., neurons.embedding])
+    hidden = neurons.hidden[1]
+    assert torch.equal(narrow["blocks.1.mlp.fc2.weight"], wide["blocks.1.mlp.fc2.weight"][neurons.embedding][:, hidden])
+    assert torch.equal(narrow["blocks.1.mlp.fc1.bias"], wide["blocks.1.mlp.fc1.bias"][hidden])
+    vit = gene.descend(replace(gene.arch, depth=2, width=8, num_heads=2), width_select=how).eval()
+    assert vit(images).shape == (2, 3)
+
+
+def test_magnitude_selection_of_tleg_keeps_the_largest():
+    gene = tleg()
+    with torch.no_grad():
+        gene.tensors["patch_embed_weight"][[3, 7]] *= 100
+        gene.tensors["B_qkv_weight"].view(3, 4, 4, 16)[:, 2] *= 100
+        gene.tensors["B_fc1_weight"][40:44] *= 100
+    wide = gene.descend(gene.arch).state_dict()
+    top = selection.choose_neurons(wide, 4, 4, "l2_top")
+    assert {3, 7} <= set(top.embedding.tolist())
+    assert top.heads.tolist() == [8, 9, 10, 11]
+    assert {40, 41, 42, 43} <= set(top.hidden[0].tolist())
+    bottom = selection.choose_neurons(wide, 12, 4, "l1_bottom")
+    assert not {3, 7} & set(bottom.embedding.tolist())
+    assert bottom.heads.tolist() == [*range(8), *range(12, 16)]
+
+
+def test_selection_of_all_neurons_is_the_identity():
+    gene = tleg()
+    wide = gene.descend(gene.arch).state_dict()
+    for how in models.WIDTH_SELECTIONS:
+        kept = selection.keep_neurons(wide, selection.choose_neurons(wide, 16, 4, how))
+        assert kept.keys() == wide.keys()
+        assert all(torch.equal(kept[name], wide[name]) for name in wide)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depth, and parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "depth", "coeff"),
+    [
+        ("even", 4, [0, 4, 8, 12]),
+        ("even", 12, [0, 0, 2, 4, 4, 6, 8, 8, 10, 12, 12, 14]),
+        ("first", 3, [0, 2, 4]),
+        ("first", 10, [0, 0, 2, 2, 4, 6, 8, 10, 12, 14]),
+        ("last", 3, [10, 12, 14]),
+        ("last", 10, [0, 2, 4, 6, 8, 10, 12, 12, 14, 14]),
+        ("last", 18, [0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 12, 14, 14, 14]),
+        ("pairs:0,3", 4, [0, 2, 12, 14]),
+        ("pairs:1", 3, [4, 4, 6]),
+        ("pairs:1,2", 2, [4, 10]),
+    ],
+)
+def test_depth_strategies(how, depth, coeff):
+    layer, found = lets.select_depth(depth, aux_depth=16, layers_per_pair=4, layers_per_row=2, how=how)
+    assert found == coeff
+    assert [i // 4 for i in layer] == [r // 4 for r in coeff]  # each row with the pair that it was trained with
+
+
+def test_depth_strategy_makes_the_des_net_of_its_lists():
+    aux_net = models.create_aux_net(models.ViTArch(4, 4, 1, 4, 8), models.ViTArch(8, 8, 2, 4, 8), num_classes=3)
+    gene = models.Learngene.of(aux_net)
+    arch = replace(gene.arch, depth=3)
+    layer, coeff = lets.select_depth(3, aux_depth=8, layers_per_pair=4, layers_per_row=2, how="last")
+    expected, found = (
+        gene.descend(arch, layer, coeff).state_dict(),
+        gene.descend(arch, depth_select="last").state_dict(),
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(found[name], w) for name, w in gene.descend(arch).state_dict().items())
+
+
+@pytest.mark.parametrize("skipped", [[part] for part in models.PARTS] + [["attn", "mlp"]])
+def test_skipped_parts_and_no_others_stay_random(skipped):
+    gene = tleg()
+    whole = gene.descend(gene.arch).state_dict()
+    found = gene.descend(gene.arch, skip_init=skipped).state_dict()
+    fresh = {name for name in whole if not torch.equal(found[name], whole[name])}
+    assert fresh == {name for name in whole if any(models.PARTS[part] in name for part in skipped)}
+    for name in fresh:  # as timm initialises them
+        if name.endswith("bias"):
+            assert not found[name].any() or "patch_embed" in name
+        elif "norm" in name:
+            assert (found[name] == 1).all()
+        else:
+            assert found[name].std() < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rivals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_weight_selection_takes_evenly_spaced_neurons_of_the_first_layers():
+    large = numbered(LARGE)
+    small = rivals.weight_selection(large, LARGE, SMALL)
+    expected = models.create_vit(SMALL, num_classes=3).state_dict()
+    assert {name: tensor.shape for name, tensor in small.items()} == {name: t.shape for name, t in expected.items()}
+    ends = [0, 3]  # two of four, evenly spaced
+    assert torch.equal(small["pos_embed"], large["pos_embed"][..., ends])
+    qkv, wide = small["blocks.1.attn.qkv.weight"], large["blocks.1.attn.qkv.weight"]
+    assert torch.equal(qkv, wide[[0, 3, 4, 7, 8, 11]][:, ends])
+    hidden = [0, 2, 4, 6, 9, 11, 13, 15]  # eight of sixteen, evenly spaced
+    assert torch.equal(small["blocks.0.mlp.fc1.weight"], large["blocks.0.mlp.fc1.weight"][hidden][:, ends])
+    assert torch.equal(small["blocks.0.mlp.fc2.weight"], large["blocks.0.mlp.fc2.weight"][ends][:, hidden])
+    assert torch.equal(small["head.weight"], large["head.weight"][:, ends])
+
+
+@pytest.mark.parametrize(("rival", "layers"), [("stacking", [0, 1, 2, 0, 1]), ("interpolation", [0, 0, 1, 1, 2])])
+def test_depth_growth_repeats_layers(rival, layers):
+    source = numbered(LARGE)
+    grown = models.RIVALS[rival](source, LARGE, replace(LARGE, depth=5))
+    assert grown.keys() == models.create_vit(replace(LARGE, depth=5), num_classes=3).state_dict().keys()
+    for l, layer in enumerate(layers):
+        for name in ("norm1.bias", "attn.qkv.weight", "mlp.fc2.weight"):
+            assert torch.equal(grown[f"blocks.{l}.{name}"], source[f"blocks.{layer}.{name}"])
+    assert torch.equal(grown["head.weight"], source["head.weight"])
+
+
+@pytest.mark.parametrize("rival", models.RIVALS)
+def test_rival_of_the_same_sizes_is_the_trained_vit(rival):
+    source = numbered(SMALL)
+    found = models.RIVALS[rival](source, SMALL, SMALL)
+    assert found.keys() == source.keys()
+    assert all(torch.equal(found[name], source[name]) for name in source)
+
+
+@pytest.mark.parametrize("rival", models.RIVALS)
+def test_rivals_on_the_command_line(tmp_path, capsys, rival):
+    arch = "deit_nano_patch4_16_L2_H1" if rival == "weight_selection" else "deit_nano_patch4_16_L5_H2"
+    trained = models.create_model("deit_nano_patch4_16_L3", num_classes=7)
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    options = f"{DIGITS} --model {arch} --epochs 0 --init {rival} --init-path {tmp_path / 'trained.pth'}"
+    run = main.set_up(main.parse_options(options.split()))
+    sizes = models.parse_arch(arch), models.parse_arch("deit_nano_patch4_16_L3")
+    expected = models.RIVALS[rival](trained.state_dict(), *sizes[::-1])
+    found = run.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected if not name.startswith("head."))
+    said = capsys.readouterr().out
+    assert "L3-H2 (width 64), patch 4, image 16" in said
+    assert "7 classes, the data 10: the head is fresh" in said
