@@ -138,6 +138,7 @@ def option_parser() -> Parser:
     g.add_argument("--init", choices=models.RIVALS, help="start from a trained ViT of other sizes, without learngene")
     g.add_argument("--init-path", help="the trained ViT of --init: checkpoint or address")
     g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
+    g.add_argument("--group-size", type=at_least(1), default=2, help="LeTs stage 1: learngene layers in a mixture")
     g.add_argument(
         "--trans-init-scheme",
         nargs=2,
@@ -398,6 +399,7 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: mod
                 args.src_arch,
                 args.tgt_arch,
                 layers_per_row=args.layers_per_row,
+                group_size=args.group_size,
                 init_scheme=args.trans_init_scheme,
                 init_noise=args.trans_init_noise,
                 num_classes=num_classes,

@@ -86,7 +86,8 @@ class Learngene:
         with WeightsOnMeta():
             if self.method == "tleg":
                 return tleg.TLEG(self.arch, **kwargs)
-            return lets.LeTs(ViTArch(**self.config["src_arch"]), self.arch, self.config["layers_per_row"], **kwargs)
+            sharing = {key: self.config[key] for key in ("layers_per_row", "group_size")}
+            return lets.LeTs(ViTArch(**self.config["src_arch"]), self.arch, **sharing, **kwargs)
 
     @torch.no_grad()
     def descend(
@@ -197,6 +198,8 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
     weights = weights_of(content, path, "model_ema" if use_ema and not header.get("averaged") else "model")
     averaged = use_ema or bool(header.get("averaged"))
     config = {key: value for key, value in header.items() if key not in ("method", "options", "averaged")}
+    if "src_arch" in config:
+        config.setdefault("group_size", 2)  # which earlier files do not state
     if method := published.method_of(weights):
         config = config or published.config_of(weights, head_dim, content.get("args"))
         _check_config(config)

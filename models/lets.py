@@ -11,7 +11,8 @@ leading axis over the layers, so that a step expands all of them in a handful of
     E, C                            (D−s, s)            width matrices of the whole network
     Q, K, V                         (n, D−s, s)         width matrices of each layer's heads
     M                               (n, 4(D−s), 4s)     width matrices of each layer's hidden neurons
-    g, h                            (8, rows, 2)        depth coefficients of weights and biases, per module
+    g, h                            (8, rows, 2)        depth coefficients of weights and biases, per module; instead
+                                                        of pairs, groups of any number of layers can be mixed
     q_weight, …, fc2_bias           (n, …)              the learngene's layers
     patch_embed_*, fc_norm_*, head_*                    the rest of the learngene
     pos_embed                       (1, patches, D)     the Aux-Net's own
@@ -40,18 +41,18 @@ DEPTH_STRATEGIES = ("default", "even", "first", "last")
 
 
 class DepthPlan(NamedTuple):
-    """Which pair of learngene layers, with which coefficient row, makes each layer of a ViT."""
+    """Which group (published: pair) of learngene layers, with which coefficient row, makes each layer of a ViT."""
 
     select: Tensor  # (distinct layers, rows, n/2), one 1 per distinct layer
     layers: list[int]  # for each layer of the ViT, its index among the distinct ones
 
 
-def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_pairs: int, device="cpu") -> DepthPlan:
-    """The plan for a ViT whose layer l is made from pair and row ``layers[l]``; equal layers are computed once."""
+def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int, device="cpu") -> DepthPlan:
+    """The plan for a ViT whose layer l is made from group and row ``layers[l]``; equal layers are computed once."""
     distinct = sorted(set(layers))
-    select = torch.zeros(len(distinct), num_rows, num_pairs, device="cpu")
-    for u, (pair, row) in enumerate(distinct):
-        select[u, row, pair] = 1
+    select = torch.zeros(len(distinct), num_rows, num_groups, device="cpu")
+    for u, (group, row) in enumerate(distinct):
+        select[u, row, group] = 1
     return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
 
 
@@ -66,7 +67,7 @@ def widen_in(w: Tensor, A: Tensor) -> Tensor:
 
 
 def depth_matrices(g: Tensor, plan: DepthPlan) -> dict[str, Tensor]:
-    """G of each module, (distinct layers, n): the two coefficients of a layer in the columns of its pair, else 0."""
+    """G of each module, (distinct layers, n): the coefficients of a layer in the columns of its group, else 0."""
     G = torch.einsum("mrc,urp->mupc", g, plan.select).flatten(2)
     return dict(zip(MODULES, G, strict=True))
 
@@ -158,6 +159,7 @@ class LeTs(AuxNet):
         src: ViTArch,
         tgt: ViTArch,
         layers_per_row: int = 2,
+        group_size: int = 2,
         init_scheme: Sequence[str] = ("stackbert_noisy", "rand"),
         init_noise: Sequence[float] = (0.03, 0.03),
         **kwargs,
@@ -166,7 +168,9 @@ class LeTs(AuxNet):
         Args:
             src: sizes of the learngene, an even number of layers.
             tgt: sizes of the Aux-Net.
-            layers_per_row: how many consecutive Aux layers share a coefficient row.
+            layers_per_row: how many consecutive Aux layers share a coefficient row; 1 is no sharing.
+            group_size: how many learngene layers each Aux layer is a mixture of: 2 in LeTs, taken in pairs. All of
+                them, with ``layers_per_row`` 1, is the depth expansion of LiGO (Wang et al., ICLR 2023).
             init_scheme: initialisation of depth coefficients and of width matrices.
             init_noise: upper end of the uniform noise of the ``…_noisy`` schemes, for depth and for width.
             kwargs: passed on to timm's ``VisionTransformer``.
@@ -177,8 +181,8 @@ class LeTs(AuxNet):
         super().__init__(tgt, {}, **kwargs)
         tgt = self.arch
         src = replace(src, img_size=tgt.img_size)  # the learngene has no position embedding of its own
-        check_sizes(src, tgt, layers_per_row)
-        self.src, self.layers_per_row = src, layers_per_row
+        check_sizes(src, tgt, layers_per_row, group_size)
+        self.src, self.layers_per_row, self.group_size = src, layers_per_row, group_size
         new, s, n = tgt.width - src.width, src.width, src.depth
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
         depth_scheme, width_scheme = init_scheme
@@ -191,21 +195,22 @@ class LeTs(AuxNet):
                 **{a: init_width((new, s), width_scheme, width_noise) for a in "EC"},
                 **{a: init_width((n, new, s), width_scheme, width_noise) for a in "QKV"},
                 "M": init_width((n, 4 * new, 4 * s), width_scheme, width_noise),
-                **{a: init_depth(rows, depth_scheme, depth_noise) for a in "gh"},
+                **{a: init_depth(rows, depth_scheme, depth_noise, group_size) for a in "gh"},
             }
         )
-        plan = depth_plan(self.layers(), len(rows), n // 2)
+        plan = depth_plan(self.layers(), len(rows), n // group_size)
         self.register_buffer("_select", plan.select, persistent=False)
         self._plan_layers = plan.layers
 
     @property
     def config(self) -> dict:
-        return {**super().config, "src_arch": asdict(self.src), "layers_per_row": self.layers_per_row}
+        sharing = {"layers_per_row": self.layers_per_row, "group_size": self.group_size}
+        return {**super().config, "src_arch": asdict(self.src), **sharing}
 
     def layers(self) -> list[tuple[int, int]]:
-        """The pair and the coefficient row of each Aux layer."""
-        layers_per_pair = self.arch.depth // (self.src.depth // 2)
-        return [(i // layers_per_pair, i // self.layers_per_row) for i in range(self.arch.depth)]
+        """The group of learngene layers and the coefficient row of each Aux layer."""
+        layers_per_group = self.arch.depth // (self.src.depth // self.group_size)
+        return [(i // layers_per_group, i // self.layers_per_row) for i in range(self.arch.depth)]
 
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
@@ -216,14 +221,16 @@ class LeTs(AuxNet):
         return {name for name in names if name.endswith("_bias") or "norm" in name} | {"g", "h", "pos_embed"}
 
 
-def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int) -> None:
+def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int, group_size: int = 2) -> None:
     """Raises InputError where no Aux-Net of ``tgt`` sizes can be expanded from a learngene of ``src`` sizes."""
-    if src.depth % 2:
-        raise InputError(f"the learngene has {src.depth} layers; LeTs takes them in pairs and needs an even number")
-    if tgt.depth % (src.depth // 2):
-        raise InputError(
-            f"the Aux-Net has {tgt.depth} layers, which the {src.depth // 2} pairs of learngene layers do not divide"
-        )
+    if not 1 <= group_size <= src.depth:
+        raise InputError(f"groups of {group_size} learngene layers cannot be made: expected 1 to {src.depth}")
+    if src.depth % group_size:
+        taken = "in pairs and needs an even number" if group_size == 2 else f"in groups of {group_size}"
+        raise InputError(f"the learngene has {src.depth} layers; LeTs takes them {taken}")
+    if tgt.depth % (src.depth // group_size):
+        groups = f"{src.depth // group_size} {'pairs' if group_size == 2 else 'groups'}"
+        raise InputError(f"the Aux-Net has {tgt.depth} layers, which the {groups} of learngene layers do not divide")
     if tgt.width < src.width:
         raise InputError(f"the Aux-Net (width {tgt.width}) is narrower than the learngene (width {src.width})")
     if tgt.head_dim != src.head_dim:
@@ -269,20 +276,21 @@ def init_width(shape: tuple[int, ...], scheme: str, noise: float = 0.03) -> Tens
     return rows / rows.sum(-1, keepdim=True)
 
 
-def init_depth(rows: Sequence[int], scheme: str, noise: float = 0.03) -> Tensor:
-    """Depth coefficients (8, rows, 2); each pair sums to 1. ``rows`` are numbered by their first Aux layer.
+def init_depth(rows: Sequence[int], scheme: str, noise: float = 0.03, group_size: int = 2) -> Tensor:
+    """Depth coefficients (8, rows, group_size); each row sums to 1. ``rows`` are numbered by their first Aux layer.
 
-    ``stackbert``: row r takes layer r mod 2 of its pair. ``stackbert_noisy``: the same over noise in (0, ``noise``),
-    over the sum. ``rand``: uniform in (0, 1), over the sum. ``rand_softmax``: the softmax of that noise.
+    ``stackbert``: row r takes layer r mod group_size of its group. ``stackbert_noisy``: the same over noise in
+    (0, ``noise``), over the sum. ``rand``: uniform in (0, 1), over the sum. ``rand_softmax``: the softmax of that
+    noise.
     """
-    shape = (len(MODULES), len(rows), 2)
+    shape = (len(MODULES), len(rows), group_size)
     if scheme == "rand":
         g = torch.rand(shape)
     elif scheme == "rand_softmax":
         return torch.rand(shape).softmax(-1)
     elif scheme in ("stackbert", "stackbert_noisy"):
         g = torch.rand(shape) * (noise if scheme == "stackbert_noisy" else 0)
-        g[:, range(len(rows)), [r % 2 for r in rows]] = 1.0
+        g[:, range(len(rows)), [r % group_size for r in rows]] = 1.0
     else:
         raise InputError(
             f"unknown initialisation {scheme!r} of depth coefficients: expected {', '.join(DEPTH_SCHEMES)}"
@@ -327,10 +335,11 @@ def descend(
         raise InputError(
             f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
         )
-    layers_per_pair = tgt.depth // (src.depth // 2)
+    num_groups = src.depth // config["group_size"]
+    layers_per_group = tgt.depth // num_groups
     mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
-    layers = [(a // layers_per_pair, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
-    plan = depth_plan(layers, p["g"].shape[1], src.depth // 2, device=p["g"].device)
+    layers = [(a // layers_per_group, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
+    plan = depth_plan(layers, p["g"].shape[1], num_groups, device=p["g"].device)
     return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
 
 
@@ -340,7 +349,7 @@ def mapping_or_default(
     """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, those of ``depth_select``."""
     aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]
     if layer is None and coeff is None:
-        layers_per_pair = aux_depth // (config["src_arch"]["depth"] // 2)
+        layers_per_pair = aux_depth // (config["src_arch"]["depth"] // config["group_size"])
         return select_depth(depth, aux_depth, layers_per_pair, layers_per_row, depth_select)
     if depth_select != "default":
         raise InputError(f"depth_select {depth_select} and mapping lists both say which layers to take: give one")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # width and number of heads of each size; nano and micro are for small images
 SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-MAX_DEPTH = 512  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
+MAX_DEPTH = 256  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
 AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a depth
 
 GRAMMAR = (

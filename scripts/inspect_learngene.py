@@ -206,8 +206,8 @@ def write_plot(gene: models.Learngene, path: Path) -> None:
 
 
 def draw_depth(figure: Figure | SubFigure, gene: models.Learngene) -> None:
-    """The depth coefficients, one column per row of them and layer of the pair."""
-    per_row, rows = gene.config["layers_per_row"], gene.tensors["g"].shape[1]
+    """The depth coefficients, one column per row of them and layer of the group (in LeTs: pair)."""
+    per_row, (_, rows, size) = gene.config["layers_per_row"], gene.tensors["g"].shape
     last = [min(first + per_row, gene.arch.depth) - 1 for first in range(0, gene.arch.depth, per_row)]
     labels = [f"{r * per_row}–{end}" if end > r * per_row else f"{end}" for r, end in enumerate(last)]
     step = -(-rows // 12)  # more labels would overlap
@@ -223,13 +223,14 @@ def draw_depth(figure: Figure | SubFigure, gene: models.Learngene) -> None:
             interpolation="none",
         )
         for r in range(1, rows):
-            axes.axvline(2 * r - 0.5, color="black", linewidth=1)
-        axes.set_xticks([2 * r + 0.5 for r in range(0, rows, step)], labels[::step])
+            axes.axvline(size * r - 0.5, color="black", linewidth=1)
+        axes.set_xticks([size * r + (size - 1) / 2 for r in range(0, rows, step)], labels[::step])
         axes.set_yticks(range(len(lets.MODULES)), lets.MODULES)
         axes.set_title(f"depth coefficients {name}, of {kind}", fontsize="medium")
-    figure.supxlabel(
-        "Aux layers that share a row; its two columns: first and second learngene layer of the pair", fontsize="medium"
-    )
+    columns = "two columns: first and second learngene layer of the pair"
+    if size != 2:
+        columns = f"{size} columns: the learngene layers of the group"
+    figure.supxlabel(f"Aux layers that share a row; its {columns}", fontsize="medium")
     both[0].set_ylabel("module")
     figure.colorbar(image, ax=both, label="coefficient")
 

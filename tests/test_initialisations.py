@@ -221,3 +221,55 @@ def test_rivals_on_the_command_line(tmp_path, capsys, rival):
     said = capsys.readouterr().out
     assert "L3-H2 (width 64), patch 4, image 16" in said
     assert "7 classes, the data 10: the head is fresh" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablations of stage 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_a_mixture_of_all_learngene_layers():
+    """LiGO's depth expansion: W_i = Σ_j g[i, j] · W_j over all learngene layers j, without sharing of rows."""
+    torch.manual_seed(0)
+    src, tgt = models.ViTArch(4, 3, 1, 4, 8), models.ViTArch(4, 5, 1, 4, 8)
+    aux_net = models.create_aux_net(src, tgt, layers_per_row=1, group_size=3, num_classes=3)
+    p = dict(aux_net.named_parameters())
+    assert p["g"].shape == (8, 5, 3)
+    with torch.no_grad():
+        p["g"].normal_()
+        p["h"].normal_()
+    vit = aux_net.to_vit()
+    m = lets.MODULES.index("fc1")
+    for i in range(5):
+        weight = sum(p["g"][m, i, j] * p["fc1_weight"][j] for j in range(3))
+        bias = sum(p["h"][m, i, j] * p["fc1_bias"][j] for j in range(3))
+        torch.testing.assert_close(vit.blocks[i].mlp.fc1.weight, weight)
+        torch.testing.assert_close(vit.blocks[i].mlp.fc1.bias, bias)
+
+
+def test_learngene_of_groups_is_saved_and_descends(tmp_path):
+    src, tgt = models.ViTArch(4, 6, 1, 4, 8), models.ViTArch(8, 4, 2, 4, 8)
+    aux_net = models.create_aux_net(src, tgt, layers_per_row=1, group_size=3, num_classes=3)
+    models.Learngene.of(aux_net).save(tmp_path / "gene.safetensors")
+    gene = models.load_learngene(tmp_path / "gene.safetensors")
+    images = torch.randn(2, 3, 8, 8)
+    own = list(range(4))
+    torch.testing.assert_close(gene.descend(tgt, own, own).eval()(images), aux_net.eval()(images))
+    with pytest.raises(models.InputError, match="published format mixes pairs of layers"):
+        models.save_published(gene, tmp_path / "gene.pth")
+
+
+@pytest.mark.parametrize("group_size", [0, 4, 7])
+def test_groups_that_cannot_be(group_size):
+    src, tgt = models.ViTArch(4, 6, 1, 4, 8), models.ViTArch(8, 4, 2, 4, 8)
+    with pytest.raises(models.InputError, match=r"groups of|in groups"):
+        models.create_aux_net(src, tgt, group_size=group_size, num_classes=3)
+
+
+def test_rows_that_are_not_shared():
+    aux_net = models.create_aux_net(
+        models.ViTArch(4, 4, 1, 4, 8), models.ViTArch(8, 8, 2, 4, 8), layers_per_row=1, num_classes=3
+    )
+    assert aux_net.g.shape == aux_net.h.shape == (8, 8, 2)
+    vit = aux_net.to_vit()
+    assert not torch.equal(vit.blocks[0].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
