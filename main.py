@@ -425,7 +425,6 @@ def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
         source = models.source_arch(weights, arch.head_dim)
         say(f"{args.init_path}: {source}, for {args.init.replace('_', ' ')}")
         weights = models.RIVALS[args.init](weights, source, arch)
-    with about(f"--init-path {args.init_path}"):
         weights = fit_head(fit_images(weights, model, args.init_path), model, args.init_path, other_head=True)
     utils.load_weights(model, weights, f"--init-path {args.init_path}")
 
