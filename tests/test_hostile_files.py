@@ -82,7 +82,7 @@ def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
     elif kind == 4:
         tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice((float("nan"), float("inf")))
     elif kind == 5:
-        tensor = tensor.to(rng.choice((torch.int64, torch.bool, torch.float16, torch.complex64)))
+        tensor = tensor.to(rng.choice((torch.int64, torch.bool, torch.float16, torch.int8)))
     elif kind == 6:
         tensor = torch.cat([tensor, tensor]) if tensor.ndim else tensor.expand(2).clone()
     elif kind == 7:
@@ -165,6 +165,7 @@ def strange_tensor(rng: random.Random) -> object:
             one.expand(2**20, 2**20),
             torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), one, (2**30, 2**30)),
             torch.empty(2**20, 2**20, device="meta"),
+            one.to(torch.complex64),
             torch.quantize_per_tensor(one, 0.1, 0, torch.quint8),
             {"a": one},
             [one],
