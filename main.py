@@ -139,6 +139,9 @@ def option_parser() -> Parser:
     g.add_argument("--init-path", help="the trained ViT of --init: checkpoint or address")
     g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
     g.add_argument("--group-size", type=at_least(1), default=2, help="LeTs stage 1: learngene layers in a mixture")
+    g.add_argument("--full-width", action=flag, default=False, help="LeTs stage 1: LiGO's width matrices")
+    g.add_argument("--src-path", help="LeTs stage 1: a trained ViT of --src-arch that the learngene starts from")
+    g.add_argument("--freeze-src", action=flag, default=False, help="LeTs stage 1: train only what expands --src-path")
     g.add_argument(
         "--trans-init-scheme",
         nargs=2,
@@ -303,6 +306,33 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# options of one kind of run alone, and what that kind is
+OPTIONS_OF = {
+    "lets": (
+        ("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
+        "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
+    ),
+    "descend": (
+        ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select", "skip_init", "gene_ema"),
+        "needs --load-gene: it says how a Des-Net is made from a learngene",
+    ),
+}
+
+
+def check_kind(args: argparse.Namespace) -> str:
+    """`kind_of_run`, with nothing said that such a run would not do.
+
+    Raises:
+        InputError: as `kind_of_run`, or an option of another kind of run is given.
+    """
+    kind, defaults = kind_of_run(args), vars(option_parser().parse_args([]))
+    for other, (options, reason) in OPTIONS_OF.items():
+        for option in options:
+            if other != kind and getattr(args, option) != defaults[option]:
+                raise InputError(f"--{option} {reason}")
+    return kind
+
+
 def kind_of_run(args: argparse.Namespace) -> str:
     """``lets`` or ``tleg`` (stage 1), ``descend`` (stage 2), or ``plain``.
 
@@ -317,8 +347,8 @@ def kind_of_run(args: argparse.Namespace) -> str:
             if getattr(args, option):
                 option = "--" + option.replace("_", "-")
                 raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
-        if args.mapping_layer is not None or args.mapping_layer_coeff is not None:
-            raise InputError("--mapping_layer and --mapping_layer_coeff belong to stage 2, not to --src-arch")
+        if args.freeze_src and not args.src_path:
+            raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
         for scheme, known in zip(args.trans_init_scheme, (models.DEPTH_SCHEMES, models.WIDTH_SCHEMES), strict=True):
             if scheme not in known:
                 raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
@@ -333,9 +363,6 @@ def kind_of_run(args: argparse.Namespace) -> str:
         return "descend"
     if args.des_arch:
         raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
-    for option in ("mapping_layer", "mapping_layer_coeff"):
-        if getattr(args, option) is not None:
-            raise InputError(f"--{option} needs --load-gene: it says how a Des-Net is made from a learngene")
     if (args.init is None) != (args.init_path is None):
         missing = "--init" if args.init is None else "--init-path"
         raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
@@ -395,16 +422,24 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: mod
         return build_des_net(args, num_classes, gene, **size)
     if kind == "lets":
         with about(f"--src-arch {args.src_arch} --tgt-arch {args.tgt_arch}"):
-            return models.create_aux_net(
+            aux_net = models.create_aux_net(
                 args.src_arch,
                 args.tgt_arch,
                 layers_per_row=args.layers_per_row,
                 group_size=args.group_size,
+                full_width=args.full_width,
                 init_scheme=args.trans_init_scheme,
                 init_noise=args.trans_init_noise,
                 num_classes=num_classes,
                 **size,
             )
+        if args.src_path:
+            small = create_sized(args.src_arch, num_classes, args.input_size)
+            load_foreign_weights(small, args.src_path, "--src-path", other_head=True)
+            aux_net.start_from(small.state_dict())
+        if args.freeze_src:
+            aux_net.freeze_learngene()
+        return aux_net
     with about(f"--model {args.model}"):
         model = create_sized(
             args.model, num_classes, args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path
@@ -622,7 +657,7 @@ def set_up(args: argparse.Namespace) -> Run:
     Raises:
         InputError: an option, file or combination that cannot work.
     """
-    kind = kind_of_run(args)
+    kind = check_kind(args)
     output_dir = writable_folder(args.output_dir)
     check_upload(args)
     device = device_of(args)
@@ -900,7 +935,7 @@ def options_in_effect(args: argparse.Namespace) -> dict:
 
 def recipe(args: argparse.Namespace) -> dict:
     """The options in effect without those that name places on this machine, for files that others will read."""
-    places = ("data_path", "output_dir", "load_gene", "finetune", "init_path", "teacher_path")
+    places = ("data_path", "output_dir", "load_gene", "finetune", "init_path", "src_path", "teacher_path")
     return {name: value for name, value in options_in_effect(args).items() if name not in places}
 
 
@@ -958,13 +993,14 @@ def write_weights(run: Run) -> None:
 
 def fetch_addresses(args: argparse.Namespace) -> None:
     """Download what options name by address, once per machine, after the options are known to fit each other."""
-    kind_of_run(args)
+    check_kind(args)
     gene = "learngene_ema.safetensors" if args.gene_ema else "learngene.safetensors"
     sources = {  # option → address, and the file of a Hub repository that is meant
         "--load-gene": (args.load_gene, gene),
         "--finetune": (args.finetune, gene if models.is_aux_name(args.model or "") else "model.safetensors"),
         "--resume": (args.resume, "checkpoint.pth"),
         "--init-path": (args.init_path, "model.safetensors"),
+        "--src-path": (args.src_path, "model.safetensors"),
         "--teacher-path": (args.teacher_path, "model.safetensors"),
     }
     for option, (source, name) in sources.items():
@@ -988,7 +1024,8 @@ def check_upload(args: argparse.Namespace) -> None:
 def facts_of(args: argparse.Namespace, gene: models.Learngene | None) -> dict[str, object]:
     """Where the weights of a run come from, for its model card."""
     if args.src_arch:
-        return {"learngene": args.src_arch, "Aux-Net": args.tgt_arch}
+        start = f"{public(args.src_path)}{', frozen' * args.freeze_src}" if args.src_path else "timm's initialisation"
+        return {"learngene": args.src_arch, "Aux-Net": args.tgt_arch, "learngene starts from": start}
     facts = {"architecture": args.des_arch or args.model, "finetuned from": args.finetune and public(args.finetune)}
     if args.init:
         facts["initialised by"] = f"{args.init}, from {public(args.init_path)}"

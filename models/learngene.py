@@ -31,7 +31,7 @@ class Learngene:
     Attributes:
         method: ``lets`` or ``tleg``.
         tensors: the parameters of the Aux-Net, as listed at the top of ``lets.py`` and ``tleg.py``.
-        config: the architectures; for LeTs also how many Aux layers share a coefficient row.
+        config: the sizes, as in `AuxNet.config`; for LeTs also `lets.EXPANSION`.
         options: what stage 1 recorded of its own options, plain data.
         averaged: whether these are the weights' exponential moving average over the training steps.
         origin: what kind of file it was read from, for people to read.
@@ -86,8 +86,8 @@ class Learngene:
         with WeightsOnMeta():
             if self.method == "tleg":
                 return tleg.TLEG(self.arch, **kwargs)
-            sharing = {key: self.config[key] for key in ("layers_per_row", "group_size")}
-            return lets.LeTs(ViTArch(**self.config["src_arch"]), self.arch, **sharing, **kwargs)
+            expansion = {key: self.config[key] for key in lets.EXPANSION}
+            return lets.LeTs(ViTArch(**self.config["src_arch"]), self.arch, **expansion, **kwargs)
 
     @torch.no_grad()
     def descend(
@@ -199,7 +199,7 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
     averaged = use_ema or bool(header.get("averaged"))
     config = {key: value for key, value in header.items() if key not in ("method", "options", "averaged")}
     if "src_arch" in config:
-        config.setdefault("group_size", 2)  # which earlier files do not state
+        config = {"group_size": 2, "full_width": False, **config}  # which earlier files do not state
     if method := published.method_of(weights):
         config = config or published.config_of(weights, head_dim, content.get("args"))
         _check_config(config)
@@ -221,8 +221,9 @@ def _check_config(config: Mapping) -> None:
     """Raises InputError unless all sizes are whole numbers, and none so large that a model cannot even be described."""
     for key, value in config.items():
         for name, size in (value if isinstance(value, Mapping) else {key: value}).items():
-            if type(size) is not int:
-                raise InputError(f"{name} is {str(size)[:50]!r}, expected a whole number")
+            if type(size) is not (bool if name == "full_width" else int):
+                expected = "true or false" if name == "full_width" else "a whole number"
+                raise InputError(f"{name} is {str(size)[:50]!r}, expected {expected}")
         if isinstance(value, Mapping):
             ViTArch(**value)
 

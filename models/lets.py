@@ -16,9 +16,12 @@ leading axis over the layers, so that a step expands all of them in a handful of
     q_weight, …, fc2_bias           (n, …)              the learngene's layers
     patch_embed_*, fc_norm_*, head_*                    the rest of the learngene
     pos_embed                       (1, patches, D)     the Aux-Net's own
+
+With ``full_width`` the width matrices are those of LiGO (Wang et al., ICLR 2023): ⟨A⟩ is A itself, with a row for every
+neuron of the Aux-Net, D instead of D−s, so that the old neurons are transformed too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -32,6 +35,7 @@ from .vit import InputError, ViTArch
 MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
+EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
 DEPTH_STRATEGIES = ("default", "even", "first", "last")
 
 
@@ -66,6 +70,18 @@ def widen_in(w: Tensor, A: Tensor) -> Tensor:
     return torch.cat([w, w @ A.mT], dim=-1)
 
 
+def widening(p: dict[str, Tensor]) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """`widen_out` and `widen_in`, or what takes their place for LiGO's matrices, where ⟨A⟩ is A itself."""
+    if not is_full_width(p):
+        return widen_out, widen_in
+    return torch.matmul, lambda w, A: w @ A.mT
+
+
+def is_full_width(p: dict[str, Tensor]) -> bool:
+    """Whether the width matrices have a row for every neuron of the Aux-Net, rather than for the new ones alone."""
+    return p["E"].shape[0] == p["pos_embed"].shape[-1]
+
+
 def depth_matrices(g: Tensor, plan: DepthPlan) -> dict[str, Tensor]:
     """G of each module, (distinct layers, n): the coefficients of a layer in the columns of its group, else 0."""
     G = torch.einsum("mrc,urp->mupc", g, plan.select).flatten(2)
@@ -81,17 +97,18 @@ def expand(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2)."""
     with torch.autocast(p["E"].device.type, enabled=False):  # norms want float32, and vectors cost nothing
         vectors = expand_vectors(p, plan)
+    out, into = widening(p)
     patch = p["patch_embed_weight"]
     stacked = {**expand_matrices(p, plan), **vectors}
     layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
     return {
         "pos_embed": p["pos_embed"],
-        "patch_embed.proj.weight": widen_out(p["E"], patch.flatten(1)).view(-1, *patch.shape[1:]),
+        "patch_embed.proj.weight": out(p["E"], patch.flatten(1)).view(-1, *patch.shape[1:]),
         "patch_embed.proj.bias": vectors["patch_embed.proj.bias"],
         **{name.replace("*", str(l)): layer[u] for l, u in enumerate(plan.layers) for name, layer in layers.items()},
         "fc_norm.weight": vectors["fc_norm.weight"],
         "fc_norm.bias": vectors["fc_norm.bias"],
-        "head.weight": widen_in(p["head_weight"], p["C"]),
+        "head.weight": into(p["head_weight"], p["C"]),
         "head.bias": p["head_bias"],
     }
 
@@ -102,45 +119,47 @@ def expand_matrices(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
     the sum and is applied to the summed layers, which are fewer numbers.
     """
+    out, into = widening(p)
     E, Q, K, V, M = (p[name] for name in "EQKVM")
     G = depth_matrices(p["g"], plan)
     own = {  # the axis with a matrix of its own in each learngene layer
-        "q": widen_out(Q, p["q_weight"]),
-        "k": widen_out(K, p["k_weight"]),
-        "v": widen_out(V, p["v_weight"]),
-        "proj": widen_in(p["proj_weight"], V),
-        "fc1": widen_out(M, p["fc1_weight"]),
-        "fc2": widen_in(p["fc2_weight"], M),
+        "q": out(Q, p["q_weight"]),
+        "k": out(K, p["k_weight"]),
+        "v": out(V, p["v_weight"]),
+        "proj": into(p["proj_weight"], V),
+        "fc1": out(M, p["fc1_weight"]),
+        "fc2": into(p["fc2_weight"], M),
     }
     W = {name: mix(G[name], weight) for name, weight in own.items()}
     return {
-        "blocks.*.attn.qkv.weight": widen_in(torch.cat([W["q"], W["k"], W["v"]], dim=1), E),
-        "blocks.*.attn.proj.weight": widen_out(E, W["proj"]),
-        "blocks.*.mlp.fc1.weight": widen_in(W["fc1"], E),
-        "blocks.*.mlp.fc2.weight": widen_out(E, W["fc2"]),
+        "blocks.*.attn.qkv.weight": into(torch.cat([W["q"], W["k"], W["v"]], dim=1), E),
+        "blocks.*.attn.proj.weight": out(E, W["proj"]),
+        "blocks.*.mlp.fc1.weight": into(W["fc1"], E),
+        "blocks.*.mlp.fc2.weight": out(E, W["fc2"]),
     }
 
 
 def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     """The norms and biases: those of all distinct layers, stacked, and those outside the layers."""
+    _, into = widening(p)
     E = p["E"]
     G, H = depth_matrices(p["g"], plan), depth_matrices(p["h"], plan)
     own = {name: p[f"{name}_bias"] for name in MODULES}
     for name, A in (("q", p["Q"]), ("k", p["K"]), ("v", p["V"]), ("fc1", p["M"])):
-        own[name] = widen_in(own[name].unsqueeze(1), A).squeeze(1)
+        own[name] = into(own[name].unsqueeze(1), A).squeeze(1)
     b = {name: mix(H[name], bias) for name, bias in own.items()}
     return {
-        "blocks.*.norm1.weight": widen_in(mix(G["norm1"], p["norm1_weight"]), E),
-        "blocks.*.norm1.bias": widen_in(b["norm1"], E),
+        "blocks.*.norm1.weight": into(mix(G["norm1"], p["norm1_weight"]), E),
+        "blocks.*.norm1.bias": into(b["norm1"], E),
         "blocks.*.attn.qkv.bias": torch.cat([b["q"], b["k"], b["v"]], dim=1),
-        "blocks.*.attn.proj.bias": widen_in(b["proj"], E),
-        "blocks.*.norm2.weight": widen_in(mix(G["norm2"], p["norm2_weight"]), E),
-        "blocks.*.norm2.bias": widen_in(b["norm2"], E),
+        "blocks.*.attn.proj.bias": into(b["proj"], E),
+        "blocks.*.norm2.weight": into(mix(G["norm2"], p["norm2_weight"]), E),
+        "blocks.*.norm2.bias": into(b["norm2"], E),
         "blocks.*.mlp.fc1.bias": b["fc1"],
-        "blocks.*.mlp.fc2.bias": widen_in(b["fc2"], E),
-        "patch_embed.proj.bias": widen_in(p["patch_embed_bias"], E),
-        "fc_norm.weight": widen_in(p["fc_norm_weight"], E),
-        "fc_norm.bias": widen_in(p["fc_norm_bias"], E),
+        "blocks.*.mlp.fc2.bias": into(b["fc2"], E),
+        "patch_embed.proj.bias": into(p["patch_embed_bias"], E),
+        "fc_norm.weight": into(p["fc_norm_weight"], E),
+        "fc_norm.bias": into(p["fc_norm_bias"], E),
     }
 
 
@@ -160,6 +179,7 @@ class LeTs(AuxNet):
         tgt: ViTArch,
         layers_per_row: int = 2,
         group_size: int = 2,
+        full_width: bool = False,
         init_scheme: Sequence[str] = ("stackbert_noisy", "rand"),
         init_noise: Sequence[float] = (0.03, 0.03),
         **kwargs,
@@ -171,6 +191,7 @@ class LeTs(AuxNet):
             layers_per_row: how many consecutive Aux layers share a coefficient row; 1 is no sharing.
             group_size: how many learngene layers each Aux layer is a mixture of: 2 in LeTs, taken in pairs. All of
                 them, with ``layers_per_row`` 1, is the depth expansion of LiGO (Wang et al., ICLR 2023).
+            full_width: LiGO's width matrices, which transform the old neurons too and start by keeping them.
             init_scheme: initialisation of depth coefficients and of width matrices.
             init_noise: upper end of the uniform noise of the ``…_noisy`` schemes, for depth and for width.
             kwargs: passed on to timm's ``VisionTransformer``.
@@ -182,19 +203,24 @@ class LeTs(AuxNet):
         tgt = self.arch
         src = replace(src, img_size=tgt.img_size)  # the learngene has no position embedding of its own
         check_sizes(src, tgt, layers_per_row, group_size)
-        self.src, self.layers_per_row, self.group_size = src, layers_per_row, group_size
+        self.src, self.layers_per_row, self.group_size, self.full_width = src, layers_per_row, group_size, full_width
         new, s, n = tgt.width - src.width, src.width, src.depth
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
         depth_scheme, width_scheme = init_scheme
         depth_noise, width_noise = init_noise
+
+        def width_matrix(*shape: int) -> Tensor:
+            A = init_width(shape, width_scheme, width_noise)
+            return widen_out(A, torch.eye(shape[-1], device=A.device).expand(*shape[:-2], -1, -1)) if full_width else A
+
         rows = range(0, tgt.depth, layers_per_row)
         self.add_parameters(
             {
                 "pos_embed": nn.init.trunc_normal_(torch.empty(1, tgt.num_patches, tgt.width), std=0.02),
                 **stack_layers(random_vit_weights(src, **size), n),
-                **{a: init_width((new, s), width_scheme, width_noise) for a in "EC"},
-                **{a: init_width((n, new, s), width_scheme, width_noise) for a in "QKV"},
-                "M": init_width((n, 4 * new, 4 * s), width_scheme, width_noise),
+                **{a: width_matrix(new, s) for a in "EC"},
+                **{a: width_matrix(n, new, s) for a in "QKV"},
+                "M": width_matrix(n, 4 * new, 4 * s),
                 **{a: init_depth(rows, depth_scheme, depth_noise, group_size) for a in "gh"},
             }
         )
@@ -204,8 +230,8 @@ class LeTs(AuxNet):
 
     @property
     def config(self) -> dict:
-        sharing = {"layers_per_row": self.layers_per_row, "group_size": self.group_size}
-        return {**super().config, "src_arch": asdict(self.src), **sharing}
+        expansion = {name: getattr(self, name) for name in EXPANSION}
+        return {**super().config, "src_arch": asdict(self.src), **expansion}
 
     def layers(self) -> list[tuple[int, int]]:
         """The group of learngene layers and the coefficient row of each Aux layer."""
@@ -214,6 +240,23 @@ class LeTs(AuxNet):
 
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
+
+    @torch.no_grad()
+    def start_from(self, vit: dict[str, Tensor]) -> None:
+        """Take the learngene, and the first position embedding, from a trained ViT of ``src`` sizes.
+
+        Args:
+            vit: its state dict.
+        """
+        _, into = widening(dict(self.named_parameters()))
+        start = {**stack_layers(vit, self.src.depth), "pos_embed": into(vit["pos_embed"], self.E)}
+        for name, tensor in start.items():
+            self.get_parameter(name).copy_(tensor)
+
+    def freeze_learngene(self) -> None:
+        """Train the width matrices, depth coefficients and position embedding alone, as LiGO does."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.endswith(("_weight", "_bias")))
 
     def no_weight_decay(self) -> set[str]:
         # vectors before they were stacked: the published recipe leaves them out
@@ -420,26 +463,29 @@ def check_mapping(layer: Sequence[int] | None, coeff: Sequence[int] | None, dept
 def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "continuous") -> dict[str, Tensor]:
     """The learngene cut down so that it expands to ``width``.
 
-    A width above the learngene's keeps some rows of the width matrices, one choice per axis: embedding neurons by
+    Of full width matrices some rows are kept. Else, a width above the learngene's keeps some rows of the width
+    matrices, and a width below it the first neurons of the learngene itself. One choice per axis: embedding neurons by
     E's rows for the whole network (C and the position embedding follow), heads by their rows in Q, K and V together
-    for the whole network, hidden neurons by M's rows in each layer. A width below it keeps the first neurons of the
-    learngene itself.
+    for the whole network, hidden neurons by M's rows in each layer.
 
     Args:
         how: as in `choose_rows`.
     """
-    rows, s = p["E"].shape
-    if width == s + rows:  # every row is kept
+    s, full = p["E"].shape[1], is_full_width(p)
+    if width == p["pos_embed"].shape[-1]:  # every row is kept
         return p
-    old, new = min(width, s), max(width - s, 0)
+    old, new = (s, width) if full else (min(width, s), max(width - s, 0))
     emb = choose_rows(p["E"], new, how)
     per_head = torch.stack([p["Q"], p["K"], p["V"]]).unflatten(2, (-1, head_dim)).movedim(2, 0)
     heads = choose_rows(per_head.flatten(1), new // head_dim, how)
     head_rows = rows_of_heads(heads, head_dim)
+    pos_embed = p["pos_embed"]
     hidden = choose_rows(p["M"], 4 * new, how)
     return {
         **p,
-        "pos_embed": torch.cat([p["pos_embed"][..., :old], p["pos_embed"][..., s + emb]], dim=-1),
+        "pos_embed": pos_embed[..., emb]
+        if full
+        else torch.cat([pos_embed[..., :old], pos_embed[..., s + emb]], dim=-1),
         "E": p["E"][emb, :old],
         "C": p["C"][emb, :old],
         **{a: p[a][:, head_rows, :old] for a in "QKV"},

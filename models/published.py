@@ -70,6 +70,8 @@ def layout_of(method: str, config: Mapping) -> Layout:
         return tleg_layout()
     if config["group_size"] != 2:
         raise InputError(f"the published format mixes pairs of layers, this learngene groups of {config['group_size']}")
+    if config["full_width"]:
+        raise InputError("the published format keeps the old neurons, this learngene transforms them (full width)")
     rows = range(0, config["tgt_arch"]["depth"], config["layers_per_row"])
     return lets_layout(config["src_arch"]["depth"], rows)
 
@@ -141,8 +143,13 @@ def config_of(weights: Mapping[str, Tensor], head_dim: int, args: object = None)
     patch_key = "__sm_patch_embed_proj_weight"
     src = _arch(s, depth, head_dim, weights, patch_key)
     tgt = _arch(s + new, aux_depth, head_dim, weights, patch_key)
-    config = {"src_arch": asdict(src), "tgt_arch": asdict(tgt), "layers_per_row": layers_per_row, "group_size": 2}
-    return {**config, **_head_and_channels(weights, "__sm_head_weight", patch_key)}
+    config = {"src_arch": asdict(src), "tgt_arch": asdict(tgt), "layers_per_row": layers_per_row}
+    return {
+        **config,
+        "group_size": 2,
+        "full_width": False,
+        **_head_and_channels(weights, "__sm_head_weight", patch_key),
+    }
 
 
 def _arch(width: int, depth: int, head_dim: int, weights: Mapping[str, Tensor], patch_key: str) -> ViTArch:

@@ -205,6 +205,14 @@ CASES = {
         f"{DESCEND} {LETS} --mapping_layer_coeff 0,2,4,6", ("mapping_layer", "mapping_layer_coef", "both")
     ),
     "mapping_without_gene": Case(f"{PLAIN} --mapping_layer 0,1", ("--mapping_layer", "--load-gene")),
+    "width_without_gene": Case(f"{PLAIN} --width-select l1_top", ("--width_select", "--load-gene")),
+    "rows_of_a_plain_vit": Case(f"{PLAIN} --layers-per-row 1", ("--layers_per_row", "--src-arch")),
+    "full_width_of_a_des_net": Case(f"{DESCEND} {LETS} --full-width", ("--full_width", "--src-arch")),
+    "freeze_nothing": Case(f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --freeze-src", ("--src-path", "--freeze-src")),
+    "src_path_other_size": Case(
+        f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --src-path FILES/ten.pth",
+        ("--src-path", "ten.pth", "architecture"),
+    ),
     "width": Case(
         f"{DIGITS} --des-arch deit_nano_patch8_32_L4_H4 {LETS}",
         ("--des-arch", "width 128", "widest", "64", "2 heads"),

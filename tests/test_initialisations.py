@@ -273,3 +273,114 @@ def test_rows_that_are_not_shared():
     assert aux_net.g.shape == aux_net.h.shape == (8, 8, 2)
     vit = aux_net.to_vit()
     assert not torch.equal(vit.blocks[0].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
+
+
+def randomised_full_width() -> models.LeTs:
+    torch.manual_seed(0)
+    aux_net = models.create_aux_net(
+        models.ViTArch(4, 4, 1, 4, 8), models.ViTArch(12, 4, 3, 4, 8), full_width=True, num_classes=3
+    )
+    with torch.no_grad():
+        for parameter in aux_net.parameters():
+            parameter.normal_()
+    return aux_net.eval()
+
+
+def test_full_width_starts_by_keeping_the_old_neurons():
+    """LiGO's matrices are [I; A] at the start, of the same distribution as those of LeTs."""
+    src, tgt = models.ViTArch(4, 4, 1, 4, 8), models.ViTArch(12, 4, 3, 4, 8)
+    aux_net = models.create_aux_net(src, tgt, full_width=True, num_classes=3)
+    assert aux_net.E.shape == aux_net.C.shape == (12, 4)
+    assert aux_net.Q.shape == (4, 12, 4)
+    assert aux_net.M.shape == (4, 48, 16)
+    for name in ("E", "C", "Q", "K", "V", "M"):
+        matrix, old = getattr(aux_net, name), getattr(aux_net, name).shape[-1]
+        assert (matrix[..., :old, :] == torch.eye(old)).all()
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(matrix.shape[:-1]))
+
+
+def test_full_width_against_the_formulas():
+    """W = ⟨A⟩ w ⟨B⟩ᵀ with ⟨A⟩ = A: every neuron, also an old one, is a mixture of the learngene's."""
+    aux_net = randomised_full_width()
+    p, vit = dict(aux_net.named_parameters()), aux_net.to_vit()
+    g, h = ({m: p[a][i, 0] for i, m in enumerate(lets.MODULES)} for a in "gh")
+
+    def mixed(module, kind, one):
+        coefficients = (g if kind == "weight" else h)[module]
+        return sum(coefficients[j] * one(j) for j in range(2))
+
+    block, E = vit.blocks[0], p["E"]
+    q = mixed("q", "weight", lambda j: p["Q"][j] @ p["q_weight"][j] @ E.T)
+    torch.testing.assert_close(block.attn.qkv.weight[:12], q)
+    proj = mixed("proj", "weight", lambda j: E @ p["proj_weight"][j] @ p["V"][j].T)
+    torch.testing.assert_close(block.attn.proj.weight, proj)
+    fc2 = mixed("fc2", "weight", lambda j: E @ p["fc2_weight"][j] @ p["M"][j].T)
+    torch.testing.assert_close(block.mlp.fc2.weight, fc2, atol=1e-4, rtol=1e-5)
+    fc1_bias = mixed("fc1", "bias", lambda j: p["M"][j] @ p["fc1_bias"][j])
+    torch.testing.assert_close(block.mlp.fc1.bias, fc1_bias)
+    norm = mixed("norm2", "weight", lambda j: E @ p["norm2_weight"][j])
+    torch.testing.assert_close(block.norm2.weight, norm)
+    torch.testing.assert_close(vit.head.weight, p["head_weight"] @ p["C"].T)
+    torch.testing.assert_close(vit.patch_embed.proj.weight.flatten(1), E @ p["patch_embed_weight"].flatten(1))
+
+
+@pytest.mark.parametrize("how", models.WIDTH_SELECTIONS)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_full_width_des_net_has_neurons_of_the_aux_net(how, heads, tmp_path):
+    """Also at the learngene's own width: rows of the matrices are kept, never the learngene's neurons as they are."""
+    models.Learngene.of(randomised_full_width()).save(tmp_path / "gene.safetensors")
+    gene = models.load_learngene(tmp_path / "gene.safetensors")
+    wide = gene.descend(gene.arch, width_select=how).state_dict()
+    own = list(range(4))
+    narrow = gene.descend(replace(gene.arch, width=4 * heads, num_heads=heads), own, own, width_select=how).state_dict()
+    emb = selection.choose_rows(gene.tensors["E"], 4 * heads, how)
+    assert torch.equal(narrow["pos_embed"], gene.tensors["pos_embed"][..., emb])
+    torch.testing.assert_close(narrow["blocks.0.norm1.weight"], wide["blocks.0.norm1.weight"][emb])
+    torch.testing.assert_close(narrow["head.weight"], (gene.tensors["head_weight"] @ gene.tensors["C"][emb].T))
+    per_head = torch.cat([gene.tensors[a] for a in "QKV"]).unflatten(1, (3, 4)).movedim(1, 0).flatten(1)
+    kept = selection.rows_of_heads(selection.choose_rows(per_head, heads, how), 4)
+    k_wide = wide["blocks.0.attn.qkv.weight"][12:24][kept][:, emb]
+    torch.testing.assert_close(narrow["blocks.0.attn.qkv.weight"][4 * heads : 8 * heads], k_wide)
+    proj_wide = wide["blocks.0.attn.proj.weight"][emb][:, kept]
+    torch.testing.assert_close(narrow["blocks.0.attn.proj.weight"], proj_wide)
+
+
+def test_full_width_is_not_written_in_the_published_format(tmp_path):
+    with pytest.raises(models.InputError, match="full width"):
+        models.save_published(models.Learngene.of(randomised_full_width()), tmp_path / "gene.pth")
+
+
+def test_direct_transformation_of_a_trained_vit():
+    """With nothing to widen and each layer used once, the Aux-Net that starts from a trained ViT is that ViT."""
+    arch = models.ViTArch(8, 4, 2, 4, 8)
+    trained = models.create_vit(arch, num_classes=3).eval()
+    for full_width in (False, True):
+        aux_net = models.create_aux_net(
+            arch, arch, layers_per_row=1, group_size=1, full_width=full_width, num_classes=3
+        ).eval()
+        aux_net.start_from(trained.state_dict())
+        images = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(aux_net(images), trained(images))
+
+
+def test_frozen_learngene_of_a_trained_vit_stays_as_it_is(tmp_path):
+    trained = models.create_model("deit_nano_patch4_16_L2", num_classes=10)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape)
+            )  # biases of 0 would leave their coefficients without gradient
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    options = (
+        f"{DIGITS} --src-arch deit_nano_patch4_16_L2 --tgt-arch deit_nano_patch4_16_L4_H3 --full-width --epochs 1 "
+        f"--src-path {tmp_path / 'trained.pth'} --freeze-src --no-repeated-aug --output-dir {tmp_path / 'run'}"
+    )
+    fresh = main.set_up(main.parse_options(options.split())).model
+    assert main.main(options.split()) == 0
+    gene = models.load_learngene(tmp_path / "run" / "learngene.safetensors")
+    expected = lets.stack_layers(trained.state_dict(), 2)
+    assert all(torch.equal(gene.tensors[name], expected[name]) for name in expected)
+    transformation = gene.tensors.keys() - expected.keys()
+    assert transformation == {*"ECQKVMgh", "pos_embed"}
+    assert not any(torch.equal(gene.tensors[name], fresh.state_dict()[name]) for name in transformation)
+    assert gene.config["full_width"] is True
