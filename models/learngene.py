@@ -199,7 +199,8 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
     averaged = use_ema or bool(header.get("averaged"))
     config = {key: value for key, value in header.items() if key not in ("method", "options", "averaged")}
     if "src_arch" in config:
-        config = {"group_size": 2, "full_width": False, **config}  # which earlier files do not state
+        config.setdefault("group_size", 2)  # which earlier files do not state
+        config.setdefault("full_width", False)
     if method := published.method_of(weights):
         config = config or published.config_of(weights, head_dim, content.get("args"))
         _check_config(config)
