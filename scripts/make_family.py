@@ -36,6 +36,7 @@ from engine import evaluate
 from models import InputError, ViTArch
 from models.files import read_json
 from models.vit import MAX_DEPTH
+from options import Parser, about, at_least, parse_options, recipe, with_dashes
 from scripts.inspect_learngene import name_of
 from utils import Progress
 
@@ -179,7 +180,7 @@ def milliseconds(text: str) -> float:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this script, and those after ``--``."""
-    p = program.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--load-gene", required=True, help="learngene file, published checkpoint, or address of one")
     p.add_argument("--depths", type=numbers, required=True, help="numbers of layers, such as 3-12 or 3-6,9,12")
     p.add_argument("--heads", type=numbers, required=True, help="numbers of heads, likewise")
@@ -187,21 +188,19 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--data-set", choices=sorted(DATA_SETS), help="whose test images to evaluate on; default: none")
     p.add_argument("--data-path", help="the folder that holds it; not needed for DIGITS")
     p.add_argument("--no-eval", action="store_true", help="only initialise and write (--data-set gives the classes)")
-    p.add_argument("--epochs", type=program.at_least(0), default=0, help="fine-tune each Des-Net with main.py")
+    p.add_argument("--epochs", type=at_least(0), default=0, help="fine-tune each Des-Net with main.py")
     p.add_argument("--max-params", type=amount, help="leave out Des-Nets of more parameters, such as 10M")
     p.add_argument("--max-macs", type=amount, help="leave out Des-Nets of more multiply-accumulates per image")
     p.add_argument("--max-latency-ms", type=milliseconds, help="leave out Des-Nets that take longer for one image")
-    p.add_argument("--input-size", type=program.at_least(1), help="pixels; default: the learngene's")
+    p.add_argument("--input-size", type=at_least(1), help="pixels; default: the learngene's")
     p.add_argument("--gene-ema", action="store_true", help="take the averaged weights of a checkpoint")
     p.add_argument("--width-select", help="as in main.py")
-    p.add_argument(
-        "--head-dim", type=program.at_least(1), default=64, help="neurons of a head, for published checkpoints"
-    )
+    p.add_argument("--head-dim", type=at_least(1), default=64, help="neurons of a head, for published checkpoints")
     end = argv.index("--") if "--" in argv else len(argv)
-    args, unknown = p.parse_known_args([program.with_dashes(argument) for argument in argv[:end]])
+    args, unknown = p.parse_known_args([with_dashes(argument) for argument in argv[:end]])
     if unknown:
         raise InputError(f"unknown option {unknown[0]}: options of main.py follow after --")
-    rest = [program.with_dashes(argument) for argument in argv[end + 1 :]]
+    rest = [with_dashes(argument) for argument in argv[end + 1 :]]
     for option in (argument.partition("=")[0] for argument in rest):
         if option in p._option_string_actions:
             raise InputError(f"{option} belongs before --: it is an option of this script")
@@ -221,13 +220,13 @@ def command_of(args: argparse.Namespace, rest: Sequence[str], gene_path: Path) -
 
 def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
     """Read the learngene, once, and check everything that can be checked before the work."""
-    with program.about(f"--load-gene {args.load_gene}"):
+    with about(f"--load-gene {args.load_gene}"):
         path = models.fetch(args.load_gene, f"learngene{'_ema' * args.gene_ema}.safetensors")
         gene = models.load_learngene(path, args.head_dim, args.gene_ema)
     print(f"{args.load_gene}: {gene}", flush=True)
     args.input_size = args.input_size or gene.arch.img_size
     command = command_of(args, rest, path)
-    options, defaults = program.parse_options(command), vars(program.parse_options([]))
+    options, defaults = parse_options(command), vars(parse_options([]))
     for name in NOT_FOR_A_FAMILY:
         if vars(options)[name] != defaults[name]:
             raise InputError(f"--{name.replace('_', '-')} is not for a family: every Des-Net starts from the learngene")
@@ -241,7 +240,7 @@ def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
     identity = {"learngene": models.sha256(path), "head_dim": gene.arch.head_dim, "gene_ema": args.gene_ema}
     identity |= {name: getattr(options, name) for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
     identity |= {"data_set": args.data_set, "data_path": args.data_path and str(Path(args.data_path).resolve())}
-    training = {name: value for name, value in program.recipe(options).items() if name not in WHERE_IT_RUNS}
+    training = {name: value for name, value in recipe(options).items() if name not in WHERE_IT_RUNS}
     identity, training = json.loads(json.dumps([identity, training if args.epochs else None]))  # as files give it back
     shape = {"num_classes": len(classes) or gene.num_classes, "in_chans": in_chans}
     autocast, _ = program.autocast_of(options, device)
@@ -260,7 +259,7 @@ def grid(setting: Setting) -> list[Member]:
         InputError: there are none, or a folder holds something else.
     """
     args, aux, members = setting.args, setting.gene.arch, []
-    with program.about(f"--input-size {args.input_size}"):
+    with about(f"--input-size {args.input_size}"):
         aux = replace(aux, img_size=args.input_size)
     for heads in args.heads:
         arch = replace(aux, depth=1, num_heads=heads, width=heads * aux.head_dim)
@@ -384,7 +383,7 @@ def fine_tune(member: Member, setting: Setting) -> None:
     member.record["training"] = setting.training
     write_record(member)
     model = [f"--des-arch={name_of(member.arch)}", f"--output-dir={member.folder}"]
-    command = [sys.executable, str(program.REPOSITORY / "main.py"), *setting.command, *model, *resume]
+    command = [sys.executable, program.__file__, *setting.command, *model, *resume]
     last = deque(maxlen=20)
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import main
 import models
+import options
 from models.aux_net import WeightsOnMeta
 
 import pytest
@@ -349,13 +350,13 @@ def test_every_published_config_is_in_the_recipe():
 def test_config_holds_the_recipe(name: str):
     args = main.parse_options(["--config", f"/configs/{name}.yaml"])
     expected = {**DEIT, **RECIPE[name]}
-    assert {**vars(args), "kind": main.kind_of_run(args)} == {**vars(args), **expected}
+    assert {**vars(args), "kind": options.kind_of_run(args)} == {**vars(args), **expected}
 
 
 @pytest.mark.parametrize(("size", "name"), DEPTHS)
 def test_every_published_depth_is_one_option_away(size: str, name: str):
     args = main.parse_options(["--config", f"/configs/conf_train_des_{size}.yaml", "--model-type", name])
-    assert (args.model, main.kind_of_run(args)) == (name, "descend")
+    assert (args.model, options.kind_of_run(args)) == (name, "descend")
     with WeightsOnMeta():
         vit = models.create_model(args.model, drop_path_rate=args.drop_path)
     assert len(vit.blocks) == int(name.rpartition("_L")[2])
