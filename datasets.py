@@ -5,19 +5,24 @@ import json
 import os
 import random
 import re
+import struct
+import sys
 import zlib
-from collections.abc import Callable, Collection
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from models import InputError
+from models import InputError, in_a_line
 from samplers import Key
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
-from torch.utils.data import ConcatDataset, Dataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -56,8 +61,16 @@ class ImageList(Dataset):
         return self.transform(image) if self.transform else image, label
 
 
-class SeededDataset(Dataset):
-    """A data set whose random augmentation follows from the seed in the key, in whatever process it is loaded."""
+class Sample(NamedTuple):
+    """An image and its label, or neither, and what could not be read on the way to them."""
+
+    image: Tensor | None
+    label: int | None
+    unreadable: list[str]
+
+
+class ReadDataset(Dataset):
+    """A data set that says of an image that cannot be read which one it is."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -65,13 +78,100 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key):
-        index, seed = key
-        # timm's transforms use all three; torch.manual_seed would look at every accelerator for each image
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        return self.dataset[index]
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            return Sample(*self.dataset[index], [])
+        except UNREADABLE as error:
+            return Sample(None, None, [f"{name_of_image(self.dataset, index)} ({in_a_line(error)})"])
+
+
+class SeededDataset(ReadDataset):
+    """A data set whose random augmentation follows from the seed in the key, in whatever process it is loaded.
+
+    Args:
+        replacements: how many images are tried in the place of one that cannot be read: those that follow it.
+    """
+
+    def __init__(self, dataset: Dataset, replacements: int = 0):
+        super().__init__(dataset)
+        self.replacements = replacements
+
+    def __getitem__(self, key: Key) -> Sample:
+        (index, seed), unreadable = key, []
+        for i in range(index, index + 1 + self.replacements):
+            # timm's transforms use all three; torch.manual_seed would look at every accelerator for each image
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            sample = super().__getitem__(i % len(self))
+            unreadable += sample.unreadable
+            if sample.image is not None:
+                break
+        return sample._replace(unreadable=unreadable)
+
+
+def name_of_image(dataset: Dataset, index: int) -> str:
+    """The file of an image, as the data sets here and torchvision's keep it."""
+    if isinstance(dataset, ConcatDataset):
+        part = bisect_right(dataset.cumulative_sizes, index)
+        return name_of_image(dataset.datasets[part], index - ([0, *dataset.cumulative_sizes][part]))
+    for attribute in ("samples", "_samples", "_image_files"):
+        if hasattr(dataset, attribute):
+            entry = getattr(dataset, attribute)[index]
+            return str(entry[0] if isinstance(entry, tuple) else entry)
+    return f"image {index}"
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, labels, and what could not be read and is not among them."""
+    read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    images, labels = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return images, labels, [name for sample in samples for name in sample.unreadable]
+
+
+class Batches:
+    """A loader's images and labels, where images that cannot be read are an error, or warned of and counted.
+
+    Attributes:
+        skipped: how many could not be read; in training others took their places, in evaluation they are left out.
+    """
+
+    def __init__(self, loader: DataLoader, skip_bad: bool):
+        self.loader, self.skip_bad = loader, skip_bad
+        self.skipped, self.warned = 0, set()
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.loader.dataset
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.loader.sampler
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, unreadable in self.loader:
+            if unreadable and not self.skip_bad:
+                raise InputError(f"{unreadable[0]} cannot be read as an image: --skip-bad-images goes on without it")
+            if len(unreadable) > SKIPPED_AT_ONCE:
+                raise InputError(
+                    f"{len(unreadable)} images of one batch cannot be read, among them {unreadable[0]}: are the data "
+                    "still there?"
+                )
+            for name in unreadable:
+                if name not in self.warned:
+                    print(f"warning: {name} cannot be read, and is left out", file=sys.stderr, flush=True)
+            self.warned.update(unreadable)
+            self.skipped += len(unreadable)
+            yield images, labels
+
+
+# what Pillow and the file system raise for an image that is not there, not whole, or no image
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error)
+UNREADABLE += (Image.DecompressionBombError,)
+SKIPPED_AT_ONCE = 10  # images of a batch; more are no accident
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,22 +1,126 @@
 """One epoch of training, and evaluation."""
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import utils
 from samplers import derived_seed
+from utils import NotFiniteError
 
 import torch
-import torch.distributed as dist
 from timm.data import Mixup
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 
-class NotFiniteError(ArithmeticError):
-    """The loss is not a number any more."""
+class Position:
+    """How far an epoch has come: what a checkpoint says so that the next batch comes next.
+
+    Attributes:
+        steps: batches of each process.
+        images: of all processes together.
+        sums: (2,): the losses of this process's batches, and their number, without losses that were not finite. In
+            float64 a sum of float32 numbers is exact, so that it does not matter where it was interrupted.
+    """
+
+    def __init__(self, steps: int = 0, images: int = 0, loss: float = 0.0, batches: float = 0.0):
+        self.steps, self.images = steps, images
+        self.sums = torch.tensor([loss, batches], dtype=torch.float64)
+
+    def totals(self) -> list[float]:
+        """``sums`` over all processes, which have to ask together."""
+        return utils.sum_over_processes(self.sums).tolist()
+
+    def state(self) -> dict[str, float]:
+        """Plain data to make the position of again, on the main process; the others begin with empty sums."""
+        loss, batches = self.totals()
+        return {"steps": self.steps, "images": self.images, "loss": loss, "batches": batches}
+
+
+class Watch:
+    """What there is to see of an epoch: losses, kept on the device, and where the time goes.
+
+    Nothing waits for the device but `look`.
+    """
+
+    def __init__(self, position: Position, device: torch.device, optimizer: Optimizer, epoch: int, skip_nan: bool):
+        position.sums = position.sums.to(device)
+        self.position, self.optimizer, self.epoch, self.skip_nan = position, optimizer, epoch, skip_nan
+        self.seen = position.totals()
+        self.last_loss = torch.full((), math.nan, device=device)
+        self.bad_step = torch.full((), math.inf, device=device)
+        self.begin()
+
+    def begin(self) -> None:
+        self.start, self.waited, self.images, self.steps, self.skipped = time.perf_counter(), 0.0, 0, 0, 0
+
+    def timed(self, loader: Iterable) -> Iterator:
+        """The batches of ``loader``, with the time that they are waited for."""
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self.images += len(batch[0])
+            yield batch
+
+    def add(self, loss: Tensor, step: int) -> None:
+        finite = loss.isfinite()
+        self.position.sums += torch.stack([torch.where(finite, loss, 0.0), finite.to(loss.dtype)])
+        self.last_loss = torch.where(finite, loss, self.last_loss)
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
+        self.steps += 1
+
+    def look(self, norm: Tensor, judge_norm: bool) -> dict[str, float]:
+        """What happened since the last look, of all processes.
+
+        Args:
+            norm: (), of the last gradient.
+            judge_norm: whether a gradient that is not finite is an error; scaled for float16, it is not.
+
+        Raises:
+            NotFiniteError: a loss or the gradient was not finite; all processes raise it together.
+        """
+        sums = utils.sum_over_processes(self.position.sums)
+        *seen, norm, bad_step = torch.cat([sums, torch.stack([norm, self.bad_step]).double()]).tolist()
+        loss, batches = (now - then for now, then in zip(seen, self.seen, strict=True))
+        self.seen, bad_step = seen, -utils.maximum(-bad_step)[0]
+        if self.skip_nan and self.skipped == self.steps:
+            raise self.error(f"the gradient was not finite in {self.steps} steps in a row", self.position.steps)
+        if not self.skip_nan and math.isfinite(bad_step):
+            raise self.error("the loss is not finite", int(bad_step) + 1)
+        if not self.skip_nan and judge_norm and not math.isfinite(norm):
+            raise self.error("the gradient is not finite", self.position.steps)
+        seconds = time.perf_counter() - self.start
+        numbers = {
+            "loss": loss / batches if batches else math.nan,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "gradient norm": norm,
+            "images/s": self.images * utils.world_size() / seconds,
+            "waiting for data": self.waited / seconds,
+            **({"steps left out": self.skipped} if self.skip_nan else {}),
+        }
+        self.begin()
+        return numbers
+
+    def error(self, finding: str, step: int) -> NotFiniteError:
+        return not_finite(
+            f"{finding} in epoch {self.epoch} at step {step}, after a loss of {self.last_loss.item():.4g}",
+            self.optimizer,
+        )
+
+
+def not_finite(finding: str, optimizer: Optimizer) -> NotFiniteError:
+    return NotFiniteError(
+        f"{finding}, at a learning rate of {optimizer.param_groups[0]['lr']:.2e}; a lower --lr, --clip-grad 1, "
+        "--amp-dtype float32 or --on-nan rollback may help"
+    )
 
 
 def train_one_epoch(
@@ -36,81 +140,94 @@ def train_one_epoch(
     ema_source: nn.Module | None = None,
     seed: int = 0,
     log_interval: int = 50,
-    progress: utils.Progress | None = None,
+    skip_nan: bool = False,
+    position: Position | None = None,
+    after_step: Callable[[], None] = lambda: None,
+    report: Callable[[dict[str, float]], None] = lambda numbers: None,
 ) -> dict[str, float]:
     """Train on every batch of ``loader`` once.
 
     Args:
         criterion: (images, logits, targets) → loss, the mean over the batch.
+        loader: the batches of the epoch, or what is left of them after ``position``.
         accum_iter: batches whose mean gradient makes one optimiser step; the last group of an epoch may be smaller.
         ema_source: the module, without wrappers, that ``ema`` averages.
         seed: the random numbers of a step (mixup, dropout, drop-path) follow from it, the epoch, the step and the
             process, so that they do not depend on what was drawn before.
-        log_interval: steps between two looks at the loss, the only moments the device is waited for (float16 also
-            looks at every step whether the scaled gradients overflowed).
+        log_interval: steps between two looks at the loss, the only moments the device is waited for (float16, and
+            ``skip_nan``, also look at every step whether the gradients are finite).
+        skip_nan: leave out steps whose gradient is not finite.
+        position: where to begin; it moves with every optimiser step.
+        after_step: called after every optimiser step.
+        report: called at every look with loss, learning rate, norm of the gradient, images per second of all
+            processes, and the share of time spent waiting for images.
 
     Returns:
-        ``loss``, the mean over all processes, and ``lr`` of the first parameter group.
+        ``loss``, the mean over the whole epoch and all processes, and ``lr`` of the first parameter group.
 
     Raises:
-        NotFiniteError: the loss was not finite; all processes raise it at the same step.
+        NotFiniteError: loss or gradient was not finite; all processes raise it at the same step.
     """
     model.train()
-    num_batches = len(loader)
-    total, pending = torch.zeros((), device=device), 0
-    epoch_loss = 0.0
-    for step, (images, targets) in enumerate(loader):
-        random_seed(derived_seed(seed, epoch, step, utils.rank()))
+    position = Position() if position is None else position
+    watch = Watch(position, device, optimizer, epoch, skip_nan)
+    first, num_batches, images_of_group = position.steps, len(loader), 0
+    for place, (images, targets) in enumerate(watch.timed(loader)):
+        random_seed(derived_seed(seed, epoch, first + place, utils.rank()))
+        images_of_group += len(images) * utils.world_size()
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        group = min(accum_iter, num_batches - step // accum_iter * accum_iter)
-        last_of_group = step % accum_iter == group - 1
+        group = min(accum_iter, num_batches - place // accum_iter * accum_iter)
+        last_of_group = place % accum_iter == group - 1
         synchronised = nullcontext() if last_of_group or not hasattr(model, "no_sync") else model.no_sync()
         with synchronised:
             with autocast:
                 loss = criterion(images, model(images), targets)
             scaler.scale(loss / group).backward()
-        if last_of_group:
-            optimizer_step(model, optimizer, scaler, clip_grad)
-            if ema is not None:
-                ema.update(ema_source)
-        total += loss.detach()
-        pending += 1
-        if progress is not None:
-            progress.advance()
-        if pending == log_interval or step == num_batches - 1:
-            interval_loss = utils.mean_over_processes(total / pending).item()
-            check_finite(
-                interval_loss, f"the loss is {interval_loss} in epoch {epoch} before step {step + 1}", optimizer
-            )
-            epoch_loss += interval_loss * pending
-            total.zero_()
-            if progress is not None:
-                progress.show(epoch=epoch, loss=interval_loss, lr=optimizer.param_groups[0]["lr"])
-            pending = 0
-    return {"loss": epoch_loss / num_batches, "lr": optimizer.param_groups[0]["lr"]}
-
-
-def check_finite(value: float, finding: str, optimizer: Optimizer) -> None:
-    """Raises NotFiniteError, with what was found and what may help, where ``value`` is no finite number."""
-    if not math.isfinite(value):
-        raise NotFiniteError(
-            f"{finding}, at a learning rate of {optimizer.param_groups[0]['lr']:.2e}; a lower --lr, --clip-grad 1 or "
-            "--amp-dtype float32 may help"
-        )
+        watch.add(loss.detach(), first + place)
+        if not last_of_group:
+            continue
+        look = watch.steps >= log_interval or place == num_batches - 1
+        norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, look, skip_nan)
+        watch.skipped += group * (not stepped)
+        if stepped and ema is not None:
+            ema.update(ema_source)
+        position.steps, position.images = first + place + 1, position.images + images_of_group
+        images_of_group = 0
+        if look:
+            report(watch.look(norm, judge_norm=not scaler.is_enabled()))
+        after_step()
+    loss, batches = position.totals()
+    return {"loss": loss / batches, "lr": optimizer.param_groups[0]["lr"]}
 
 
 def optimizer_step(
-    model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
-) -> None:
-    """Clip the gradient's norm, step, and forget the gradients."""
-    if clip_grad is not None:
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip_grad: float | None,
+    measure: bool,
+    skip_nan: bool,
+) -> tuple[Tensor | None, bool]:
+    """Clip the gradient's norm, step, and forget the gradients.
+
+    Returns:
+        The norm before it was clipped, if it was clipped or is to be measured, and whether the step was made.
+    """
+    norm, finite = None, True
+    if clip_grad is not None or measure or skip_nan:
         scaler.unscale_(optimizer)
-        dispatch_clip_grad(model.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = get_total_norm(parameter.grad for parameter in parameters)
+        if clip_grad is not None:
+            clip_grads_with_norm_(parameters, clip_grad, norm)
+        finite = not skip_nan or bool(norm.isfinite())
+    if finite:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    return norm, finite
 
 
 @torch.no_grad()
@@ -119,29 +236,32 @@ def evaluate(
     loader: Iterable,
     device: torch.device,
     autocast: AbstractContextManager,
-    progress: utils.Progress | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss and accuracy in per cent over all images, each counted once whatever the number of processes.
+
+    Args:
+        after_batch: called after every batch, on all processes equally often.
 
     Returns:
         ``loss``, ``acc1`` and ``acc5``; with fewer than five classes ``acc5`` is over all of them.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, first right, among the first five, images
-    count = 0
+    count, most_batches = 0, int(utils.maximum(len(loader))[0])
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with autocast:
-            logits = model(images)
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        sums[:3] += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()])
+        if len(images):  # or none of them could be read
+            with autocast:
+                logits = model(images)
+            logits = logits.float()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            sums[:3] += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()])
         count += len(targets)
-        if progress is not None:
-            progress.advance()
+        after_batch()
+    for _ in range(most_batches - len(loader)):  # another process has one batch more
+        after_batch()
     sums[3] = count
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    loss, acc1, acc5, count = sums.tolist()
+    loss, acc1, acc5, count = utils.sum_over_processes(sums).tolist()
     return {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count}

@@ -10,24 +10,42 @@ import argparse
 import copy
 import inspect
 import json
+import math
 import os
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from urllib.parse import urlsplit
 
 import models
 import utils
-from datasets import DATA_SETS, SMALL, SeededDataset, build_dataset, build_transform, describe_classes
-from engine import NotFiniteError, check_finite, evaluate, train_one_epoch
+from datasets import (
+    DATA_SETS,
+    SKIPPED_AT_ONCE,
+    SMALL,
+    Batches,
+    ReadDataset,
+    SeededDataset,
+    build_dataset,
+    build_transform,
+    collate,
+    describe_classes,
+)
+from engine import Position, evaluate, not_finite, train_one_epoch
 from losses import DistillationLoss
 from models import InputError
 from options import about, check_kind, options_in_effect, parse_options, recipe
 from samplers import ExactSampler, TrainSampler
+from utils import NotFiniteError
 
 import torch
 import yaml
@@ -43,6 +61,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+ROLLBACKS = 3  # between two checkpoints; more do not help
 CHANNELS = 3  # of every data set here; grey images are made so
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +196,8 @@ def build_des_net(
 def say(line: str) -> None:
     """Print a line once, however many processes there are."""
     if utils.is_main():
-        print(line, flush=True)
+        tqdm.write(line)  # above a bar, if there is one
+        sys.stdout.flush()
 
 
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:
@@ -323,9 +343,23 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    start_epoch: int
-    log: "utils.EpochLog | None" = None
-    facts: dict[str, object] = field(default_factory=dict)
+    epoch: int  # that is trained now, and how far it has come
+    facts: dict[str, object]
+    position: Position = field(default_factory=Position)
+    output: utils.Output = field(default_factory=utils.Output)
+    log: utils.EpochLog | None = None
+    progress: utils.Progress | None = None
+    earlier: list[dict] = field(default_factory=list)  # epochs that the checkpoint has on record
+    rollbacks: int = 0  # since the last checkpoint
+
+    @property
+    def steps(self) -> int:
+        """Batches of each process in a whole epoch."""
+        return len(self.train_loader.dataset) // utils.world_size() // self.args.batch_size
+
+    @property
+    def epochs_done(self) -> float:
+        return self.epoch + self.position.steps / max(1, self.steps)
 
 
 def set_up(args: argparse.Namespace) -> Run:
@@ -335,6 +369,8 @@ def set_up(args: argparse.Namespace) -> Run:
         InputError: an option, file or combination that cannot work.
     """
     kind = check_kind(args)
+    if args.on_nan == "rollback" and args.output_dir is None:
+        raise InputError("--output-dir is missing: --on-nan rollback goes back to the checkpoints in it")
     output_dir = writable_folder(args.output_dir)
     check_upload(args)
     device = device_of(args)
@@ -371,17 +407,17 @@ def set_up(args: argparse.Namespace) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=half),
-        start_epoch=args.start_epoch,
+        epoch=args.start_epoch,
         facts=facts,
     )
     if args.resume:
         resume(run)
     # The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
-    run.scheduler.step(run.start_epoch)
-    if args.push_to_hub and run.start_epoch >= args.epochs > 0:
-        raise InputError(f"--push-to-hub: nothing is left to train or upload, epoch {run.start_epoch} has been reached")
+    run.scheduler.step(run.epoch)
+    if args.push_to_hub and run.epoch >= args.epochs > 0:
+        raise InputError(f"--push-to-hub: nothing is left to train or upload, epoch {run.epoch} has been reached")
     if output_dir is not None and not args.eval:
-        run.log = utils.EpochLog(output_dir, run.start_epoch)
+        run.log = utils.EpochLog(output_dir, run.earlier, run.output, mirror=wandb_of(args))
     return run
 
 
@@ -398,7 +434,20 @@ def writable_folder(path: str | None) -> Path | None:
         raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from error
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, DataLoader, list[str]]:
+def wandb_of(args: argparse.Namespace) -> Callable[[dict, int], None]:
+    """Where numbers go besides the files: nowhere, or to Weights & Biases."""
+    if args.wandb is None:
+        return lambda numbers, place: None
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(f"--wandb needs the package wandb, which is not installed ({error})") from error
+    # a run that is continued is another run of the same group
+    run = wandb.init(project=args.wandb, group=Path(args.output_dir).name, dir=args.output_dir, config=recipe(args))
+    return lambda numbers, place: run.log(dict(numbers), step=place)
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
     """Training and test images in batches, and the names of the classes."""
     sets = []
     for is_train in (True, False):
@@ -427,9 +476,9 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataL
         )
     process = dict(rank=utils.rank(), world_size=utils.world_size())
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
-    common = dict(num_workers=workers, pin_memory=args.pin_mem and device.type == "cuda")
+    common = dict(num_workers=workers, pin_memory=args.pin_mem and device.type == "cuda", collate_fn=collate)
     train_loader = DataLoader(
-        SeededDataset(train),
+        SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0),
         batch_size=args.batch_size,
         sampler=TrainSampler(len(train), repeats=3 if args.repeated_aug else 1, seed=args.seed, **process),
         drop_last=True,
@@ -437,9 +486,9 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataL
         **common,
     )
     test_loader = DataLoader(
-        test, batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
+        ReadDataset(test), batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
     )
-    return train_loader, test_loader, classes
+    return Batches(train_loader, args.skip_bad_images), Batches(test_loader, args.skip_bad_images), classes
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
@@ -489,6 +538,38 @@ def resume(run: Run) -> None:
     """Continue from a checkpoint of this program or a published one; with --eval only the weights are taken."""
     path = models.fetch(run.args.resume, on_hub="checkpoint.pth")
     content = models.read_checkpoint(path)
+    restore(run, path, content)
+    if run.args.eval:
+        return
+    try:
+        if type(content["epoch"]) is not int or not -1 <= content["epoch"] < 10**6:
+            raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
+        run.epoch = content["epoch"] + 1
+        run.position = position_in(content, run)
+        run.earlier = [dict(line) for line in content.get("log", ()) if line["epoch"] < run.epoch]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--resume {path} does not say where it was ({models.in_a_line(error)})") from error
+
+
+def position_in(content: Mapping, run: Run) -> Position:
+    """Where in the epoch a checkpoint was written."""
+    saved = content.get("position")  # published checkpoints are written between epochs
+    if saved is None:
+        return Position()
+    steps, images, processes = (int(saved[name]) for name in ("steps", "images", "processes"))
+    if not 0 <= steps <= images <= len(run.train_loader.dataset):
+        raise InputError(f"position is {steps} steps, {images} of {len(run.train_loader.dataset)} images")
+    if images and processes != utils.world_size():
+        say(
+            f"epoch {run.epoch} was begun by {processes} processes and is continued by {utils.world_size()}: no image "
+            "is repeated or left out, but another process may see it"
+        )
+    own = (saved["loss"], saved["batches"]) if utils.is_main() else (0.0, 0.0)
+    return Position(images // (run.args.batch_size * utils.world_size()), images, *map(float, own))
+
+
+def restore(run: Run, path: str | Path, content: Mapping) -> None:
+    """Take weights and, but for --eval, the state of optimiser, average and gradient scaler from a checkpoint."""
     head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
     with about("--resume"):
         rename = models.published_names(content, path, head_dim)
@@ -514,9 +595,6 @@ def resume(run: Run) -> None:
             utils.load_weights(run.ema.module, average, f"--resume {path} (model_ema)")
         if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
             run.scaler.load_state_dict(content["scaler"])
-        if type(content["epoch"]) is not int or not 0 <= content["epoch"] < 10**6:
-            raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
-        run.start_epoch = content["epoch"] + 1
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"--resume {path} holds no training state that fits these options ({models.in_a_line(error)}): "
@@ -524,98 +602,207 @@ def resume(run: Run) -> None:
         ) from error
 
 
-def train(run: Run) -> None:
-    """Train to the last epoch, and write what section 'What a run writes' of the README lists after each."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> int:
+    """Train to the last epoch, and write what section 'What a run writes' of the README lists after each.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that asked the run to stop.
+    """
+    begin_writing(run)
+    with utils.StopSignals() as signals:
+        try:
+            if run.epoch == 0 and run.position.images == 0 and (run.kind == "descend" or run.args.epochs == 0):
+                finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
+            train_epochs(run, signals)
+        except utils.Stopped as stopped:
+            write_checkpoint(run)
+            kept = "--resume auto continues" if run.args.output_dir else "nothing is kept without --output-dir"
+            say(f"stopped by {stopped}, in epoch {run.epoch} after {run.position.steps} steps: {kept}")
+            return stopped.status
+        finally:
+            run.progress.close()
+            if run.log is not None:
+                run.log.close()
+    return 0
+
+
+def begin_writing(run: Run) -> None:
     args = run.args
-    model = run.model
+    if run.log is not None:
+        models.remove_unfinished(run.output_dir)
+        with run.output.attempt(run.output_dir / "args.yaml"), models.written_whole(run.output_dir / "args.yaml") as to:
+            Path(to).write_text(yaml.safe_dump(options_in_effect(args)))
+        run.log.begin(round(1000 * run.epochs_done))
+    if run.epoch >= args.epochs > 0:
+        say(f"nothing left to train: epoch {run.epoch} of --epochs {args.epochs} has been reached")
+    run.progress = utils.Progress(args.epochs * run.steps, "training", run.epoch * run.steps + run.position.steps)
+
+
+def train_epochs(run: Run, signals: utils.StopSignals) -> None:
+    args, model = run.args, run.model
     if utils.world_size() > 1:
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
     if args.compile:
         model = torch.compile(model)
-    if run.log is not None:
-        with models.written_whole(run.output_dir / "args.yaml") as unfinished:
-            Path(unfinished).write_text(yaml.safe_dump(options_in_effect(args)))
-        run.log.begin()
-    if run.start_epoch == 0 and (run.kind == "descend" or args.epochs == 0):
-        finish_epoch(run, -1, {})  # what the initialisation alone gives
-    if run.start_epoch >= args.epochs > 0 and utils.is_main():
-        print(f"nothing left to train: epoch {run.start_epoch} of --epochs {args.epochs} has been reached")
-    steps = len(run.train_loader)
-    progress = utils.Progress(args.epochs * steps, "training", initial=run.start_epoch * steps)
-    for epoch in range(run.start_epoch, args.epochs):
-        run.train_loader.sampler.set_epoch(epoch)
-        trained = train_one_epoch(
-            model,
-            run.criterion,
-            run.train_loader,
-            run.optimizer,
-            run.device,
-            epoch,
-            scaler=run.scaler,
-            autocast=run.autocast,
-            mixup=run.mixup,
-            clip_grad=args.clip_grad,
-            accum_iter=args.accum_iter,
-            ema=run.ema,
-            ema_source=run.model,
-            seed=args.seed,
-            log_interval=args.log_interval,
-            progress=progress,
-        )
-        # timm's convention. DeiT passes the epoch that has just ended, and so trains its first two at the same rate.
-        run.scheduler.step(epoch + 1)
-        finish_epoch(run, epoch, {f"train_{name}": value for name, value in trained.items()})
-    progress.close()
-    if run.log is not None:
-        run.log.close()
+    saving = Saving(run, signals)
+    while run.epoch < args.epochs:
+        run.scheduler.step(run.epoch)
+        run.train_loader.sampler.set_position(run.epoch, run.position.images)
+        try:
+            trained = train_one_epoch(
+                model,
+                run.criterion,
+                run.train_loader,
+                run.optimizer,
+                run.device,
+                run.epoch,
+                scaler=run.scaler,
+                autocast=run.autocast,
+                mixup=run.mixup,
+                clip_grad=args.clip_grad,
+                accum_iter=args.accum_iter,
+                ema=run.ema,
+                ema_source=run.model,
+                seed=args.seed,
+                log_interval=args.log_interval,
+                skip_nan=args.on_nan == "skip",
+                position=run.position,
+                after_step=saving.after_step,
+                report=partial(report, run),
+            )
+            finish_epoch(run, run.epoch, {f"train_{name}": value for name, value in trained.items()}, signals)
+            saving.save()
+        except NotFiniteError as error:
+            roll_back(run, error)
 
 
-def finish_epoch(run: Run, epoch: int, numbers: dict[str, float]) -> None:
-    """Evaluate, log, and write the weights and the checkpoint. Epoch −1 is before training."""
-    numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model).items()}
-    check_finite(numbers["test_loss"], f"the test loss is {numbers['test_loss']} after epoch {epoch}", run.optimizer)
+class Saving:
+    """When a checkpoint is written, besides every epoch."""
+
+    def __init__(self, run: Run, signals: utils.StopSignals):
+        self.run, self.signals = run, signals
+        self.steps, self.time = run.position.steps, time.monotonic()
+
+    def after_step(self) -> None:
+        """Save if it is time to, and stop if that was asked for."""
+        args, steps = self.run.args, self.run.position.steps
+        late = args.save_every_minutes is not None and time.monotonic() - self.time > 60 * args.save_every_minutes
+        number, late = utils.maximum(self.signals.noted, late)
+        if late or (args.save_every_steps and steps // args.save_every_steps > self.steps // args.save_every_steps):
+            self.save()
+        self.steps = steps
+        if number:
+            raise utils.Stopped(int(number))
+
+    def save(self) -> None:
+        write_checkpoint(self.run)
+        self.steps, self.time = self.run.position.steps, time.monotonic()
+
+
+def report(run: Run, numbers: dict[str, float]) -> None:
+    """What the engine has seen since the last time, for people to look at."""
+    run.progress.done = run.epoch * run.steps + run.position.steps
+    run.progress.show({"epoch": run.epoch, **numbers})
+    if run.log is not None:
+        on_device = run.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(run.device) if on_device else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        run.log.show({**{f"step/{name}": value for name, value in numbers.items()}, "memory": memory}, run.epochs_done)
+
+
+def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils.StopSignals) -> None:
+    """Evaluate, log, and write the weights. Epoch −1 is before training."""
+    numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model, signals.check).items()}
+    if not math.isfinite(numbers["test_loss"]):
+        raise not_finite(f"the test loss is {numbers['test_loss']} after epoch {epoch}", run.optimizer)
     if run.ema is not None and epoch >= 0:
-        numbers |= {f"ema_test_{name}": value for name, value in evaluate_run(run, run.ema.module).items()}
-    if utils.is_main():
-        shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
-        tqdm.write(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
+        average = evaluate_run(run, run.ema.module, signals.check)
+        numbers |= {f"ema_test_{name}": value for name, value in average.items()}
+    shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
+    skipped = run.train_loader.skipped + run.test_loader.skipped
+    shown += f", {skipped} unreadable images left out so far" * bool(skipped)
+    say(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
+    run.epoch, run.position = epoch + 1, Position()
     if run.log is None:
         return
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    write_weights(run)
-    if epoch >= 0:
-        write_checkpoint(run, epoch)
+    with run.output.attempt("what was trained"):
+        write_weights(run)
     run.log.add({**numbers, "epoch": epoch, "n_parameters": parameters})
+    if isinstance(run.model, models.LeTs):
+        run.log.show(run.model.coefficients(), epoch + 1)
 
 
-def evaluate_run(run: Run, model: nn.Module) -> dict[str, float]:
+def roll_back(run: Run, error: NotFiniteError) -> None:
+    """Go on with the weights of the newest checkpoint, after the batches that led to ``error``.
+
+    Raises:
+        NotFiniteError: ``error``, where --on-nan does not ask for that or it does not help.
+    """
+    path = utils.newest_checkpoint(Path(run.args.output_dir)) if run.args.on_nan == "rollback" else None
+    if path is None or run.rollbacks == ROLLBACKS:
+        raise error
+    run.rollbacks += 1
+    restore(run, path, models.read_checkpoint(path))
+    say(f"{error}; back to the weights of {path}, and on with the next batch of epoch {run.epoch}")
+
+
+def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them."""
     utils.share_buffers(model)
     if isinstance(model, models.AuxNet):
         model = model.to_vit()
     if run.args.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
         model = copy.deepcopy(model).to(run.device)  # the average stays where it is
-    progress = utils.Progress(len(run.test_loader), "evaluating")
-    numbers = evaluate(model, run.test_loader, run.device, run.autocast, progress)
-    progress.close()
-    return numbers
+    with utils.Progress(len(run.test_loader), "evaluating") as progress:
+
+        def advance() -> None:
+            progress.advance()
+            after_batch()
+
+        return evaluate(model, run.test_loader, run.device, run.autocast, advance)
 
 
-def write_checkpoint(run: Run, epoch: int) -> None:
-    """Everything to resume. Random numbers need no state: those of an epoch follow from the seed."""
+def accuracy(epoch: Mapping[str, float]) -> float:
+    return epoch["test_acc1"]
+
+
+def write_checkpoint(run: Run) -> None:
+    """Everything to resume. Random numbers need no state: those of a step follow from the seed and its position.
+
+    Raises:
+        NotFiniteError: the weights are not finite; what was written before stays.
+    """
+    if not torch.stack([parameter.isfinite().all() for parameter in run.model.parameters()]).all():
+        finding = f"the weights are not finite in epoch {run.epoch} after step {run.position.steps}"
+        raise not_finite(finding, run.optimizer)
+    position = {**run.position.state(), "processes": utils.world_size()}
+    run.rollbacks = 0
+    if run.log is None:
+        return
     content = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.scheduler.state_dict(),
-        "epoch": epoch,
+        "epoch": run.epoch - 1,
+        "position": position,
         "scaler": run.scaler.state_dict(),
+        "log": run.log.epochs,
         "args": options_in_effect(run.args),
     }
     if run.ema is not None:
         content["model_ema"] = run.ema.module.state_dict()
     if isinstance(run.model, models.AuxNet):
         content["learngene"] = models.Learngene.of(run.model, recipe(run.args)).header
-    utils.save_checkpoint(run.output_dir / "checkpoint.pth", content)
+    path, best = run.output_dir / "checkpoint.pth", max(run.log.epochs, key=accuracy, default=None)
+    with run.output.attempt(path):
+        utils.save_checkpoint(path, content, run.args.keep_checkpoints)
+        if position["images"] == 0 and best is not None and best["epoch"] == run.epoch - 1:
+            utils.link(path, run.output_dir / "best_checkpoint.pth")
 
 
 def write_weights(run: Run) -> None:
@@ -743,31 +930,49 @@ def push(run: Run) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    utils.init_distributed()
-    with utils.errors_reported_once():
+    args, mistake = None, None
+    try:
         args = parse_options(argv)
+    except InputError as error:
+        mistake = error
+    utils.init_distributed(timedelta(minutes=args.dist_timeout) if args else None)
+    with utils.errors_reported_once():
+        if mistake:
+            raise mistake
+        find_checkpoint(args)
         fetch_addresses(args)
+    args.resume = utils.from_main(args.resume)
     with utils.errors_reported_once():  # the other processes of a machine find what the first has fetched
         run = set_up(args)
     if utils.is_main():
         print(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)", flush=True)
-    try:
+    with utils.failures_reported_once():
         if run.args.eval:
             numbers = evaluate_run(run, run.model)
-            if utils.is_main():
-                print(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
+            say(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
+            status = 0
         else:
-            train(run)
-    except NotFiniteError as error:
-        if utils.is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        utils.leave_together()
-        return 1
+            status = train(run)
     with utils.errors_reported_once():
-        if run.args.push_to_hub and utils.is_main():
+        if run.output.failed:
+            what, why = next(iter(run.output.failed.items()))
+            raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
+        if run.args.push_to_hub and utils.is_main() and status == 0:
             push(run)
     utils.leave_together()
-    return 0
+    return status
+
+
+def find_checkpoint(args: argparse.Namespace) -> None:
+    """Put the newest whole checkpoint of the output folder, or none, in the place of --resume auto."""
+    if args.resume == "auto" and args.output_dir is None:
+        raise InputError("--output-dir is missing: --resume auto continues from the checkpoints in it")
+    if args.resume == "auto" and utils.is_main():
+        path = utils.newest_checkpoint(Path(args.output_dir))
+        if path is None and args.eval:
+            raise InputError(f"--resume auto finds no checkpoint in --output-dir {args.output_dir} to evaluate")
+        args.resume = str(path) if path else None
+        print(f"continuing from {path}" if path else f"no checkpoint in {args.output_dir}: starting afresh", flush=True)
 
 
 def describe(model: nn.Module) -> str:
@@ -775,4 +980,7 @@ def describe(model: nn.Module) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before training, when there is nothing to keep
+        sys.exit(128 + signal.SIGINT)

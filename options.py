@@ -11,6 +11,7 @@ from datasets import DATA_SETS, INAT_CATEGORIES
 from losses import DISTILLATION_TYPES
 from models import InputError
 
+ON_NAN = ("stop", "skip", "rollback")
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
 
 stage 1, LeTs    main.py --src-arch deit_small_patch16_224_L8 --tgt-arch deit_base_patch16_224_L16_H12 …
@@ -84,6 +85,14 @@ def ratio(above_zero: bool = False, below_one: bool = False):
     return number
 
 
+def positive(text: str) -> float:
+    """A number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
+    return value
+
+
 def text_or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
@@ -122,7 +131,7 @@ def option_parser() -> Parser:
     )
     g.add_argument("--trans-init-noise", nargs=2, type=float, metavar=("D", "W"), default=[0.03, 0.03])
     g.add_argument("--finetune", help="start from the weights of a checkpoint; another head stays fresh")
-    g.add_argument("--resume", help="continue from a checkpoint of this program")
+    g.add_argument("--resume", help="continue from a checkpoint; auto: from the newest whole one in --output-dir")
     g.add_argument("--start-epoch", type=at_least(0), default=0)
     g.add_argument("--eval", action="store_true", help="evaluate and stop")
     g.add_argument("--epochs", type=at_least(0), default=300, help="0: initialise, evaluate, write the model")
@@ -137,6 +146,7 @@ def option_parser() -> Parser:
     g.add_argument("--num-workers", type=at_least(0), default=10)
     g.add_argument("--pin-mem", action=flag, default=True)
     g.add_argument("--dist-eval", action="store_true", help="for DeiT's commands: evaluation is always distributed")
+    g.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     g.add_argument("--eval-crop-ratio", type=ratio(above_zero=True), default=0.875)
 
     g = p.add_argument_group("augmentation")
@@ -193,6 +203,12 @@ def option_parser() -> Parser:
 
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", help="where everything is written; default: nothing is")
+    g.add_argument("--save-every-steps", type=at_least(1), help="besides every epoch, write a checkpoint every N steps")
+    g.add_argument("--save-every-minutes", type=positive, help="… and when so many minutes have passed since the last")
+    g.add_argument("--keep-checkpoints", type=at_least(0), default=1, help="old checkpoints to keep, besides the best")
+    g.add_argument("--on-nan", default="stop", choices=ON_NAN, help="what to do when loss or gradient is not finite")
+    g.add_argument("--dist-timeout", type=positive, default=10, help="minutes that processes wait for each other")
+    g.add_argument("--wandb", metavar="PROJECT", help="also send all numbers to Weights & Biases, if it is installed")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload what was trained to the Hugging Face Hub")
     g.add_argument("--device", default="auto", help="auto, cuda or cpu")
     g.add_argument(

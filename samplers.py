@@ -28,19 +28,21 @@ class TrainSampler(Sampler[Key]):
     def __init__(self, num_images: int, repeats: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1):
         self.num_images, self.repeats, self.seed = num_images, repeats, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_position(self, epoch: int, images: int = 0) -> None:
+        """Begin ``epoch`` after as many images of all processes; their number may have been another before."""
+        self.epoch, self.start = epoch, images
 
     def __len__(self) -> int:
-        return self.num_images // self.world_size
+        return (self.num_images - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[Key]:
         order = torch.randperm(
             self.num_images, generator=torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         ).tolist()
-        for place in range(self.rank, len(self) * self.world_size, self.world_size):
+        end = self.start + len(self) * self.world_size
+        for place in range(self.start + self.rank, end, self.world_size):
             yield order[place // self.repeats], derived_seed(self.seed, self.epoch, place)
 
 

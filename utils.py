@@ -2,14 +2,20 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
-from models import InputError, written_whole
+from models import InputError, check_archive, in_a_line, written_whole
 
 import torch
 import torch.distributed as dist
@@ -21,10 +27,22 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def init_distributed() -> None:
-    """Join the process group that a launcher (torchrun, torch.distributed.launch) describes in the environment."""
+# where the processes leave word for each other when they cannot reach each other's tensors any more
+_store: dist.Store | None = None
+
+
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Join the process group that a launcher (torchrun, torch.distributed.launch) describes in the environment.
+
+    Args:
+        timeout: how long one process waits for the others before it gives up.
+    """
+    global _store
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        _store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or timedelta(minutes=10)))
+        store = dist.PrefixStore("default", _store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def rank() -> int:
@@ -44,13 +62,29 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes."""
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
     if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= world_size()
-    return value
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def maximum(*values: float) -> list[float]:
+    """The largest of all processes, for each of ``values``; no device is waited for."""
+    if dist.is_initialized():
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+    return list(values)
+
+
+def from_main(value: object) -> object:
+    """What the main process has, on all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -95,14 +129,157 @@ def errors_reported_once() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Failing and stopping
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOST = re.compile(r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|[Tt]imeout|Socket|socket")
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|[Cc]annot allocate memory")
+
+
+@contextmanager
+def failures_reported_once() -> Iterator[None]:
+    """Whatever goes wrong inside, on any process, is said once, and ends all processes.
+
+    Unlike `errors_reported_once` it is for work in which the processes wait for each other: the first that fails says
+    so and leaves, and the others, which then lose their connection to it, leave in silence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or world_size() > 1 or what_happened(error):
+            message = f"error: {what_happened(error)}" if what_happened(error) else traceback.format_exc()
+            if first_to_fail():
+                where = f"process {rank()} of {world_size()} failed\n" if message.startswith("Traceback") else ""
+                print(where + message, file=sys.stderr, flush=True)
+            leave_at_once(2 if isinstance(error, InputError) else 1)
+        raise
+
+
+def what_happened(error: Exception) -> str | None:
+    """One sentence about what the user can do something about; None for what should not happen."""
+    if isinstance(error, (InputError, NotFiniteError)):
+        return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
+        return (
+            f"out of memory on process {rank()} of {world_size()} ({in_a_line(error)[:300]}); a smaller --batch-size "
+            "with a larger --accum-iter, --grad-checkpointing, or fewer --num-workers need less"
+        )
+    if isinstance(error, RuntimeError) and world_size() > 1 and LOST.search(str(error)):
+        return (
+            f"process {rank()} of {world_size()} has lost its connection to the others: one of them was killed, or the "
+            f"network is down ({in_a_line(error)[:300]})"
+        )
+    return None
+
+
+def first_to_fail(patience: float = 10) -> bool:
+    """Whether no other process has failed before this one; also true where the others cannot be asked any more."""
+    answers: list[int] = []
+    if _store is not None:
+        asking = threading.Thread(target=lambda: answers.append(_store.add("failures", 1)), daemon=True)
+        asking.start()
+        asking.join(patience)
+    return not answers or answers[0] == 1
+
+
+def leave_at_once(status: int) -> None:
+    """End this process without waiting for anything; the others notice."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss, or the gradient, is not a number any more."""
+
+
+class Stopped(Exception):  # noqa: N818  it is no error
+    """The run was asked to stop by a signal."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+class StopSignals:
+    """Within this context SIGTERM, SIGUSR1 and SIGINT are noted; a second Ctrl-C ends the process as usual."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __enter__(self) -> "StopSignals":
+        self.noted = 0
+        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.noted == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self.noted = number
+
+    def check(self) -> None:
+        """Raises Stopped, on all processes together, if any of them was asked to stop."""
+        (number,) = maximum(self.noted)
+        if number:
+            raise Stopped(int(number))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Write tensors and plain data, whole or not at all."""
+def save_checkpoint(path: Path, content: dict, keep: int = 0) -> None:
+    """Write tensors and plain data, whole or not at all; the ``keep`` files before it stay, as ``checkpoint.1.pth``, ….
+
+    Raises:
+        OSError: it cannot be written; ``path`` is then what it was before.
+    """
     with written_whole(path) as unfinished:
         torch.save(content, unfinished)
+        for age in range(keep, 1, -1):
+            if older(path, age - 1).exists():
+                os.replace(older(path, age - 1), older(path, age))
+        if keep and path.exists():
+            link(path, older(path, 1))
+    for left in path.parent.glob(f"{path.stem}.*{path.suffix}"):
+        if age_of(left) > keep:
+            left.unlink()
+
+
+def older(path: Path, age: int) -> Path:
+    """checkpoint.pth → checkpoint.2.pth"""
+    return path.with_suffix(f".{age}{path.suffix}")
+
+
+def age_of(path: Path) -> int:
+    """checkpoint.2.pth → 2; 0 where there is no number."""
+    match = re.fullmatch(r"\.(\d+)", Path(path.stem).suffix)
+    return int(match[1]) if match else 0
+
+
+def link(path: Path, name: Path) -> None:
+    """Make ``name`` the same file as ``path``, or a copy where the file system has no links."""
+    with written_whole(name) as unfinished:
+        try:
+            os.link(path, unfinished)
+        except OSError:
+            shutil.copyfile(path, unfinished)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
+    for path in sorted(folder.glob("checkpoint*.pth"), key=age_of):
+        try:
+            check_archive(path)
+            return path
+        except InputError as error:
+            print(f"warning: --resume auto passes over {error}", file=sys.stderr, flush=True)
+    return None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -155,6 +332,30 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping, names
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Output:
+    """The files of a run. One that cannot be written, on a full disk say, is warned of, and the run goes on.
+
+    Attributes:
+        failed: what could not be written when it was last tried, and why.
+    """
+
+    def __init__(self):
+        self.failed: dict[str, str] = {}
+
+    @contextmanager
+    def attempt(self, what: object) -> Iterator[None]:
+        try:
+            yield
+            self.failed.pop(str(what), None)
+        except OSError as error:
+            self.failed[str(what)] = error.strerror or str(error)
+            tqdm.write(
+                f"warning: {what} cannot be written ({self.failed[str(what)]}): the run goes on, what was written "
+                "before is kept",
+                file=sys.stderr,
+            )
+
+
 class Progress:
     """How far a long step is and the time it has left: a bar on a terminal, lines elsewhere; main process only."""
 
@@ -171,11 +372,11 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def advance(self) -> None:
-        self.done += 1
-        self.bar.update()
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+        self.bar.update(steps)
 
-    def show(self, **numbers: float) -> None:
+    def show(self, numbers: Mapping[str, float]) -> None:
         """Numbers to stand beside the bar, or in the line that is printed now."""
         shown = {name: f"{value:.4g}" for name, value in numbers.items()}
         self.bar.set_postfix(shown, refresh=False)
@@ -188,39 +389,62 @@ class Progress:
     def close(self) -> None:
         self.bar.close()
 
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
 
 class EpochLog:
-    """``log.txt``, one JSON object per epoch, and the same numbers as TensorBoard events and ``curves.png``."""
+    """``log.txt``, one JSON object per epoch, and these and more numbers as TensorBoard events and ``curves.png``."""
 
-    def __init__(self, folder: Path, start_epoch: int):
-        """Raises InputError if ``log.txt`` of the run that is continued cannot be read; writes nothing yet."""
-        self.path, self.curves, self.start_epoch = folder / "log.txt", folder / "curves.png", start_epoch
-        try:
-            lines = self.path.read_text().splitlines() if start_epoch > 0 and self.path.is_file() else []
-            self.epochs = [line for line in map(json.loads, lines) if line["epoch"] < start_epoch]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{self.path} cannot be continued ({error}): expected a JSON object per line") from error
+    def __init__(self, folder: Path, epochs: Sequence[dict], output: Output, mirror: Callable[[dict, int], None]):
+        """
+        Args:
+            epochs: the lines of the epochs before the first one of this run.
+            mirror: called with all numbers and their place, in thousandths of an epoch, as TensorBoard gets them.
+        """
+        self.folder, self.epochs, self.output, self.mirror = folder, list(epochs), output, mirror
+        self.path, self.curves = folder / "log.txt", folder / "curves.png"
+        self.events = None
 
-    def begin(self) -> None:
-        """Keep the epochs before the first one of this run, and nothing else of an earlier run."""
-        from torch.utils.tensorboard import SummaryWriter
-
+    def begin(self, place: int) -> None:
+        """Keep what is before this run, and of the events those up to ``place`` thousandths of an epoch."""
+        self.place = place
         self._write()
-        self.events = SummaryWriter(str(self.path.parent), purge_step=self.start_epoch)
 
     def add(self, numbers: dict) -> None:
+        """The numbers of an epoch."""
         self.epochs.append(numbers)
         self._write()
-        for name, value in numbers.items():
-            self.events.add_scalar(name, value, numbers["epoch"])
-        self.events.flush()
+        self.show(numbers, numbers["epoch"] + 1)
+        with self.output.attempt(self.curves):
+            self._draw()
+
+    def show(self, numbers: Mapping[str, float], epochs: float) -> None:
+        """Numbers that are to be looked at alone, after so many ``epochs``."""
+        self.mirror(numbers, round(1000 * epochs))
+        with self.output.attempt("TensorBoard's events"):
+            try:
+                if self.events is None:
+                    from torch.utils.tensorboard import SummaryWriter  # seconds that other runs need not wait for
+
+                    self.events = SummaryWriter(str(self.folder), purge_step=self.place + 1)
+                for name, value in numbers.items():
+                    self.events.add_scalar(name, value, round(1000 * epochs))
+                self.events.flush()
+            except OSError:
+                self.events, self.place = None, round(1000 * epochs)  # another file for what comes after
+                raise
 
     def close(self) -> None:
-        self.events.close()
-        self._draw()
+        if self.events is not None:
+            with self.output.attempt("TensorBoard's events"):
+                self.events.close()
 
     def _write(self) -> None:
-        with written_whole(self.path) as unfinished:
+        with self.output.attempt(self.path), written_whole(self.path) as unfinished:
             Path(unfinished).write_text("".join(json.dumps(line) + "\n" for line in self.epochs))
 
     def _draw(self) -> None:

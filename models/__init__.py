@@ -11,7 +11,16 @@ import timm
 from torch import nn
 
 from .aux_net import AuxNet
-from .files import fetch, read_checkpoint, read_yaml, sha256, weights_of, written_whole
+from .files import (
+    check_archive,
+    fetch,
+    read_checkpoint,
+    read_yaml,
+    remove_unfinished,
+    sha256,
+    weights_of,
+    written_whole,
+)
 from .directory import read_model, save_model
 from .hub import check_upload, model_card, upload
 from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
@@ -48,6 +57,7 @@ __all__ = [
     "Learngene",
     "ViTArch",
     "adapt_channels",
+    "check_archive",
     "check_upload",
     "create_aux_net",
     "create_model",
@@ -68,6 +78,7 @@ __all__ = [
     "read_checkpoint",
     "read_model",
     "read_yaml",
+    "remove_unfinished",
     "save_model",
     "save_published",
     "sha256",

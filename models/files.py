@@ -4,15 +4,18 @@ Also the other direction: a file is written whole or not at all.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import mmap
 import os
 import pickle
 import re
+import shutil
 import sys
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -24,7 +27,7 @@ from urllib.request import Request, urlopen
 import torch
 import yaml
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 from tqdm import tqdm
@@ -353,6 +356,32 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
         umask = os.umask(0)  # there is no other way to read it
         os.umask(umask)
         unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())  # the name must not be there before the content, whatever happens to the machine
         os.replace(unfinished, path)
+    except (RuntimeError, SafetensorError) as error:
+        if not re.search(r"inline_container|I/O error", str(error)):
+            raise
+        # torch and safetensors do not say why they cannot write
+        reason = errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**16 else errno.EIO
+        raise OSError(reason, os.strerror(reason), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `written_whole` has left in a folder when its process was killed."""
+    for left in folder.glob(".*.*"):
+        if re.fullmatch(r"\.(checkpoint|learngene|model|config|log|curves|args)\S*\.\d+", left.name):
+            left.unlink(missing_ok=True)
+
+
+def check_archive(path: Path) -> None:
+    """Raises InputError unless every byte of a checkpoint is as it was written, by the sums of the archive it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path}, which is damaged or no checkpoint: {in_a_line(error)}") from error
+    if damaged:
+        raise InputError(f"{path}, which is damaged: {damaged} is not what was written")

@@ -241,6 +241,16 @@ class LeTs(AuxNet):
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
 
+    def coefficients(self) -> dict[str, float]:
+        """The depth coefficients of the weights, g, each under a name."""
+        values = self.g.tolist()
+        return {
+            f"g/{module}/row {r}, layer {c} of its group": value
+            for module, of_module in zip(MODULES, values, strict=True)
+            for r, row in enumerate(of_module)
+            for c, value in enumerate(row)
+        }
+
     @torch.no_grad()
     def start_from(self, vit: dict[str, Tensor]) -> None:
         """Take the learngene, and the first position embedding, from a trained ViT of ``src`` sizes.

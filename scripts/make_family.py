@@ -330,9 +330,8 @@ def initialise(member: Member, setting: Setting) -> bool:
         member.folder.mkdir(exist_ok=True)
         save(vit, member, setting)
     if assess:
-        progress = Progress(len(setting.test_batches), f"evaluating {member.name}")
-        numbers = evaluate(vit, setting.test_batches, setting.device, setting.autocast, progress)
-        progress.close()
+        with Progress(len(setting.test_batches), f"evaluating {member.name}") as progress:
+            numbers = evaluate(vit, setting.test_batches, setting.device, setting.autocast, progress.advance)
         record["accuracy_before"] = numbers["acc1"]
     record["identity"] = setting.identity
     write_record(member)
@@ -559,7 +558,7 @@ def make(setting: Setting) -> None:
             rejected.append(member)
         progress.advance()
         known = {"accuracy": member.accuracy} if member.accuracy is not None else {}
-        progress.show(depth=member.arch.depth, heads=member.arch.num_heads, **known)
+        progress.show({"depth": member.arch.depth, "heads": member.arch.num_heads, **known})
     progress.close()
     nearest = min(rejected, key=lambda member: member.excess(args), default=None)
     if not members:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import DATA_SETS, SeededDataset, build_dataset, build_transform
+from datasets import DATA_SETS, SeededDataset, build_dataset, build_transform, collate
 from models import InputError
 from samplers import ExactSampler, TrainSampler
 
@@ -530,7 +530,7 @@ def test_train_sampler_deals_out_the_epoch_of_one_process(repeats: int, world_si
         alone = TrainSampler(num_images, repeats, seed=5)
         ranks = [TrainSampler(num_images, repeats, 5, rank, world_size) for rank in range(world_size)]
         for sampler in (alone, *ranks):
-            sampler.set_epoch(2)
+            sampler.set_position(2)
         dealt = [list(sampler) for sampler in ranks]
         assert all(
             len(keys) == len(sampler) == num_images // world_size for keys, sampler in zip(dealt, ranks, strict=True)
@@ -539,10 +539,23 @@ def test_train_sampler_deals_out_the_epoch_of_one_process(repeats: int, world_si
         assert [key for step in zip(*dealt, strict=True) for key in step] == list(alone)[:whole]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (4, 2)])
+def test_another_number_of_processes_continues_an_epoch_without_repeating_or_missing_an_image(before, after):
+    """Each with 24 images of all processes in a step, three steps by the first ones."""
+    alone = list(TrainSampler(200, 3, 5))
+    begun = [list(TrainSampler(200, 3, 5, rank, before))[: 3 * 24 // before] for rank in range(before)]
+    continued = [TrainSampler(200, 3, 5, rank, after) for rank in range(after)]
+    for sampler in continued:
+        sampler.set_position(0, images=72)
+    keys = [key for keys in (*begun, *map(list, continued)) for key in keys]
+    assert sorted(keys) == sorted(alone[: 72 + (200 - 72) // after * after])
+    assert [len(sampler) for sampler in continued] == [(200 - 72) // after] * after
+
+
 def test_train_sampler_follows_from_seed_and_epoch():
     def keys(seed: int, epoch: int) -> list[tuple[int, int]]:
         sampler = TrainSampler(50, 3, seed)
-        sampler.set_epoch(epoch)
+        sampler.set_position(epoch)
         torch.manual_seed(epoch)  # of no effect
         return list(sampler)
 
@@ -557,7 +570,7 @@ def test_train_sampler_takes_all_images_in_the_long_run():
     sampler = TrainSampler(20, repeats=3)
     seen = set()
     for epoch in range(30):
-        sampler.set_epoch(epoch)
+        sampler.set_position(epoch)
         seen |= {index for index, _ in sampler}
     assert seen == set(range(20))
 
@@ -576,9 +589,9 @@ def augmented_digits() -> Dataset:
 def test_augmentation_follows_from_the_key(augmented_digits: Dataset):
     for index, seed in ((0, 1), (3, 2**32 - 1)):
         torch.manual_seed(0)
-        first, label = augmented_digits[index, seed]
+        first, label, _ = augmented_digits[index, seed]
         torch.manual_seed(1)
-        again, same_label = augmented_digits[index, seed]
+        again, same_label, _ = augmented_digits[index, seed]
         assert torch.equal(first, again)
         assert label == same_label == augmented_digits.dataset.labels[index]
     versions = {augmented_digits[0, seed][0].numpy().tobytes() for seed in range(20)}
@@ -590,8 +603,10 @@ def test_batches_do_not_depend_on_the_workers(augmented_digits: Dataset):
     def batches(num_workers: int) -> list[tuple[Tensor, Tensor]]:
         torch.manual_seed(num_workers)  # of no effect
         sampler = TrainSampler(len(augmented_digits), repeats=3, seed=1)
-        loader = DataLoader(augmented_digits, batch_size=16, sampler=sampler, num_workers=num_workers)
-        return [batch for batch, _ in zip(loader, range(6), strict=False)]
+        loader = DataLoader(
+            augmented_digits, batch_size=16, sampler=sampler, num_workers=num_workers, collate_fn=collate
+        )
+        return [batch[:2] for batch, _ in zip(loader, range(6), strict=False)]
 
     expected = batches(0)
     for num_workers in (1, 2):

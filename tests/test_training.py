@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 LEARNGENE, AUX, DES = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2", "deit_nano_patch8_16_L3_H2"
 DIGITS = "--data-set DIGITS --batch-size 48 --num-workers 0 --warmup-epochs 0 --epochs 1"
@@ -122,7 +122,7 @@ def test_stage_1_writes_everything(runs, method):
     folder = runs.folder(method)
     names = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in folder.iterdir()}
     expected = {"checkpoint.pth", "learngene.safetensors", "learngene_ema.safetensors", "log.txt", "args.yaml"}
-    assert names == expected | {"events", "curves.png"}
+    assert names == expected | {"events", "curves.png", "best_checkpoint.pth"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     (line,) = runs.log(method)
     keys = ("train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "ema_test_acc1", "epoch", "n_parameters")
@@ -265,7 +265,10 @@ def test_low_precision(runs, name):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(runs, processes):
     name = f"diverged{processes}"
     assert runs.outcomes[name].codes == [1] * processes
-    assert runs.outcomes[name].stderr.count("error: the loss is nan in epoch 0") == 1
+    assert (
+        runs.outcomes[name].stderr.count("error: the loss is not finite in epoch 0 at step 2, after a loss of 2.") == 1
+    )
+    assert "learning rate of 1.00e+30" in runs.outcomes[name].stderr
     assert (runs.out / name / "checkpoint.pth").read_bytes() == runs.checkpoints[name]
 
 
@@ -309,13 +312,14 @@ def test_accumulation_equals_one_large_batch(clip_grad):
     assert few["lr"] == one["lr"] == 0.1
 
 
-class DeviceWaits(TorchDispatchMode):
+class DeviceWaits(TorchFunctionMode):
     """Counts the operations for which a GPU would have to be waited for."""
 
+    WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
     count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.WAITS
         return func(*args, **(kwargs or {}))
 
 
@@ -328,6 +332,7 @@ def test_device_is_waited_for_at_the_logging_interval_alone():
         counts[log_interval] = waits.count
     assert counts[1] - counts[5] == 9
     assert counts[5] - counts[12] == 2
+    assert counts[12] <= 5  # both ends of the epoch, and the drop-path rates of two layers, are among them
 
 
 def test_loss_of_an_epoch_is_the_mean_over_its_batches():
@@ -420,9 +425,10 @@ def test_schedule_follows_the_options_of_the_resumed_run(tmp_path):
     """More --epochs on resuming stretch the cosine; the options of the first run do not stick."""
     common = ["--data-set", "DIGITS", "--model", "deit_nano_patch8_16_L2_H1", "--warmup-epochs", "0", "--unscale-lr"]
     run = main.set_up(main.parse_options([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)]))
-    main.write_checkpoint(run, 0)
+    run.epoch = 1
+    main.write_checkpoint(run)
     more = ["--epochs", "4", "--lr", "2e-3", "--min-lr", "0", "--resume", str(tmp_path / "checkpoint.pth")]
     resumed = main.set_up(main.parse_options([*common, *more]))
-    assert resumed.start_epoch == 1
+    assert resumed.epoch == 1
     expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
