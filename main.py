@@ -546,9 +546,18 @@ def resume(run: Run) -> None:
             raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
         run.epoch = content["epoch"] + 1
         run.position = position_in(content, run)
-        run.earlier = [dict(line) for line in content.get("log", ()) if line["epoch"] < run.epoch]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        log = content["log"] if "log" in content else read_log(run.args.output_dir)
+        run.earlier = [line for line in log if line["epoch"] < run.epoch]
+        if not all(type(value) in (int, float) for line in run.earlier for value in (*line.values(), accuracy(line))):
+            raise InputError("its log holds something else than numbers")
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise InputError(f"--resume {path} does not say where it was ({models.in_a_line(error)})") from error
+
+
+def read_log(folder: str | None) -> list[dict]:
+    """The log that lies in the output folder; a published checkpoint has it beside itself, not in itself."""
+    path = Path(folder or "") / "log.txt"
+    return [json.loads(line) for line in path.read_text().splitlines()] if folder and path.is_file() else []
 
 
 def position_in(content: Mapping, run: Run) -> Position:

@@ -227,7 +227,8 @@ def checkpoint(folder: Path) -> Callable[[random.Random], bytes]:
     for parameter in run.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     run.optimizer.step()
-    main.write_checkpoint(run, 0)
+    run.epoch = 1
+    main.write_checkpoint(run)
     shutil.copy(folder / "run" / "checkpoint.pth", folder / "good")
     good = torch.load(folder / "good", weights_only=True)
     return lambda rng: as_torch(mutate_checkpoint(good, rng), rng)
@@ -292,7 +293,9 @@ def resume() -> Callable[[Path], object]:
         run.args.resume = str(path)
         main.resume(run)
         run.optimizer.step()
-        run.scheduler.step(run.start_epoch)
+        run.scheduler.step(run.epoch)
+        run.train_loader.sampler.set_position(run.epoch, run.position.images)
+        json.dumps([*run.earlier, max(run.earlier, key=main.accuracy, default=None), run.position.state()])
 
     return read
 
