@@ -23,13 +23,13 @@ class Position:
     Attributes:
         steps: batches of each process.
         images: of all processes together.
-        sums: (2,): the losses of this process's batches, and their number, without losses that were not finite. In
-            float64 a sum of float32 numbers is exact, so that it does not matter where it was interrupted.
+        sums: (2,): the losses of this process's images, and the number of these images, without losses that were not
+            finite. In float64 a sum of float32 numbers is exact: it does not matter where it was interrupted.
     """
 
-    def __init__(self, steps: int = 0, images: int = 0, loss: float = 0.0, batches: float = 0.0):
+    def __init__(self, steps: int = 0, images: int = 0, loss: float = 0.0, counted: float = 0.0):
         self.steps, self.images = steps, images
-        self.sums = torch.tensor([loss, batches], dtype=torch.float64)
+        self.sums = torch.tensor([loss, counted], dtype=torch.float64)
 
     def totals(self) -> list[float]:
         """``sums`` over all processes, which have to ask together."""
@@ -37,8 +37,8 @@ class Position:
 
     def state(self) -> dict[str, float]:
         """Plain data to make the position of again, on the main process; the others begin with empty sums."""
-        loss, batches = self.totals()
-        return {"steps": self.steps, "images": self.images, "loss": loss, "batches": batches}
+        loss, counted = self.totals()
+        return {"steps": self.steps, "images": self.images, "loss": loss, "counted": counted}
 
 
 class Watch:
@@ -70,9 +70,10 @@ class Watch:
             self.images += len(batch[0])
             yield batch
 
-    def add(self, loss: Tensor, step: int) -> None:
+    def add(self, loss: Tensor, images: int, step: int) -> None:
+        """The mean ``loss`` over ``images``."""
         finite = loss.isfinite()
-        self.position.sums += torch.stack([torch.where(finite, loss, 0.0), finite.to(loss.dtype)])
+        self.position.sums += images * torch.stack([torch.where(finite, loss, 0.0), finite]).double()
         self.last_loss = torch.where(finite, loss, self.last_loss)
         self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
         self.steps += 1
@@ -89,7 +90,7 @@ class Watch:
         """
         sums = utils.sum_over_processes(self.position.sums)
         *seen, norm, bad_step = torch.cat([sums, torch.stack([norm, self.bad_step]).double()]).tolist()
-        loss, batches = (now - then for now, then in zip(seen, self.seen, strict=True))
+        loss, counted = (now - then for now, then in zip(seen, self.seen, strict=True))
         self.seen, bad_step = seen, -utils.maximum(-bad_step)[0]
         if self.skip_nan and self.skipped == self.steps:
             raise self.error(f"the gradient was not finite in {self.steps} steps in a row", self.position.steps)
@@ -99,7 +100,7 @@ class Watch:
             raise self.error("the gradient is not finite", self.position.steps)
         seconds = time.perf_counter() - self.start
         numbers = {
-            "loss": loss / batches if batches else math.nan,
+            "loss": loss / counted if counted else math.nan,
             "lr": self.optimizer.param_groups[0]["lr"],
             "gradient norm": norm,
             "images/s": self.images * utils.world_size() / seconds,
@@ -185,7 +186,7 @@ def train_one_epoch(
             with autocast:
                 loss = criterion(images, model(images), targets)
             scaler.scale(loss / group).backward()
-        watch.add(loss.detach(), first + place)
+        watch.add(loss.detach(), len(images), first + place)
         if not last_of_group:
             continue
         look = watch.steps >= log_interval or place == num_batches - 1
@@ -198,8 +199,8 @@ def train_one_epoch(
         if look:
             report(watch.look(norm, judge_norm=not scaler.is_enabled()))
         after_step()
-    loss, batches = position.totals()
-    return {"loss": loss / batches, "lr": optimizer.param_groups[0]["lr"]}
+    loss, counted = position.totals()
+    return {"loss": loss / counted if counted else math.nan, "lr": optimizer.param_groups[0]["lr"]}
 
 
 def optimizer_step(

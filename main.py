@@ -573,7 +573,7 @@ def position_in(content: Mapping, run: Run) -> Position:
             f"epoch {run.epoch} was begun by {processes} processes and is continued by {utils.world_size()}: no image "
             "is repeated or left out, but another process may see it"
         )
-    own = (saved["loss"], saved["batches"]) if utils.is_main() else (0.0, 0.0)
+    own = (saved["loss"], saved["counted"]) if utils.is_main() else (0.0, 0.0)
     return Position(images // (run.args.batch_size * utils.world_size()), images, *map(float, own))
 
 

@@ -39,10 +39,11 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     """
     global _store
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or timedelta(minutes=10)))
-        store = dist.PrefixStore("default", _store)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or timedelta(minutes=10)))
+        # torchrun restarts processes beside the store of those that failed, where they would find dead addresses
+        _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def rank() -> int:
