@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import signal
 import struct
 import sys
 import zlib
@@ -127,6 +128,12 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
     images, labels = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.int64))
     return images, labels, [name for sample in samples for name in sample.unreadable]
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """Data workers work on when their whole process group is asked to stop: the batch that is waited for is needed."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:

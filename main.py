@@ -39,6 +39,7 @@ from datasets import (
     build_transform,
     collate,
     describe_classes,
+    leave_signals_to_main,
 )
 from engine import Position, evaluate, not_finite, train_one_epoch
 from losses import DistillationLoss
@@ -61,6 +62,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+DOWNLOADING, SETTING_UP = timedelta(days=1), timedelta(hours=1)  # that one process may take longer than another
 ROLLBACKS = 3  # between two checkpoints; more do not help
 CHANNELS = 3  # of every data set here; grey images are made so
 
@@ -369,8 +371,11 @@ def set_up(args: argparse.Namespace) -> Run:
         InputError: an option, file or combination that cannot work.
     """
     kind = check_kind(args)
-    if args.on_nan == "rollback" and args.output_dir is None:
-        raise InputError("--output-dir is missing: --on-nan rollback goes back to the checkpoints in it")
+    if args.output_dir is None and (args.on_nan == "rollback" or args.wandb):
+        needs = (
+            "--wandb keeps its files in it" if args.wandb else "--on-nan rollback goes back to the checkpoints in it"
+        )
+        raise InputError(f"--output-dir is missing: {needs}")
     output_dir = writable_folder(args.output_dir)
     check_upload(args)
     device = device_of(args)
@@ -476,7 +481,8 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
         )
     process = dict(rank=utils.rank(), world_size=utils.world_size())
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
-    common = dict(num_workers=workers, pin_memory=args.pin_mem and device.type == "cuda", collate_fn=collate)
+    pinned = args.pin_mem and device.type == "cuda"
+    common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
     train_loader = DataLoader(
         SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0),
         batch_size=args.batch_size,
@@ -943,33 +949,46 @@ def main(argv: Sequence[str]) -> int:
     try:
         args = parse_options(argv)
     except InputError as error:
-        mistake = error
-    utils.init_distributed(timedelta(minutes=args.dist_timeout) if args else None)
-    with utils.errors_reported_once():
-        if mistake:
-            raise mistake
-        find_checkpoint(args)
-        fetch_addresses(args)
-    args.resume = utils.from_main(args.resume)
-    with utils.errors_reported_once():  # the other processes of a machine find what the first has fetched
-        run = set_up(args)
-    if utils.is_main():
-        print(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)", flush=True)
+        mistake = error  # of all processes, to be said once
+    try:
+        utils.init_distributed(timedelta(minutes=args.dist_timeout if args else 1))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     with utils.failures_reported_once():
-        if run.args.eval:
-            numbers = evaluate_run(run, run.model)
-            say(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
-            status = 0
-        else:
-            status = train(run)
-    with utils.errors_reported_once():
-        if run.output.failed:
-            what, why = next(iter(run.output.failed.items()))
-            raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
-        if run.args.push_to_hub and utils.is_main() and status == 0:
-            push(run)
-    utils.leave_together()
+        with utils.errors_reported_once(patience=DOWNLOADING):
+            if mistake:
+                raise mistake
+            find_checkpoint(args)
+            fetch_addresses(args)
+        args.resume = utils.from_main(args.resume)
+        with utils.errors_reported_once(patience=SETTING_UP):  # the others find what the first has fetched
+            run = set_up(args)
+        say(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
+        status = evaluate_only(run) if run.args.eval else train(run)
+        with utils.errors_reported_once(patience=DOWNLOADING):
+            finish(run, status)
+        utils.leave_together()
     return status
+
+
+def evaluate_only(run: Run) -> int:
+    numbers = evaluate_run(run, run.model)
+    say(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
+    return 0
+
+
+def finish(run: Run, status: int) -> None:
+    """Upload what was trained, if that was asked for.
+
+    Raises:
+        InputError: files of the last epoch could not be written.
+    """
+    if run.output.failed:
+        what, why = next(iter(run.output.failed.items()))
+        raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
+    if run.args.push_to_hub and utils.is_main() and status == 0:
+        push(run)
 
 
 def find_checkpoint(args: argparse.Namespace) -> None:

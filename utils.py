@@ -31,19 +31,31 @@ from tqdm import tqdm
 _store: dist.Store | None = None
 
 
-def init_distributed(timeout: timedelta | None = None) -> None:
+def init_distributed(timeout: timedelta) -> None:
     """Join the process group that a launcher (torchrun, torch.distributed.launch) describes in the environment.
 
     Args:
         timeout: how long one process waits for the others before it gives up.
+
+    Raises:
+        InputError: the others were not met.
     """
     global _store
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or timedelta(minutes=10)))
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun restarts processes beside the store of those that failed, where they would find dead addresses
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # ValueError for what is missing in the environment
+        say = os.environ.get
+        raise InputError(
+            f"process {say('RANK')} of {say('WORLD_SIZE')} has not met the others at {say('MASTER_ADDR')}:"
+            f"{say('MASTER_PORT')} within {timeout.total_seconds() / 60:g} minutes (--dist-timeout): "
+            f"{in_a_line(error)[:300]}"
+        ) from error
 
 
 def rank() -> int:
@@ -103,14 +115,16 @@ def leave_together() -> None:
 
 
 @contextmanager
-def errors_reported_once() -> Iterator[None]:
+def errors_reported_once(patience: timedelta) -> Iterator[None]:
     """An InputError on any process ends all of them with status 2, said once, by the first that met it.
 
     Every process has to pass here, and nothing inside may wait for another process.
+
+    Args:
+        patience: how much longer than another process one may need.
     """
     if dist.is_initialized():
-        # a group with more patience than that of training: one process may be downloading for the others
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        group = dist.new_group(backend="gloo", timeout=patience)
     message = None
     try:
         yield

@@ -96,11 +96,9 @@ class Group:
         return len(self.codes) < len(self.pids)
 
     def signal(self, number: int) -> None:
+        """To each process and its data workers, as SLURM does."""
         for pid in set(self.pids) - self.codes.keys():
-            if number == signal.SIGKILL:
-                os.killpg(pid, number)
-            else:
-                os.kill(pid, number)
+            os.killpg(pid, number)
 
     def wait(self) -> set[int]:
         while self.running():

@@ -21,7 +21,7 @@ from losses import DistillationLoss
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, MAIN, Outcome, Run, run_main, run_many
+from conftest import ENVIRONMENT, MAIN, Outcome, Run, free_port, run_main, run_many
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -458,3 +458,40 @@ def test_events_of_an_interrupted_run_are_those_of_a_whole_one(tmp_path):
     assert len(values) == 2
     assert values[0] != values[1]  # it is trained
     assert yaml.safe_load((folder / "args.yaml").read_text())["save_every_steps"] == 5
+
+
+FAILING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import datetime, torch, utils
+utils.init_distributed(datetime.timedelta(minutes=1))
+with utils.failures_reported_once():
+    if utils.rank() == 1:
+        [][3]
+    torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_failing_process_brings_the_others_down_with_its_traceback_said_once(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(tmp_path / "failing.py"), str(MAIN.parent)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("process 1 of 2 failed\nTraceback") == 1
+    assert done.stderr.count("IndexError: list index out of range") == 1
+    assert "lost its connection" not in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_left_alone_says_so(rank):
+    """As long as --dist-timeout, it waits for the others."""
+    world = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {**ENVIRONMENT, **{name: str(value) for name, value in world.items()}}
+    command = [sys.executable, str(MAIN), *TWO.split(), "--dist-timeout", "0.01"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(f"error: process {rank} of 2 has not met the others at 127.0.0.1:")
+    assert "within 0.01 minutes (--dist-timeout)" in message
+    assert "Traceback" not in done.stderr
