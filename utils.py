@@ -160,6 +160,11 @@ def failures_reported_once() -> Iterator[None]:
     """
     try:
         yield
+    except NotFiniteError as error:  # which all processes raise together
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_together()
+        sys.exit(1)
     except Exception as error:
         if isinstance(error, InputError) or world_size() > 1 or what_happened(error):
             message = f"error: {what_happened(error)}" if what_happened(error) else traceback.format_exc()
@@ -172,7 +177,7 @@ def failures_reported_once() -> Iterator[None]:
 
 def what_happened(error: Exception) -> str | None:
     """One sentence about what the user can do something about; None for what should not happen."""
-    if isinstance(error, (InputError, NotFiniteError)):
+    if isinstance(error, InputError):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
         return (
@@ -197,10 +202,21 @@ def first_to_fail(patience: float = 10) -> bool:
     return not answers or answers[0] == 1
 
 
-def leave_at_once(status: int) -> None:
-    """End this process without waiting for anything; the others notice."""
+def leave_at_once(status: int, patience: float = 3) -> None:
+    """End this process, with which the others lose their connection.
+
+    Without torchrun the store is the main process's: it stays a moment, so that the others learn from it that they are
+    not the first to fail.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_main() and world_size() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        end, others = time.monotonic() + patience, world_size() - 1
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(patience)  # it can wait for what will never come
+        while _store.add("failures", 0) <= others and time.monotonic() < end:
+            time.sleep(0.02)
     os._exit(status)
 
 

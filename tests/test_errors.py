@@ -50,10 +50,6 @@ CASES = {
     "finetune_of_lets": Case(
         f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --finetune FILES/ten.pth", ("--finetune", "--src-arch")
     ),
-    "auto_without_folder": Case(f"{PLAIN} --resume auto", ("--output-dir is missing", "--resume auto"), BOTH),
-    "auto_to_evaluate": Case(f"{PLAIN} --resume auto --eval --output-dir FILES", ("no checkpoint", "FILES")),
-    "rollback_without_folder": Case(f"{PLAIN} --on-nan rollback", ("--output-dir is missing", "--on-nan rollback")),
-    "wandb_without_folder": Case(f"{PLAIN} --wandb project", ("--output-dir is missing", "--wandb")),
     "save_never": Case(f"{PLAIN} --save-every-minutes 0", ("--save-every-minutes", "0 is not above 0")),
     "device": Case(f"{PLAIN} --device nonsense", ("--device nonsense", "cpu", "cuda", "auto"), BOTH),
     "device_of_torch": Case(f"{PLAIN} --device meta", ("--device meta", "cpu", "cuda", "auto")),

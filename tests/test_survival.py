@@ -162,13 +162,16 @@ def test_time_and_number_of_checkpoints(tmp_path):
 
 
 def test_auto_passes_over_damaged_checkpoints_and_starts_afresh_without_any(tmp_path, capsys):
-    def found() -> str | None:
-        args = main.parse_options([*f"{DIGITS} --model {TINY} --resume auto --output-dir".split(), str(tmp_path)])
+    def found(*more: str) -> str | None:
+        options = f"{DIGITS} --model {TINY} --resume auto --output-dir {tmp_path}"
+        args = main.parse_options([*options.split(), *more])
         main.find_checkpoint(args)
         return args.resume and Path(args.resume).name
 
     assert found() is None
     assert "starting afresh" in capsys.readouterr().out
+    with pytest.raises(models.InputError, match="no checkpoint in --output-dir"):
+        found("--eval")
     content = {"model": {"x": torch.arange(1000.0)}}
     for age in (0, 1, 2):
         utils.save_checkpoint(tmp_path / "checkpoint.pth", {**content, "epoch": age}, keep=2)
@@ -409,11 +412,10 @@ def test_rolling_back_goes_on_after_the_batches_that_led_there(tmp_path, capsys)
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
 
 
-def test_rolling_back_in_vain_stops(tmp_path, capsys, monkeypatch):
+def test_rolling_back_in_vain_stops(tmp_path, capsys):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 2 --on-nan rollback --output-dir {tmp_path}"
     assert main.main(f"{options} --epochs 1".split()) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    monkeypatch.setattr(utils, "leave_at_once", sys.exit)  # it is pytest's own process that would end
     with pytest.raises(SystemExit, match="1"):
         main.main(f"{options} --resume auto --lr 1e30 --unscale-lr".split())
     outcome = capsys.readouterr()
@@ -495,3 +497,11 @@ def test_a_process_that_is_left_alone_says_so(rank):
     assert message.startswith(f"error: process {rank} of 2 has not met the others at 127.0.0.1:")
     assert "within 0.01 minutes (--dist-timeout)" in message
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--resume auto", "--on-nan rollback", "--wandb project"])
+def test_what_needs_an_output_folder(option):
+    args = main.parse_options(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())
+    start = main.find_checkpoint if args.resume else main.set_up
+    with pytest.raises(models.InputError, match="--output-dir is missing: " + option.split()[0]):
+        start(args)
