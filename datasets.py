@@ -140,7 +140,8 @@ class Batches:
     """A loader's images and labels, where images that cannot be read are an error, or warned of and counted.
 
     Attributes:
-        skipped: how many could not be read; in training others took their places, in evaluation they are left out.
+        skipped: how many of this process could not be read since this was set to 0; in training others take their
+            places, in evaluation they are left out.
     """
 
     def __init__(self, loader: DataLoader, skip_bad: bool):
@@ -169,7 +170,7 @@ class Batches:
                 )
             for name in unreadable:
                 if name not in self.warned:
-                    print(f"warning: {name} cannot be read, and is left out", file=sys.stderr, flush=True)
+                    print(f"warning: {name} cannot be read, and is not used", file=sys.stderr, flush=True)
             self.warned.update(unreadable)
             self.skipped += len(unreadable)
             yield images, labels

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import utils
+from models import InputError
 from samplers import derived_seed
 from utils import NotFiniteError
 
@@ -15,6 +16,8 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+HOPELESS = 50  # steps left out in a row; float16 alone may need 16 to find its scale
 
 
 class Position:
@@ -53,6 +56,7 @@ class Watch:
         self.seen = position.totals()
         self.last_loss = torch.full((), math.nan, device=device)
         self.bad_step = torch.full((), math.inf, device=device)
+        self.skipped_in_a_row = 0
         self.begin()
 
     def begin(self) -> None:
@@ -92,8 +96,6 @@ class Watch:
         *seen, norm, bad_step = torch.cat([sums, torch.stack([norm, self.bad_step]).double()]).tolist()
         loss, counted = (now - then for now, then in zip(seen, self.seen, strict=True))
         self.seen, bad_step = seen, -utils.maximum(-bad_step)[0]
-        if self.skip_nan and self.skipped == self.steps:
-            raise self.error(f"the gradient was not finite in {self.steps} steps in a row", self.position.steps)
         if not self.skip_nan and math.isfinite(bad_step):
             raise self.error("the loss is not finite", int(bad_step) + 1)
         if not self.skip_nan and judge_norm and not math.isfinite(norm):
@@ -109,6 +111,13 @@ class Watch:
         }
         self.begin()
         return numbers
+
+    def count(self, stepped: bool) -> None:
+        """An optimiser step, or one that was left out; raises NotFiniteError where all of them seem to be."""
+        self.skipped += not stepped
+        self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == HOPELESS:
+            raise self.error(f"the gradient was not finite in {HOPELESS} steps in a row", self.position.steps)
 
     def error(self, finding: str, step: int) -> NotFiniteError:
         return not_finite(
@@ -191,16 +200,18 @@ def train_one_epoch(
             continue
         look = watch.steps >= log_interval or place == num_batches - 1
         norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, look, skip_nan)
-        watch.skipped += group * (not stepped)
         if stepped and ema is not None:
             ema.update(ema_source)
         position.steps, position.images = first + place + 1, position.images + images_of_group
         images_of_group = 0
+        watch.count(stepped)
         if look:
             report(watch.look(norm, judge_norm=not scaler.is_enabled()))
         after_step()
     loss, counted = position.totals()
-    return {"loss": loss / counted if counted else math.nan, "lr": optimizer.param_groups[0]["lr"]}
+    if not counted:
+        raise watch.error("no loss was finite", position.steps)
+    return {"loss": loss / counted, "lr": optimizer.param_groups[0]["lr"]}
 
 
 def optimizer_step(
@@ -226,7 +237,7 @@ def optimizer_step(
         finite = not skip_nan or bool(norm.isfinite())
     if finite:
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
@@ -246,6 +257,9 @@ def evaluate(
 
     Returns:
         ``loss``, ``acc1`` and ``acc5``; with fewer than five classes ``acc5`` is over all of them.
+
+    Raises:
+        InputError: there was no image, as none could be read.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, first right, among the first five, images
@@ -265,4 +279,6 @@ def evaluate(
         after_batch()
     sums[3] = count
     loss, acc1, acc5, count = utils.sum_over_processes(sums).tolist()
+    if not count:
+        raise InputError("none of the test images can be read")
     return {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count}

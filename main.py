@@ -335,8 +335,8 @@ class Run:
     output_dir: Path | None
     device: torch.device
     autocast: AbstractContextManager
-    train_loader: DataLoader
-    test_loader: DataLoader
+    train_loader: Batches
+    test_loader: Batches
     classes: list[str]
     model: nn.Module
     ema: ModelEmaV3 | None
@@ -352,7 +352,8 @@ class Run:
     log: utils.EpochLog | None = None
     progress: utils.Progress | None = None
     earlier: list[dict] = field(default_factory=list)  # epochs that the checkpoint has on record
-    rollbacks: int = 0  # since the last checkpoint
+    checkpoint: Path | None = None  # the newest of this run, as far as the main process knows
+    rollbacks: int = 0  # since that one
 
     @property
     def steps(self) -> int:
@@ -447,8 +448,10 @@ def wandb_of(args: argparse.Namespace) -> Callable[[dict, int], None]:
         import wandb
     except ImportError as error:
         raise InputError(f"--wandb needs the package wandb, which is not installed ({error})") from error
-    # a run that is continued is another run of the same group
-    run = wandb.init(project=args.wandb, group=Path(args.output_dir).name, dir=args.output_dir, config=recipe(args))
+    try:  # a run that is continued is another run of the same group
+        run = wandb.init(project=args.wandb, group=Path(args.output_dir).name, dir=args.output_dir, config=recipe(args))
+    except wandb.Error as error:
+        raise InputError(f"--wandb {args.wandb} cannot be used: {models.in_a_line(error)}") from error
     return lambda numbers, place: run.log(dict(numbers), step=place)
 
 
@@ -547,6 +550,7 @@ def resume(run: Run) -> None:
     restore(run, path, content)
     if run.args.eval:
         return
+    run.checkpoint = Path(path)
     try:
         if type(content["epoch"]) is not int or not -1 <= content["epoch"] < 10**6:
             raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
@@ -583,17 +587,22 @@ def position_in(content: Mapping, run: Run) -> Position:
     return Position(images // (run.args.batch_size * utils.world_size()), images, *map(float, own))
 
 
-def restore(run: Run, path: str | Path, content: Mapping) -> None:
-    """Take weights and, but for --eval, the state of optimiser, average and gradient scaler from a checkpoint."""
+def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resume") -> None:
+    """Take weights and, but for --eval, the state of optimiser, average and gradient scaler from a checkpoint.
+
+    Args:
+        option: what messages call it.
+    """
+    source = f"{option} {path}"
     head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
-    with about("--resume"):
+    with about(option):
         rename = models.published_names(content, path, head_dim)
         weights = rename(models.weights_of(content, path))
     head = "head_weight" if isinstance(run.model, models.AuxNet) else f"{run.model.pretrained_cfg['classifier']}.weight"
     found, expected = (w[head].shape[:1] if head in w else () for w in (weights, run.model.state_dict()))
     if found and expected and found != expected:
-        raise InputError(f"--resume {path} has {found[0]} classes, the data {expected[0]}")
-    utils.load_weights(run.model, weights, f"--resume {path}")
+        raise InputError(f"{source} has {found[0]} classes, the data {expected[0]}")
+    utils.load_weights(run.model, weights, source)
     if run.args.eval:
         return
     try:
@@ -604,15 +613,15 @@ def restore(run: Run, path: str | Path, content: Mapping) -> None:
             state = models.published_moments(state, models.weights_of(content, path), rename, names)
         elif groups != [len(group["params"]) for group in run.optimizer.param_groups]:
             raise InputError("its optimizer has other groups of parameters")
-        utils.load_optimizer_state(run.optimizer, state, names)
+        utils.load_optimizer_state(run.optimizer, state, names, content["optimizer"]["param_groups"])
         if run.ema is not None:
             average = rename(models.weights_of(content, path, "model_ema"))
-            utils.load_weights(run.ema.module, average, f"--resume {path} (model_ema)")
+            utils.load_weights(run.ema.module, average, f"{source} (model_ema)")
         if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
             run.scaler.load_state_dict(content["scaler"])
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"--resume {path} holds no training state that fits these options ({models.in_a_line(error)}): "
+            f"{source} holds no training state that fits these options ({models.in_a_line(error)}): "
             "--finetune takes weights alone"
         ) from error
 
@@ -636,7 +645,9 @@ def train(run: Run) -> int:
             train_epochs(run, signals)
         except utils.Stopped as stopped:
             write_checkpoint(run)
-            kept = "--resume auto continues" if run.args.output_dir else "nothing is kept without --output-dir"
+            written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
+            kept = "--resume auto continues" if written else "it could not be saved"
+            kept = kept if run.args.output_dir else "nothing is kept without --output-dir"
             say(f"stopped by {stopped}, in epoch {run.epoch} after {run.position.steps} steps: {kept}")
             return stopped.status
         finally:
@@ -653,6 +664,11 @@ def begin_writing(run: Run) -> None:
         with run.output.attempt(run.output_dir / "args.yaml"), models.written_whole(run.output_dir / "args.yaml") as to:
             Path(to).write_text(yaml.safe_dump(options_in_effect(args)))
         run.log.begin(round(1000 * run.epochs_done))
+    if run.log is not None and run.checkpoint is not None:  # what the killed or full disk has cut off
+        keep_best(run)
+        if run.epoch >= args.epochs > 0:
+            with run.output.attempt("what was trained"):
+                write_weights(run)
     if run.epoch >= args.epochs > 0:
         say(f"nothing left to train: epoch {run.epoch} of --epochs {args.epochs} has been reached")
     run.progress = utils.Progress(args.epochs * run.steps, "training", run.epoch * run.steps + run.position.steps)
@@ -708,11 +724,11 @@ class Saving:
         args, steps = self.run.args, self.run.position.steps
         late = args.save_every_minutes is not None and time.monotonic() - self.time > 60 * args.save_every_minutes
         number, late = utils.maximum(self.signals.noted, late)
+        if number:
+            raise utils.Stopped(int(number))
         if late or (args.save_every_steps and steps // args.save_every_steps > self.steps // args.save_every_steps):
             self.save()
         self.steps = steps
-        if number:
-            raise utils.Stopped(int(number))
 
     def save(self) -> None:
         write_checkpoint(self.run)
@@ -721,7 +737,7 @@ class Saving:
 
 def report(run: Run, numbers: dict[str, float]) -> None:
     """What the engine has seen since the last time, for people to look at."""
-    run.progress.done = run.epoch * run.steps + run.position.steps
+    run.progress.advance(run.epoch * run.steps + run.position.steps - run.progress.done)
     run.progress.show({"epoch": run.epoch, **numbers})
     if run.log is not None:
         on_device = run.device.type == "cuda"
@@ -734,12 +750,15 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
     numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model, signals.check).items()}
     if not math.isfinite(numbers["test_loss"]):
         raise not_finite(f"the test loss is {numbers['test_loss']} after epoch {epoch}", run.optimizer)
+    replaced, left_out = (loader.skipped for loader in (run.train_loader, run.test_loader))
+    replaced, left_out = utils.sum_over_processes(torch.tensor([replaced, left_out])).tolist()
     if run.ema is not None and epoch >= 0:
         average = evaluate_run(run, run.ema.module, signals.check)
         numbers |= {f"ema_test_{name}": value for name, value in average.items()}
     shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
-    skipped = run.train_loader.skipped + run.test_loader.skipped
-    shown += f", {skipped} unreadable images left out so far" * bool(skipped)
+    shown += f", unreadable images: {replaced} replaced, {left_out} left out of the test" * (replaced + left_out > 0)
+    run.train_loader.skipped = run.test_loader.skipped = 0
+    check_state(run)
     say(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
     run.epoch, run.position = epoch + 1, Position()
     if run.log is None:
@@ -758,11 +777,14 @@ def roll_back(run: Run, error: NotFiniteError) -> None:
     Raises:
         NotFiniteError: ``error``, where --on-nan does not ask for that or it does not help.
     """
-    path = utils.newest_checkpoint(Path(run.args.output_dir)) if run.args.on_nan == "rollback" else None
-    if path is None or run.rollbacks == ROLLBACKS:
+    path, again = utils.from_main((run.checkpoint, run.rollbacks < ROLLBACKS))
+    if run.args.on_nan != "rollback" or path is None or not again:
         raise error
     run.rollbacks += 1
-    restore(run, path, models.read_checkpoint(path))
+    content = models.read_checkpoint(path)
+    if utils.from_main((content["epoch"], content["position"])) != (content["epoch"], content["position"]):
+        raise InputError(f"process {utils.rank()} finds another checkpoint in {path} than process 0")
+    restore(run, path, content, "--on-nan rollback to")
     say(f"{error}; back to the weights of {path}, and on with the next batch of epoch {run.epoch}")
 
 
@@ -792,11 +814,8 @@ def write_checkpoint(run: Run) -> None:
     Raises:
         NotFiniteError: the weights are not finite; what was written before stays.
     """
-    if not torch.stack([parameter.isfinite().all() for parameter in run.model.parameters()]).all():
-        finding = f"the weights are not finite in epoch {run.epoch} after step {run.position.steps}"
-        raise not_finite(finding, run.optimizer)
+    check_state(run)
     position = {**run.position.state(), "processes": utils.world_size()}
-    run.rollbacks = 0
     if run.log is None:
         return
     content = {
@@ -813,11 +832,32 @@ def write_checkpoint(run: Run) -> None:
         content["model_ema"] = run.ema.module.state_dict()
     if isinstance(run.model, models.AuxNet):
         content["learngene"] = models.Learngene.of(run.model, recipe(run.args)).header
-    path, best = run.output_dir / "checkpoint.pth", max(run.log.epochs, key=accuracy, default=None)
+    path = run.output_dir / "checkpoint.pth"
     with run.output.attempt(path):
         utils.save_checkpoint(path, content, run.args.keep_checkpoints)
-        if position["images"] == 0 and best is not None and best["epoch"] == run.epoch - 1:
-            utils.link(path, run.output_dir / "best_checkpoint.pth")
+        run.checkpoint, run.rollbacks = path, 0
+    if str(path) not in run.output.failed:
+        keep_best(run)
+
+
+def check_state(run: Run) -> None:
+    """Raises NotFiniteError, on all processes together, if anything that a checkpoint would hold is not finite."""
+    tensors = [*run.model.state_dict().values(), *(run.ema.module.state_dict().values() if run.ema else ())]
+    tensors += [value for state in run.optimizer.state.values() for value in state.values()]
+    floating = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
+    finite = all(bool(tensor.isfinite().all()) for tensor in floating)
+    if utils.maximum(not finite)[0]:
+        finding = f"weights or their averages are not finite in epoch {run.epoch} after step {run.position.steps}"
+        raise not_finite(finding, run.optimizer)
+
+
+def keep_best(run: Run) -> None:
+    """Give the newest checkpoint a second name if it is that of the epoch with the highest accuracy."""
+    epochs = [epoch for epoch in run.log.epochs if epoch["epoch"] >= 0]
+    best = max(epochs, key=accuracy, default=None)
+    if run.position.images == 0 and best is not None and best["epoch"] == run.epoch - 1:
+        with run.output.attempt(run.output_dir / "best_checkpoint.pth"):
+            utils.link(run.checkpoint, run.output_dir / "best_checkpoint.pth")
 
 
 def write_weights(run: Run) -> None:
@@ -984,7 +1024,7 @@ def finish(run: Run, status: int) -> None:
     Raises:
         InputError: files of the last epoch could not be written.
     """
-    if run.output.failed:
+    if run.output.failed and status == 0:
         what, why = next(iter(run.output.failed.items()))
         raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
     if run.args.push_to_hub and utils.is_main() and status == 0:

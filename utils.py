@@ -277,9 +277,10 @@ def save_checkpoint(path: Path, content: dict, keep: int = 0) -> None:
                 os.replace(older(path, age - 1), older(path, age))
         if keep and path.exists():
             link(path, older(path, 1))
-    for left in path.parent.glob(f"{path.stem}.*{path.suffix}"):
-        if age_of(left) > keep:
-            left.unlink()
+    age = keep + 1
+    while older(path, age).exists():  # more were kept before
+        older(path, age).unlink()
+        age += 1
 
 
 def older(path: Path, age: int) -> Path:
@@ -287,15 +288,10 @@ def older(path: Path, age: int) -> Path:
     return path.with_suffix(f".{age}{path.suffix}")
 
 
-def age_of(path: Path) -> int:
-    """checkpoint.2.pth → 2; 0 where there is no number."""
-    match = re.fullmatch(r"\.(\d+)", Path(path.stem).suffix)
-    return int(match[1]) if match else 0
-
-
 def link(path: Path, name: Path) -> None:
     """Make ``name`` the same file as ``path``, or a copy where the file system has no links."""
     with written_whole(name) as unfinished:
+        Path(unfinished).unlink(missing_ok=True)  # a name of another file, if a process of this number was killed
         try:
             os.link(path, unfinished)
         except OSError:
@@ -304,7 +300,9 @@ def link(path: Path, name: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
-    for path in sorted(folder.glob("checkpoint*.pth"), key=age_of):
+    ages = (re.fullmatch(r"checkpoint(?:\.(\d+))?\.pth", path.name) for path in folder.glob("checkpoint*.pth"))
+    for match in sorted((match for match in ages if match), key=lambda match: int(match[1] or 0)):
+        path = folder / match[0]
         try:
             check_archive(path)
             return path
@@ -334,11 +332,14 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping, names: list[str]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping, names: list[str], groups: Sequence[Mapping] = ()
+) -> None:
     """Take over an optimiser's ``state``; learning rate, decay and the like stay those of the options.
 
     Args:
         names: of the parameters, in the order of their numbers.
+        groups: the file's groups of parameters, where some optimisers count their steps.
 
     Raises:
         InputError: the state is not that of these parameters.
@@ -355,7 +356,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping, names
             shape = () if name == "step" else parameters[number].shape
             if not isinstance(value, Tensor) or value.shape != shape or not value.sum().isfinite():
                 raise InputError(f"its optimizer's {name} of {names[number]} is not that of this model")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    own = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(own, groups, strict=False):
+        counted = {name: saved[name] for name in saved.keys() - group.keys()}
+        group.update({n: v for n, v in counted.items() if type(v) is int or (isinstance(v, Tensor) and v.ndim == 0)})
+    optimizer.load_state_dict({"state": state, "param_groups": own})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +415,7 @@ class Progress:
     def show(self, numbers: Mapping[str, float]) -> None:
         """Numbers to stand beside the bar, or in the line that is printed now."""
         shown = {name: f"{value:.4g}" for name, value in numbers.items()}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(shown)
         if is_main() and not self.terminal:
             seconds = (time.monotonic() - self.start) / (self.done - self.initial)
             left = tqdm.format_interval(seconds * (self.total - self.done))
@@ -444,14 +449,15 @@ class EpochLog:
         """Keep what is before this run, and of the events those up to ``place`` thousandths of an epoch."""
         self.place = place
         self._write()
+        if self.epochs:
+            self._draw()
 
     def add(self, numbers: dict) -> None:
         """The numbers of an epoch."""
         self.epochs.append(numbers)
         self._write()
         self.show(numbers, numbers["epoch"] + 1)
-        with self.output.attempt(self.curves):
-            self._draw()
+        self._draw()
 
     def show(self, numbers: Mapping[str, float], epochs: float) -> None:
         """Numbers that are to be looked at alone, after so many ``epochs``."""
@@ -489,5 +495,5 @@ class EpochLog:
             axes.set(xlabel="epoch", ylabel=unit)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
-        with written_whole(self.curves) as unfinished:
+        with self.output.attempt(self.curves), written_whole(self.curves) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)

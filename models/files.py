@@ -372,7 +372,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
 def remove_unfinished(folder: Path) -> None:
     """Remove what `written_whole` has left in a folder when its process was killed."""
     for left in folder.glob(".*.*"):
-        if re.fullmatch(r"\.(checkpoint|learngene|model|config|log|curves|args)\S*\.\d+", left.name):
+        if re.fullmatch(
+            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README)\S*\.\d+", left.name
+        ):
             left.unlink(missing_ok=True)
 
 
@@ -381,7 +383,10 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        _refuse_bombs(path, zipped=True)  # which looks at what the sums do not cover
+    except InputError as error:
+        raise InputError(f"{path}, which is damaged: {error}") from error
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}, which is damaged or no checkpoint: {in_a_line(error)}") from error
     if damaged:
         raise InputError(f"{path}, which is damaged: {damaged} is not what was written")

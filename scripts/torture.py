@@ -142,6 +142,9 @@ def differences(found: Path, expected: Path) -> list[str]:
         if not equal(a, b):
             differing.append(name)
     a, b = (models.read_checkpoint(folder / "checkpoint.pth") for folder in (found, expected))
+    best = [models.read_checkpoint(folder / "best_checkpoint.pth") for folder in (found, expected)]
+    if not equal(best[0]["model"], best[1]["model"]):
+        differing.append("best_checkpoint.pth")
     for part in ("model", "model_ema", "optimizer", "epoch", "log"):
         if not equal(a[part], b[part]):
             differing.append(f"{part} of checkpoint.pth")
