@@ -833,8 +833,10 @@ def write_checkpoint(run: Run) -> None:
     if isinstance(run.model, models.AuxNet):
         content["learngene"] = models.Learngene.of(run.model, recipe(run.args)).header
     path = run.output_dir / "checkpoint.pth"
+    continues = run.checkpoint is not None and run.checkpoint.parent == run.output_dir
     with run.output.attempt(path):
-        utils.save_checkpoint(path, content, run.args.keep_checkpoints)
+        # what an earlier run has left is no older checkpoint of this one, to fall back to
+        utils.save_checkpoint(path, content, run.args.keep_checkpoints if continues else 0)
         run.checkpoint, run.rollbacks = path, 0
     if str(path) not in run.output.failed:
         keep_best(run)

@@ -13,6 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from safetensors.torch import load_file
+
 TESTS = Path(__file__).resolve().parent
 MAIN = TESTS.parent / "main.py"
 # Tests share few processors, and a GPU would be one for all processes of a run.
@@ -59,6 +62,15 @@ def run_main(
             process.terminate()  # a launcher that is killed would leave its processes behind
             raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def assert_same_result(found: Path, expected: Path) -> None:
+    """Two runs of stage 1 have left the same log and, bit for bit, the same weights."""
+    assert (found / "log.txt").read_text() == (expected / "log.txt").read_text()
+    for name in ("learngene.safetensors", "learngene_ema.safetensors"):
+        a, b = load_file(found / name), load_file(expected / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:

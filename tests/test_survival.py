@@ -21,7 +21,7 @@ from losses import DistillationLoss
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, MAIN, Outcome, Run, free_port, run_main, run_many
+from conftest import ENVIRONMENT, MAIN, Outcome, Run, assert_same_result, free_port, run_main, run_many
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -71,13 +71,6 @@ def undisturbed(tmp_path_factory) -> Path:
     done = run_main(*TWO.split(), "--output-dir", folder, processes=2)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def assert_same_result(found: Path, expected: Path) -> None:
-    assert (found / "log.txt").read_text() == (expected / "log.txt").read_text()
-    for name in ("learngene.safetensors", "learngene_ema.safetensors"):
-        a, b = (models.load_learngene(folder / name).tensors for folder in (found, expected))
-        assert all(torch.equal(a[key], b[key]) for key in b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,6 +152,9 @@ def test_time_and_number_of_checkpoints(tmp_path):
     more = ["--keep-checkpoints", "0", "--resume", "auto", "--epochs", "4"]
     assert main.main([*options.split(), *more, "--output-dir", str(folder)]) == 0
     assert not (folder / "checkpoint.1.pth").exists()
+    # another run, from its start
+    assert main.main([*options.split(), "--epochs", "1", "--output-dir", str(folder)]) == 0
+    assert position_of(folder / "checkpoint.1.pth")[0] == 0  # nothing of the first one is there to fall back to
 
 
 def test_files_of_others_stay_what_they_are(tmp_path):

@@ -13,9 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ENVIRONMENT, MAIN, SECONDS, run_main
-from safetensors.torch import load_file
+from conftest import ENVIRONMENT, MAIN, SECONDS, assert_same_result, run_main
 
 LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2"
 TRAINING = f"--data-set DIGITS --batch-size 16 --warmup-epochs 0 --log-interval 1 {LETS} --epochs"
@@ -33,14 +31,6 @@ def one_host(tmp_path_factory) -> Path:
     outcome = run_main(*SHORT.split(), "--output_dir", folder, processes=2)
     assert outcome.returncode == 0, outcome.stderr
     return folder
-
-
-def assert_same_training(found: Path, expected: Path) -> None:
-    assert (found / "log.txt").read_text() == (expected / "log.txt").read_text()
-    for name in ("learngene.safetensors", "learngene_ema.safetensors"):
-        a, b = load_file(found / name), load_file(expected / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def await_training(process: subprocess.Popen[str], errors: Path) -> None:
@@ -121,7 +111,7 @@ def test_two_hosts_train_as_one(hosts, one_host, tmp_path):
     assert [run.returncode for run in runs] == [0, 0], errors
     assert "2 process(es)" in said[0]
     assert said[1] == ""
-    assert_same_training(tmp_path / "0", one_host)
+    assert_same_result(tmp_path / "0", one_host)
     assert not (tmp_path / "1").exists()
 
 
@@ -255,7 +245,7 @@ def test_slurm_job_is_requeued_when_its_time_is_up_and_continues(cluster, one_ho
     assert f"continuing from {folder}/checkpoint.pth" in said
     assert "2 process(es)" in said
     assert cluster.asked == [f"requeue {cluster.job}"]
-    assert_same_training(folder, one_host)
+    assert_same_result(folder, one_host)
 
 
 def test_slurm_job_that_fails_is_not_requeued(cluster):
