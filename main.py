@@ -489,7 +489,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     train_loader = DataLoader(
         SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0),
         batch_size=args.batch_size,
-        sampler=TrainSampler(len(train), repeats=3 if args.repeated_aug else 1, seed=args.seed, **process),
+        sampler=TrainSampler(len(train), args.batch_size, 3 if args.repeated_aug else 1, args.seed, **process),
         drop_last=True,
         persistent_workers=workers > 0,
         **common,

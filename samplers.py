@@ -15,18 +15,25 @@ def derived_seed(*numbers: int) -> int:
 
 
 class TrainSampler(Sampler[Key]):
-    """An epoch of random order, dealt out to the processes in turn.
+    """An epoch of random order, dealt out to the processes step by step.
 
     With repeated augmentation (Hoffer et al., CVPR 2020; DeiT) every image stands ``repeats`` times in a row, each
-    time with another augmentation, and the epoch ends after as many samples as there are images. Neighbours go to
-    different processes.
+    time with another augmentation, and the epoch ends after as many samples as there are images. The samples of a step
+    are the same whatever the number of processes that share its images. As far as their batches can hold them, one
+    process gets all repetitions of an image, which it then has to read only once (DeiT deals them to different ones).
 
     The seed of a sample is a function of the run's seed, the epoch and the sample's place in it: not of the process
     or worker that loads it, so that two processes see the images of one.
     """
 
-    def __init__(self, num_images: int, repeats: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1):
-        self.num_images, self.repeats, self.seed = num_images, repeats, seed
+    def __init__(
+        self, num_images: int, batch_size: int, repeats: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        """
+        Args:
+            batch_size: images of one process in a step; what is left for less than a whole step is not dealt out.
+        """
+        self.num_images, self.batch_size, self.repeats, self.seed = num_images, batch_size, repeats, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = 0, 0
 
@@ -35,15 +42,18 @@ class TrainSampler(Sampler[Key]):
         self.epoch, self.start = epoch, images
 
     def __len__(self) -> int:
-        return (self.num_images - self.start) // self.world_size
+        return (self.num_images - self.start) // (self.batch_size * self.world_size) * self.batch_size
 
     def __iter__(self) -> Iterator[Key]:
         order = torch.randperm(
             self.num_images, generator=torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         ).tolist()
-        end = self.start + len(self) * self.world_size
-        for place in range(self.start + self.rank, end, self.world_size):
-            yield order[place // self.repeats], derived_seed(self.seed, self.epoch, place)
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        images_per_step, end = self.batch_size * self.world_size, self.start + len(self) * self.world_size
+        for first in range(self.start, end, images_per_step):
+            step = range(first, first + images_per_step)
+            for place in sorted(step, key=lambda place: place // self.repeats % self.world_size)[own]:
+                yield order[place // self.repeats], derived_seed(self.seed, self.epoch, place)
 
 
 class ExactSampler(Sampler[int]):
