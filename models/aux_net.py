@@ -46,7 +46,7 @@ class AuxBlock(Block):
     def forward(self, x: Tensor, recomputing: bool = False) -> Tensor:
         if not self.recompute or recomputing or not torch.is_grad_enabled():
             return super().forward(x)
-        weights = dict(self.named_parameters())
+        weights = dict(self.named_parameters(remove_duplicate=False))
         return checkpoint(functional_call, self, weights, (x,), {"recomputing": True}, use_reentrant=False)
 
 

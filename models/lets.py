@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from .aux_net import AuxNet, random_vit_weights
 from .selection import choose_rows, rows_of_heads
@@ -37,6 +39,8 @@ DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
 DEPTH_STRATEGIES = ("default", "even", "first", "last")
+# matrices of a layer whose input, or whose output, is the embedding
+READING, WRITING = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,13 +97,24 @@ def mix(G: Tensor, w: Tensor) -> Tensor:
     return (G @ w.flatten(1)).view(G.shape[0], *w.shape[1:])
 
 
-def expand(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2)."""
+def expand(p: dict[str, Tensor], plan: DepthPlan, widen_embedding: bool = True) -> dict[str, Tensor]:
+    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
+
+    Args:
+        widen_embedding: or leave the linear layers at width s on the axis of the embedding, for `Reading` and
+            `Writing`.
+    """
+    out, into = widening(p)
+    matrices = expand_matrices(p, plan)
+    if widen_embedding:
+        matrices |= {name: into(matrices[name], p["E"]) for name in keys(READING, "weight")}
+        matrices |= {name: out(p["E"], matrices[name]) for name in keys(WRITING, "weight")}
     with torch.autocast(p["E"].device.type, enabled=False):  # norms want float32, and vectors cost nothing
         vectors = expand_vectors(p, plan)
-    out, into = widening(p)
+        if widen_embedding:
+            vectors |= {name: into(vectors[name], p["E"]) for name in keys(WRITING, "bias")}
     patch = p["patch_embed_weight"]
-    stacked = {**expand_matrices(p, plan), **vectors}
+    stacked = {**matrices, **vectors}
     layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
     return {
         "pos_embed": p["pos_embed"],
@@ -113,14 +128,19 @@ def expand(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     }
 
 
+def keys(modules: Sequence[str], kind: str, layer: int | str = "*") -> list[str]:
+    """What the ``kind`` of these modules is called in a state dict, in one layer or in a stack of all of them."""
+    return [f"blocks.{layer}.{module}.{kind}" for module in modules]
+
+
 def expand_matrices(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """The weight matrices of all distinct layers, stacked.
+    """The weight matrices of all distinct layers, stacked, at width s on the axis of the embedding.
 
     The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
-    the sum and is applied to the summed layers, which are fewer numbers.
+    the sum.
     """
     out, into = widening(p)
-    E, Q, K, V, M = (p[name] for name in "EQKVM")
+    Q, K, V, M = (p[name] for name in "QKVM")
     G = depth_matrices(p["g"], plan)
     own = {  # the axis with a matrix of its own in each learngene layer
         "q": out(Q, p["q_weight"]),
@@ -132,15 +152,18 @@ def expand_matrices(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     }
     W = {name: mix(G[name], weight) for name, weight in own.items()}
     return {
-        "blocks.*.attn.qkv.weight": into(torch.cat([W["q"], W["k"], W["v"]], dim=1), E),
-        "blocks.*.attn.proj.weight": out(E, W["proj"]),
-        "blocks.*.mlp.fc1.weight": into(W["fc1"], E),
-        "blocks.*.mlp.fc2.weight": out(E, W["fc2"]),
+        "blocks.*.attn.qkv.weight": torch.cat([W["q"], W["k"], W["v"]], dim=1),
+        "blocks.*.attn.proj.weight": W["proj"],
+        "blocks.*.mlp.fc1.weight": W["fc1"],
+        "blocks.*.mlp.fc2.weight": W["fc2"],
     }
 
 
 def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """The norms and biases: those of all distinct layers, stacked, and those outside the layers."""
+    """The norms and biases: those of all distinct layers, stacked, and those outside the layers.
+
+    The biases that are added to the embedding are at width s, as the matrices beside them.
+    """
     _, into = widening(p)
     E = p["E"]
     G, H = depth_matrices(p["g"], plan), depth_matrices(p["h"], plan)
@@ -152,11 +175,11 @@ def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
         "blocks.*.norm1.weight": into(mix(G["norm1"], p["norm1_weight"]), E),
         "blocks.*.norm1.bias": into(b["norm1"], E),
         "blocks.*.attn.qkv.bias": torch.cat([b["q"], b["k"], b["v"]], dim=1),
-        "blocks.*.attn.proj.bias": into(b["proj"], E),
+        "blocks.*.attn.proj.bias": b["proj"],
         "blocks.*.norm2.weight": into(mix(G["norm2"], p["norm2_weight"]), E),
         "blocks.*.norm2.bias": into(b["norm2"], E),
         "blocks.*.mlp.fc1.bias": b["fc1"],
-        "blocks.*.mlp.fc2.bias": into(b["fc2"], E),
+        "blocks.*.mlp.fc2.bias": b["fc2"],
         "patch_embed.proj.bias": into(p["patch_embed_bias"], E),
         "fc_norm.weight": into(p["fc_norm_weight"], E),
         "fc_norm.bias": into(p["fc_norm_bias"], E),
@@ -166,6 +189,44 @@ def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1: the Aux-Net
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class ThroughE(nn.Module):
+    """A linear layer of the Aux-Net, of which only the factor that belongs to the layer is made.
+
+    ⟨E⟩ is the same in all layers. Applied to the activations instead of to every weight matrix, it also leaves narrower
+    products to compute than a plain ViT has: with T tokens, a layer that reads D neurons and writes K multiplies
+    T·((D−s)·s + s·K) times instead of T·D·K.
+    """
+
+    def __init__(self, linear: nn.Linear, full_width: bool):
+        """Takes the place of ``linear``, whose weights are on the meta device, as all those of an Aux-Net's ViT."""
+        super().__init__()
+        self.weight, self.bias, self.full_width = linear.weight, linear.bias, full_width
+        self.E = nn.Parameter(torch.empty(0, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, in) → (batch, tokens, out); where no E is given, the weight matrix is whole."""
+        return F.linear(x, self.weight, self.bias) if self.E.is_meta else self.through(x)
+
+
+class Reading(ThroughE):
+    """x (w ⟨E⟩ᵀ)ᵀ + b = (x ⟨E⟩) wᵀ + b with w (out, s)."""
+
+    def through(self, x: Tensor) -> Tensor:
+        if self.full_width:
+            return F.linear(x @ self.E, self.weight, self.bias)
+        old, new = x.flatten(0, 1).split([x.shape[-1] - self.E.shape[0], self.E.shape[0]], dim=-1)
+        narrow = torch.addmm(old, new, self.E).unflatten(0, x.shape[:2])
+        return F.linear(narrow, self.weight, self.bias)
+
+
+class Writing(ThroughE):
+    """x (⟨E⟩ w)ᵀ + ⟨E⟩ b = (x wᵀ + b) ⟨E⟩ᵀ with w (s, in)."""
+
+    def through(self, x: Tensor) -> Tensor:
+        narrow = F.linear(x, self.weight, self.bias)
+        return narrow @ self.E.mT if self.full_width else widen_in(narrow, self.E)
 
 
 class LeTs(AuxNet):
@@ -227,6 +288,10 @@ class LeTs(AuxNet):
         plan = depth_plan(self.layers(), len(rows), n // group_size)
         self.register_buffer("_select", plan.select, persistent=False)
         self._plan_layers = plan.layers
+        for block in self.vit.blocks:
+            for kind, names in ((Reading, READING), (Writing, WRITING)):
+                for name in names:
+                    block.set_submodule(name, kind(block.get_submodule(name), full_width))
 
     @property
     def config(self) -> dict:
@@ -240,6 +305,15 @@ class LeTs(AuxNet):
 
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:  # the very weights of a Des-Net of these sizes
+            return super().forward(images)
+        p = dict(self.named_parameters())
+        weights = expand(p, DepthPlan(self._select, self._plan_layers), widen_embedding=False)
+        for l in range(self.arch.depth):
+            weights |= dict.fromkeys(keys(READING + WRITING, "E", layer=l), p["E"])
+        return functional_call(self.vit, weights, (images,))
 
     def coefficients(self) -> dict[str, float]:
         """The depth coefficients of the weights, g, each under a name."""

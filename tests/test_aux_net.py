@@ -105,6 +105,17 @@ def test_activation_checkpointing_gives_the_same_gradients(method):
         torch.testing.assert_close(found[name], expected[name])
 
 
+@pytest.mark.parametrize("full_width", [False, True])
+@pytest.mark.parametrize("width", [8, 24])
+def test_training_computes_what_evaluation_does(width, full_width):
+    torch.manual_seed(0)
+    aux = models.ViTArch(width=width, depth=8, num_heads=width // 4, patch_size=8, img_size=16)
+    aux_net = models.create_aux_net(SRC, aux, num_classes=5, full_width=full_width)
+    expected, found = gradients(aux_net.eval()), gradients(aux_net.train())
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 @both
 def test_autocast(method):
     aux_net = aux_net_of(method).eval()

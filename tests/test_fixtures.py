@@ -47,10 +47,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_aux_net_logits_loss_and_gradients(method):
+def test_aux_net_logits_loss_and_gradients(method, training):
     gene, expected, cases = load(method)
-    aux_net = gene.aux_net()
+    aux_net = gene.aux_net().train(training)
     logits = aux_net(expected["images"])
     loss = cross_entropy(logits, expected["labels"])
     loss.backward()
