@@ -525,8 +525,9 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.o
     images = args.batch_size * utils.world_size() * args.accum_iter
     lr = args.lr if args.unscale_lr else args.lr * images / 512
     length = argparse.Namespace(**{**vars(args), "epochs": max(1, args.epochs)})
+    fused = {"fused": True} if args.opt in ("adam", "adamw") else {}  # one pass over the weights instead of a dozen
     try:
-        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, **fused)
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(length))
     except (ValueError, AssertionError, IndexError) as error:
         raise InputError(
