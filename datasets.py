@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from images import Normalise, RawBatch, RawImage, batch_of, load
 from models import InputError, in_a_line
 from samplers import Key
 
@@ -58,14 +59,14 @@ class ImageList(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        image = tv.folder.default_loader(path)
+        image = load(path)
         return self.transform(image) if self.transform else image, label
 
 
 class Sample(NamedTuple):
     """An image and its label, or neither, and what could not be read on the way to them."""
 
-    image: Tensor | None
+    image: Tensor | RawImage | None
     label: int | None
     unreadable: list[str]
 
@@ -123,11 +124,14 @@ def name_of_image(dataset: Dataset, index: int) -> str:
     return f"image {index}"
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str]]:
     """Images, labels, and what could not be read and is not among them."""
-    read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
-    images, labels = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.int64))
-    return images, labels, [name for sample in samples for name in sample.unreadable]
+    images = [sample.image for sample in samples if sample.image is not None]
+    labels = torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.int64)
+    unreadable = [name for sample in samples for name in sample.unreadable]
+    if not images:
+        return torch.empty(0), labels, unreadable
+    return (batch_of if isinstance(images[0], RawImage) else default_collate)(images), labels, unreadable
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -144,8 +148,12 @@ class Batches:
             places, in evaluation they are left out.
     """
 
-    def __init__(self, loader: DataLoader, skip_bad: bool):
-        self.loader, self.skip_bad = loader, skip_bad
+    def __init__(self, loader: DataLoader, skip_bad: bool, device: torch.device):
+        """
+        Args:
+            device: where images are normalised that workers send as bytes.
+        """
+        self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device)
         self.skipped, self.warned = 0, set()
 
     @property
@@ -173,7 +181,7 @@ class Batches:
                     print(f"warning: {name} cannot be read, and is not used", file=sys.stderr, flush=True)
             self.warned.update(unreadable)
             self.skipped += len(unreadable)
-            yield images, labels
+            yield self.normalise(images) if isinstance(images, RawBatch) else images, labels
 
 
 # what Pillow and the file system raise for an image that is not there, not whole, or no image
@@ -195,7 +203,7 @@ def image_folder(root: Path, is_train: bool, transform: Callable, num_classes: i
             raise InputError(f"--data-path {root} has no folder {folder.name}/: expected train/ and val/")
     classes = [{entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in folders.values()]
     check_classes(root, *classes, expected=num_classes)
-    return tv.ImageFolder(folders["train" if is_train else "val"], transform=transform)
+    return tv.ImageFolder(folders["train" if is_train else "val"], transform, loader=load)
 
 
 def check_classes(
@@ -223,7 +231,7 @@ def tiny_imagenet(root: Path, is_train: bool, transform: Callable) -> Dataset:
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         return image_folder(root, is_train, transform, num_classes=200)
-    train = tv.ImageFolder(root / "train", transform=transform)
+    train = tv.ImageFolder(root / "train", transform, loader=load)
     lines = [line.split("\t") for line in annotations.read_text().splitlines()]
     check_classes(root, train.classes, {label for _, label, *_ in lines}, expected=200)
     samples = [(str(root / "val" / "images" / name), train.class_to_idx[label]) for name, label, *_ in lines]
