@@ -9,7 +9,6 @@ import signal
 import struct
 import sys
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -113,15 +112,8 @@ class SeededDataset(ReadDataset):
 
 
 def name_of_image(dataset: Dataset, index: int) -> str:
-    """The file of an image, as the data sets here and torchvision's keep it."""
-    if isinstance(dataset, ConcatDataset):
-        part = bisect_right(dataset.cumulative_sizes, index)
-        return name_of_image(dataset.datasets[part], index - ([0, *dataset.cumulative_sizes][part]))
-    for attribute in ("samples", "_samples", "_image_files"):
-        if hasattr(dataset, attribute):
-            entry = getattr(dataset, attribute)[index]
-            return str(entry[0] if isinstance(entry, tuple) else entry)
-    return f"image {index}"
+    """The file of an image, or its number where it is held in memory."""
+    return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str]]:
@@ -286,16 +278,25 @@ def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
     return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], list(map(str, range(10))), transform)
 
 
+# torchvision's lists of these files are used, but not its reading, which keeps no image for its repetitions
+
+
 def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
     """Oxford Flowers 102: the training and validation images to train, as is usual."""
-    splits = ("train", "val") if is_train else ("test",)
-    dataset = ConcatDataset([tv.Flowers102(root, split=split, transform=transform) for split in splits])
-    dataset.classes = getattr(tv.Flowers102, "classes", list(map(str, range(1, 103))))  # newer torchvision has names
-    return dataset
+    splits = [tv.Flowers102(root, split=split) for split in (("train", "val") if is_train else ("test",))]
+    samples = [sample for split in splits for sample in zip(split._image_files, split._labels, strict=True)]
+    # newer torchvision has names
+    return ImageList(samples, getattr(tv.Flowers102, "classes", list(map(str, range(1, 103)))), transform)
 
 
-def _torchvision(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
-    return kind(root, split="train" if is_train else "test", transform=transform)
+def food101(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    dataset = tv.Food101(root, split="train" if is_train else "test")
+    return ImageList(list(zip(dataset._image_files, dataset._labels, strict=True)), dataset.classes, transform)
+
+
+def cars(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    dataset = tv.StanfordCars(root, split="train" if is_train else "test")
+    return ImageList(dataset._samples, dataset.classes, transform)
 
 
 def _cifar(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -309,8 +310,8 @@ DATA_SETS = {
     "CIFAR10": (partial(_cifar, tv.CIFAR10), 10, 32),
     "CIFAR100": (partial(_cifar, tv.CIFAR100), 100, 32),
     "INAT19": (inat19, None, None),
-    "FOOD101": (partial(_torchvision, tv.Food101), 101, None),
-    "CARS": (partial(_torchvision, tv.StanfordCars), 196, None),
+    "FOOD101": (food101, 101, None),
+    "CARS": (cars, 196, None),
     "FLOWERS": (flowers, 102, None),
     "TINYIMNET": (tiny_imagenet, 200, 64),
     "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),

@@ -3,6 +3,7 @@
 docs/performance.md has the times, and what was tried and is not here.
 """
 
+import math
 import random
 from collections.abc import Callable
 from functools import lru_cache
@@ -155,21 +156,22 @@ def faster(transform: transforms.Compose) -> transforms.Compose:
 # From the workers to the device: bytes, a quarter of the size of the numbers that the model takes
 # ---------------------------------------------------------------------------------------------------------------------
 
-Erased = tuple[tuple[slice, ...], Tensor]  # a place in an image or a batch, what is set there after normalisation
-
 
 class RawImage(NamedTuple):
     """An augmented image, (3, height, width) in 0…255, that is still to be normalised and then partly erased."""
 
     pixels: Tensor
-    erased: list[Erased]
+    erased: list[tuple[tuple[slice, ...], Tensor]]  # a place, and what is set there
 
 
 class RawBatch(NamedTuple):
-    """Such images, (count, 3, height, width)."""
+    """Such images, (count, 3, height, width), and what they are erased with: one tensor, because each that a worker
+    sends takes an open file, and ``shapes`` of its pieces for the ``places`` in the batch."""
 
     pixels: Tensor
-    erased: list[Erased]
+    noise: Tensor
+    shapes: list[torch.Size]
+    places: list[tuple[int | slice, ...]]
 
 
 class ToRawImage:
@@ -205,7 +207,8 @@ class ErasedLater:
 def batch_of(images: list[RawImage]) -> RawBatch:
     pixels = default_collate([image.pixels for image in images])  # in a worker, in memory shared with the main process
     erased = [((i, *place), values) for i, image in enumerate(images) for place, values in image.erased]
-    return RawBatch(pixels, erased)
+    noise = torch.cat([torch.empty(0), *(values.flatten() for _, values in erased)])
+    return RawBatch(pixels, noise, [values.shape for _, values in erased], [place for place, _ in erased])
 
 
 class Normalise:
@@ -220,6 +223,7 @@ class Normalise:
 
     def __call__(self, batch: RawBatch) -> Tensor:
         images = batch.pixels.to(self.device, non_blocking=True).float().sub_(self.mean).mul_(self.factor)
-        for place, values in batch.erased:
-            images[place] = values.to(self.device, non_blocking=True)
+        pieces = batch.noise.to(self.device, non_blocking=True).split([math.prod(shape) for shape in batch.shapes])
+        for place, shape, values in zip(batch.places, batch.shapes, pieces, strict=True):
+            images[tuple(place)] = values.view(shape)  # DataLoader's pinning of memory makes lists of tuples
         return images

@@ -38,7 +38,8 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def finished(raw: RawImage) -> Tensor:
     """As the model gets it, a batch of one."""
     batch, _, _ = collate([Sample(raw, 0, [])])
-    return images.Normalise(CPU)(batch)[0]
+    pinned = batch._replace(shapes=[[*shape] for shape in batch.shapes], places=[[*place] for place in batch.places])
+    return images.Normalise(CPU)(pinned)[0]  # as DataLoader's pinning of memory leaves it
 
 
 def states() -> tuple:
