@@ -135,8 +135,8 @@ FASTER = {
 def faster(transform: transforms.Compose) -> transforms.Compose:
     """DeiT's transform of photographs to train, as timm builds it, with what takes less time and gives a `RawImage`.
 
-    Every step draws what timm's would, so that the same seeds give the same crops, operations and noise. Other
-    transforms are returned as they are.
+    Every step draws what timm's would, so that the same seeds give the same crops, operations and noise. The steps of
+    ``transform`` are used, and its RandAugment is changed. Other transforms are returned as they are.
     """
     crop, *steps = transform.transforms
     if not isinstance(crop, RandomResizedCropAndInterpolation):

@@ -2,7 +2,8 @@
 """Time the loading of photographs to train on: this program's, the published one, and timm's.
 
 Makes a folder of JPEG files like ImageNet's unless there is one: 1/f spectra with occluding edges, half the colour
-resolution, quality 90, and sizes mixed to ImageNet's mean of 469×387 pixels and 110 kB; a few are larger than 1000.
+resolution, quality 90, and sizes with a mean of 468×394 pixels and 121 kB (ImageNet: 469×387, 110 kB); one in 32 has
+a side of more than 1000 pixels.
 
 Each loader runs DeiT's augmentation to the batch of normalised images in the main process. Counted is the processor's
 time of the main process and the workers together, because other programs then disturb the numbers little. The loaders
