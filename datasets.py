@@ -9,12 +9,12 @@ import signal
 import struct
 import sys
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from images import Normalise, RawBatch, RawImage, batch_of, load
 from models import InputError, in_a_line
 from samplers import Key
 
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -58,14 +58,14 @@ class ImageList(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        image = tv.folder.default_loader(path)
+        image = load(path)
         return self.transform(image) if self.transform else image, label
 
 
 class Sample(NamedTuple):
     """An image and its label, or neither, and what could not be read on the way to them."""
 
-    image: Tensor | None
+    image: Tensor | RawImage | None
     label: int | None
     unreadable: list[str]
 
@@ -112,22 +112,18 @@ class SeededDataset(ReadDataset):
 
 
 def name_of_image(dataset: Dataset, index: int) -> str:
-    """The file of an image, as the data sets here and torchvision's keep it."""
-    if isinstance(dataset, ConcatDataset):
-        part = bisect_right(dataset.cumulative_sizes, index)
-        return name_of_image(dataset.datasets[part], index - ([0, *dataset.cumulative_sizes][part]))
-    for attribute in ("samples", "_samples", "_image_files"):
-        if hasattr(dataset, attribute):
-            entry = getattr(dataset, attribute)[index]
-            return str(entry[0] if isinstance(entry, tuple) else entry)
-    return f"image {index}"
+    """The file of an image, or its number where it is held in memory."""
+    return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str]]:
     """Images, labels, and what could not be read and is not among them."""
-    read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
-    images, labels = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.int64))
-    return images, labels, [name for sample in samples for name in sample.unreadable]
+    images = [sample.image for sample in samples if sample.image is not None]
+    labels = torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.int64)
+    unreadable = [name for sample in samples for name in sample.unreadable]
+    if not images:
+        return torch.empty(0), labels, unreadable
+    return (batch_of if isinstance(images[0], RawImage) else default_collate)(images), labels, unreadable
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -144,8 +140,12 @@ class Batches:
             places, in evaluation they are left out.
     """
 
-    def __init__(self, loader: DataLoader, skip_bad: bool):
-        self.loader, self.skip_bad = loader, skip_bad
+    def __init__(self, loader: DataLoader, skip_bad: bool, device: torch.device):
+        """
+        Args:
+            device: where images are normalised that workers send as bytes.
+        """
+        self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device)
         self.skipped, self.warned = 0, set()
 
     @property
@@ -173,7 +173,7 @@ class Batches:
                     print(f"warning: {name} cannot be read, and is not used", file=sys.stderr, flush=True)
             self.warned.update(unreadable)
             self.skipped += len(unreadable)
-            yield images, labels
+            yield self.normalise(images) if isinstance(images, RawBatch) else images, labels
 
 
 # what Pillow and the file system raise for an image that is not there, not whole, or no image
@@ -195,7 +195,7 @@ def image_folder(root: Path, is_train: bool, transform: Callable, num_classes: i
             raise InputError(f"--data-path {root} has no folder {folder.name}/: expected train/ and val/")
     classes = [{entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in folders.values()]
     check_classes(root, *classes, expected=num_classes)
-    return tv.ImageFolder(folders["train" if is_train else "val"], transform=transform)
+    return tv.ImageFolder(folders["train" if is_train else "val"], transform, loader=load)
 
 
 def check_classes(
@@ -223,7 +223,7 @@ def tiny_imagenet(root: Path, is_train: bool, transform: Callable) -> Dataset:
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
         return image_folder(root, is_train, transform, num_classes=200)
-    train = tv.ImageFolder(root / "train", transform=transform)
+    train = tv.ImageFolder(root / "train", transform, loader=load)
     lines = [line.split("\t") for line in annotations.read_text().splitlines()]
     check_classes(root, train.classes, {label for _, label, *_ in lines}, expected=200)
     samples = [(str(root / "val" / "images" / name), train.class_to_idx[label]) for name, label, *_ in lines]
@@ -278,16 +278,25 @@ def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
     return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], list(map(str, range(10))), transform)
 
 
+# torchvision's lists of these files are used, but not its reading, which keeps no image for its repetitions
+
+
 def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
     """Oxford Flowers 102: the training and validation images to train, as is usual."""
-    splits = ("train", "val") if is_train else ("test",)
-    dataset = ConcatDataset([tv.Flowers102(root, split=split, transform=transform) for split in splits])
-    dataset.classes = getattr(tv.Flowers102, "classes", list(map(str, range(1, 103))))  # newer torchvision has names
-    return dataset
+    splits = [tv.Flowers102(root, split=split) for split in (("train", "val") if is_train else ("test",))]
+    samples = [sample for split in splits for sample in zip(split._image_files, split._labels, strict=True)]
+    # newer torchvision has names
+    return ImageList(samples, getattr(tv.Flowers102, "classes", list(map(str, range(1, 103)))), transform)
 
 
-def _torchvision(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
-    return kind(root, split="train" if is_train else "test", transform=transform)
+def food101(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    dataset = tv.Food101(root, split="train" if is_train else "test")
+    return ImageList(list(zip(dataset._image_files, dataset._labels, strict=True)), dataset.classes, transform)
+
+
+def cars(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    dataset = tv.StanfordCars(root, split="train" if is_train else "test")
+    return ImageList(dataset._samples, dataset.classes, transform)
 
 
 def _cifar(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -301,8 +310,8 @@ DATA_SETS = {
     "CIFAR10": (partial(_cifar, tv.CIFAR10), 10, 32),
     "CIFAR100": (partial(_cifar, tv.CIFAR100), 100, 32),
     "INAT19": (inat19, None, None),
-    "FOOD101": (partial(_torchvision, tv.Food101), 101, None),
-    "CARS": (partial(_torchvision, tv.StanfordCars), 196, None),
+    "FOOD101": (food101, 101, None),
+    "CARS": (cars, 196, None),
     "FLOWERS": (flowers, 102, None),
     "TINYIMNET": (tiny_imagenet, 200, 64),
     "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),

@@ -42,6 +42,7 @@ from datasets import (
     leave_signals_to_main,
 )
 from engine import Position, evaluate, not_finite, train_one_epoch
+from images import faster
 from losses import DistillationLoss
 from models import InputError
 from options import about, check_kind, options_in_effect, parse_options, recipe
@@ -471,6 +472,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
             recount=args.recount,
             eval_crop_ratio=args.eval_crop_ratio,
         )
+        transform = faster(transform) if is_train else transform
         sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category))
     (train, classes), (test, test_classes) = sets
     if classes != test_classes:
@@ -497,7 +499,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     test_loader = DataLoader(
         ReadDataset(test), batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
     )
-    return Batches(train_loader, args.skip_bad_images), Batches(test_loader, args.skip_bad_images), classes
+    return *(Batches(loader, args.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
