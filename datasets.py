@@ -159,8 +159,19 @@ class Batches:
     def __len__(self) -> int:
         return len(self.loader)
 
+    def close(self) -> None:
+        """End data workers that would stay: they ignore the signal with which the end of this process would end them.
+
+        The end of the last reference to them would do it, but a library that keeps an exception keeps all its callers.
+        """
+        if self.loader._iterator is not None:  # there is no public way
+            self.loader._iterator._shutdown_workers()
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, unreadable in self.loader:
+            for error in unreadable:
+                if isinstance(error, InputError):
+                    raise error
             if unreadable and not self.skip_bad:
                 raise InputError(f"{unreadable[0]} cannot be read as an image: --skip-bad-images goes on without it")
             if len(unreadable) > SKIPPED_AT_ONCE:

@@ -652,6 +652,7 @@ def train(run: Run) -> int:
             return stopped.status
         finally:
             run.progress.close()
+            run.train_loader.close()
             if run.log is not None:
                 run.log.close()
     return 0
