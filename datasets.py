@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from models import InputError, in_a_line
 from samplers import Key
+from shards import ShardCache, ShardDataset, is_remote
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     label: int | None
-    unreadable: list[str]
+    unreadable: list[str | InputError]  # an error is of more than this image, and ends the run
 
 
 class ReadDataset(Dataset):
@@ -82,6 +83,8 @@ class ReadDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         try:
             return Sample(*self.dataset[index], [])
+        except InputError as error:  # which would come out of a data worker without its sentence
+            return Sample(None, None, [error])
         except UNREADABLE as error:
             return Sample(None, None, [f"{name_of_image(self.dataset, index)} ({in_a_line(error)})"])
 
@@ -106,7 +109,7 @@ class SeededDataset(ReadDataset):
             torch.default_generator.manual_seed(seed)
             sample = super().__getitem__(i % len(self))
             unreadable += sample.unreadable
-            if sample.image is not None:
+            if sample.image is not None or isinstance(unreadable[-1], InputError):
                 break
         return sample._replace(unreadable=unreadable)
 
@@ -116,6 +119,8 @@ def name_of_image(dataset: Dataset, index: int) -> str:
     if isinstance(dataset, ConcatDataset):
         part = bisect_right(dataset.cumulative_sizes, index)
         return name_of_image(dataset.datasets[part], index - ([0, *dataset.cumulative_sizes][part]))
+    if isinstance(dataset, ShardDataset):
+        return dataset.name_of(index)
     for attribute in ("samples", "_samples", "_image_files"):
         if hasattr(dataset, attribute):
             entry = getattr(dataset, attribute)[index]
@@ -123,7 +128,7 @@ def name_of_image(dataset: Dataset, index: int) -> str:
     return f"image {index}"
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str | InputError]]:
     """Images, labels, and what could not be read and is not among them."""
     read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
     images, labels = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.int64))
@@ -305,6 +310,13 @@ def _cifar(kind: type, root: Path, is_train: bool, transform: Callable) -> Datas
     return kind(root, train=is_train, transform=transform)  # torchvision checks the files' hashes before reading
 
 
+def sharded(root: str, is_train: bool, transform: Callable, cache: ShardCache | None) -> Dataset:
+    """WebDataset shards, in a folder or elsewhere."""
+    if not is_remote(root) and not Path(root).is_dir():
+        raise InputError(f"--data-path {root} is not a folder, an address (https://…) or a command (pipe:…)")
+    return ShardDataset(root, is_train, transform, cache)
+
+
 # name → (reader, number of classes or None to count them, native size in pixels or None where it varies)
 DATA_SETS = {
     "IMNET": (partial(image_folder, num_classes=1000), 1000, None),
@@ -319,13 +331,22 @@ DATA_SETS = {
     "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),
     "FMNIST": (fmnist, 10, 28),
     "DIGITS": (digits, 10, 8),
+    "WDS": (sharded, None, None),
 }
 
 
 def build_dataset(
-    name: str, path: str | None, is_train: bool, transform: Callable, inat_category: str = "name"
+    name: str,
+    path: str | None,
+    is_train: bool,
+    transform: Callable,
+    inat_category: str = "name",
+    shard_cache: ShardCache | None = None,
 ) -> tuple[Dataset, list[str]]:
     """The training or the test images of a data set, and the names of its classes in the order of their labels.
+
+    Args:
+        shard_cache: where shards from another machine are kept, if there are any.
 
     Raises:
         InputError: the path is missing or does not have the layout of the data set, a class is empty, or the classes
@@ -337,6 +358,9 @@ def build_dataset(
     if name != "DIGITS":
         if path is None:
             raise InputError(f"--data-set {name} needs --data-path, the folder that holds it")
+        if name == "WDS":
+            dataset = sharded(path, is_train, transform, shard_cache)
+            return dataset, dataset.classes
         if not Path(path).is_dir():
             raise InputError(f"--data-path {path} is not a folder")
     try:
