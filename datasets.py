@@ -17,6 +17,7 @@ from typing import NamedTuple
 from images import Normalise, RawBatch, RawImage, batch_of, load
 from models import InputError, in_a_line
 from samplers import Key
+from shards import ShardCache, ShardDataset, is_remote
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class Sample(NamedTuple):
 
     image: Tensor | RawImage | None
     label: int | None
-    unreadable: list[str]
+    unreadable: list[str | InputError]  # an error is of more than this image, and ends the run
 
 
 class ReadDataset(Dataset):
@@ -82,6 +83,8 @@ class ReadDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         try:
             return Sample(*self.dataset[index], [])
+        except InputError as error:  # which would come out of a data worker without its sentence
+            return Sample(None, None, [error])
         except UNREADABLE as error:
             return Sample(None, None, [f"{name_of_image(self.dataset, index)} ({in_a_line(error)})"])
 
@@ -106,17 +109,19 @@ class SeededDataset(ReadDataset):
             torch.default_generator.manual_seed(seed)
             sample = super().__getitem__(i % len(self))
             unreadable += sample.unreadable
-            if sample.image is not None:
+            if sample.image is not None or isinstance(unreadable[-1], InputError):
                 break
         return sample._replace(unreadable=unreadable)
 
 
 def name_of_image(dataset: Dataset, index: int) -> str:
     """The file of an image, or its number where it is held in memory."""
+    if isinstance(dataset, ShardDataset):
+        return dataset.name_of(index)
     return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str]]:
+def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str | InputError]]:
     """Images, labels, and what could not be read and is not among them."""
     images = [sample.image for sample in samples if sample.image is not None]
     labels = torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.int64)
@@ -159,8 +164,19 @@ class Batches:
     def __len__(self) -> int:
         return len(self.loader)
 
+    def close(self) -> None:
+        """End data workers that would stay: they ignore the signal with which the end of this process would end them.
+
+        The end of the last reference to them would do it, but a library that keeps an exception keeps all its callers.
+        """
+        if self.loader._iterator is not None:  # there is no public way
+            self.loader._iterator._shutdown_workers()
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, unreadable in self.loader:
+            for error in unreadable:
+                if isinstance(error, InputError):
+                    raise error
             if unreadable and not self.skip_bad:
                 raise InputError(f"{unreadable[0]} cannot be read as an image: --skip-bad-images goes on without it")
             if len(unreadable) > SKIPPED_AT_ONCE:
@@ -303,6 +319,13 @@ def _cifar(kind: type, root: Path, is_train: bool, transform: Callable) -> Datas
     return kind(root, train=is_train, transform=transform)  # torchvision checks the files' hashes before reading
 
 
+def sharded(root: str, is_train: bool, transform: Callable, cache: ShardCache | None) -> Dataset:
+    """WebDataset shards, in a folder or elsewhere."""
+    if not is_remote(root) and not Path(root).is_dir():
+        raise InputError(f"--data-path {root} is not a folder, an address (https://…) or a command (pipe:…)")
+    return ShardDataset(root, is_train, transform, cache)
+
+
 # name → (reader, number of classes or None to count them, native size in pixels or None where it varies)
 DATA_SETS = {
     "IMNET": (partial(image_folder, num_classes=1000), 1000, None),
@@ -317,13 +340,22 @@ DATA_SETS = {
     "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),
     "FMNIST": (fmnist, 10, 28),
     "DIGITS": (digits, 10, 8),
+    "WDS": (sharded, None, None),
 }
 
 
 def build_dataset(
-    name: str, path: str | None, is_train: bool, transform: Callable, inat_category: str = "name"
+    name: str,
+    path: str | None,
+    is_train: bool,
+    transform: Callable,
+    inat_category: str = "name",
+    shard_cache: ShardCache | None = None,
 ) -> tuple[Dataset, list[str]]:
     """The training or the test images of a data set, and the names of its classes in the order of their labels.
+
+    Args:
+        shard_cache: where shards from another machine are kept, if there are any.
 
     Raises:
         InputError: the path is missing or does not have the layout of the data set, a class is empty, or the classes
@@ -335,6 +367,9 @@ def build_dataset(
     if name != "DIGITS":
         if path is None:
             raise InputError(f"--data-set {name} needs --data-path, the folder that holds it")
+        if name == "WDS":
+            dataset = sharded(path, is_train, transform, shard_cache)
+            return dataset, dataset.classes
         if not Path(path).is_dir():
             raise InputError(f"--data-path {path} is not a folder")
     try:

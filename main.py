@@ -47,6 +47,7 @@ from losses import DistillationLoss
 from models import InputError
 from options import about, check_kind, options_in_effect, parse_options, recipe
 from samplers import ExactSampler, TrainSampler
+from shards import ShardCache
 from utils import NotFiniteError
 
 import torch
@@ -458,7 +459,9 @@ def wandb_of(args: argparse.Namespace) -> Callable[[dict, int], None]:
 
 def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
     """Training and test images in batches, and the names of the classes."""
-    sets = []
+    sets, cache = [], None
+    if args.shard_cache is not None:
+        cache = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
     for is_train in (True, False):
         transform = build_transform(
             args.data_set,
@@ -473,7 +476,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
             eval_crop_ratio=args.eval_crop_ratio,
         )
         transform = faster(transform) if is_train else transform
-        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category))
+        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category, cache))
     (train, classes), (test, test_classes) = sets
     if classes != test_classes:
         raise InputError(
@@ -488,10 +491,18 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
     pinned = args.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+    sampler = TrainSampler(
+        len(train),
+        args.batch_size,
+        repeats=3 if args.repeated_aug else 1,
+        seed=args.seed,
+        shard_sizes=getattr(train, "shard_sizes", None),
+        **process,
+    )
     train_loader = DataLoader(
         SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0),
         batch_size=args.batch_size,
-        sampler=TrainSampler(len(train), args.batch_size, 3 if args.repeated_aug else 1, args.seed, **process),
+        sampler=sampler,
         drop_last=True,
         persistent_workers=workers > 0,
         **common,
@@ -655,6 +666,7 @@ def train(run: Run) -> int:
             return stopped.status
         finally:
             run.progress.close()
+            run.train_loader.close()
             if run.log is not None:
                 run.log.close()
     return 0

@@ -10,6 +10,7 @@ import models
 from datasets import DATA_SETS, INAT_CATEGORIES
 from losses import DISTILLATION_TYPES
 from models import InputError
+from shards import COMMAND
 
 ON_NAN = ("stop", "skip", "rollback")
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
@@ -138,7 +139,13 @@ def option_parser() -> Parser:
 
     g = p.add_argument_group("data")
     g.add_argument("--data-set", default="IMNET", choices=sorted(DATA_SETS))
-    g.add_argument("--data-path", help="the folder that holds the data set; not needed for DIGITS")
+    g.add_argument(
+        "--data-path",
+        help="the folder that holds the data set; not needed for DIGITS. WDS also takes an address, or a command that "
+        "writes the file {} to its standard output: 'pipe:aws s3 cp s3://bucket/imagenet/{} -'",
+    )
+    g.add_argument("--shard-cache", metavar="DIR", help="WDS: keep shards from elsewhere here, on a disk of this host")
+    g.add_argument("--shard-cache-gb", type=positive, default=200, help="… at most so many GB; ImageNet has 150")
     g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
     g.add_argument("--input-size", type=at_least(1), help="pixels; default: the architecture's")
     g.add_argument("--batch-size", type=at_least(1), default=64, help="images per process and step")
@@ -241,7 +248,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
             parser.parse_args(from_file)
         except InputError as error:
             raise InputError(f"--config {args.config}: {error}") from None
-        args = parser.parse_args(from_file + argv)
+        given, args = args.data_path, parser.parse_args(from_file + argv)
+        if given is None and (args.data_path or "").startswith(COMMAND):  # what a file says is not executed
+            raise InputError(f"--config {args.config}: data_path is a command, which only the command line may give")
     return args
 
 
@@ -376,5 +385,6 @@ def options_in_effect(args: argparse.Namespace) -> dict:
 
 def recipe(args: argparse.Namespace) -> dict:
     """The options in effect without those that name places on this machine, for files that others will read."""
-    places = ("data_path", "output_dir", "load_gene", "finetune", "init_path", "src_path", "teacher_path")
+    places = {"data_path", "shard_cache", "shard_cache_gb", "output_dir"}
+    places |= {"load_gene", "finetune", "init_path", "src_path", "teacher_path"}
     return {name: value for name, value in options_in_effect(args).items() if name not in places}

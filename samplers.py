@@ -1,17 +1,41 @@
 """Which image is the k-th of an epoch, on which process, and with which random numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 Key = tuple[int, int]  # the image's index in the data set, the seed of its augmentation
+LANES = 64  # see `shuffled`
 
 
 def derived_seed(*numbers: int) -> int:
     """A 32-bit seed that is a function of ``numbers`` and nothing else."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def shuffled(shard_sizes: Sequence[int], seed: int, lanes: int = LANES) -> list[int]:
+    """The images of all shards in a random order that needs only ``lanes`` shards, or one more for each, at a time.
+
+    The shards are put in random order, as are the images of each; what results is cut into equal spans, the lanes, and
+    place p of the order is taken from lane p mod lanes. 64 lanes put images of 64 shards beside each other. As
+    processes take places in turn, each of 2, 4, …, 64 has lanes of its own, and few machines fetch the same shard.
+
+    Args:
+        shard_sizes: the number of images in each shard; of one shard, a data set in one piece, all are permuted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ends = np.cumsum(shard_sizes)
+    parts = [
+        (torch.randperm(size, generator=generator) + end - size).numpy()
+        for size, end in zip(shard_sizes, ends.tolist(), strict=True)
+    ]
+    images = np.concatenate([parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()])
+    rows = [len(lane) for lane in np.array_split(images, min(lanes, len(parts)))]  # the first ones may be longer by 1
+    begins = np.cumsum([0, *rows[:-1]])
+    places = np.arange(len(images))
+    return images[begins[places % len(rows)] + places // len(rows)].tolist()
 
 
 class TrainSampler(Sampler[Key]):
@@ -27,12 +51,21 @@ class TrainSampler(Sampler[Key]):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, repeats: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        repeats: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shard_sizes: Sequence[int] | None = None,
     ):
         """
         Args:
             batch_size: images of one process in a step; what is left for less than a whole step is not dealt out.
+            shard_sizes: how the images lie in shards, if they do.
         """
+        self.shard_sizes = [num_images] if shard_sizes is None else shard_sizes
         self.num_images, self.batch_size, self.repeats, self.seed = num_images, batch_size, repeats, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = 0, 0
@@ -45,9 +78,7 @@ class TrainSampler(Sampler[Key]):
         return (self.num_images - self.start) // (self.batch_size * self.world_size) * self.batch_size
 
     def __iter__(self) -> Iterator[Key]:
-        order = torch.randperm(
-            self.num_images, generator=torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        ).tolist()
+        order = shuffled(self.shard_sizes, derived_seed(self.seed, self.epoch))
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         images_per_step, end = self.batch_size * self.world_size, self.start + len(self) * self.world_size
         for first in range(self.start, end, images_per_step):
@@ -57,10 +88,13 @@ class TrainSampler(Sampler[Key]):
 
 
 class ExactSampler(Sampler[int]):
-    """Every image once over all processes, whatever their number; some processes get one image more."""
+    """Every image once over all processes, whatever their number; some processes get one image more.
+
+    Each has a span of its own, so that few of them need the same shard.
+    """
 
     def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
-        self.indices = range(rank, num_images, world_size)
+        self.indices = range(rank * num_images // world_size, (rank + 1) * num_images // world_size)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -90,7 +90,8 @@ def _download(address: str, timeout: float) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # other processes wait, and then find the file
             if not path.exists() or (expected and sha256(path) != expected):
-                _receive(url, path.with_name(name + ".part"), timeout)
+                print(f"downloading {url}", file=sys.stderr)
+                receive(url, path.with_name(name + ".part"), timeout)
                 if expected and (found := sha256(path.with_name(name + ".part"))) != expected:
                     path.with_name(name + ".part").unlink()
                     raise InputError(f"{url} has the SHA-256 {found}, expected {expected}: it is another file")
@@ -109,13 +110,20 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _receive(url: str, partial: Path, timeout: float) -> None:
-    """Download ``url`` to ``partial``. A connection that breaks is taken up where it broke, now or in a later run."""
-    print(f"downloading {url}", file=sys.stderr)
+def receive(url: str, partial: Path, timeout: float = 30.0, shown: bool = True) -> None:
+    """Download ``url`` to ``partial``. A connection that breaks is taken up where it broke, now or in a later run.
+
+    Args:
+        timeout: seconds without an answer after which the server is given up.
+        shown: whether a terminal shows how far it is.
+
+    Raises:
+        InputError: the server does not give the file, as a server's HTTPError or a broken connection says.
+    """
     had = -1
     while True:
         try:
-            return _receive_rest(url, partial, timeout)
+            return _receive_rest(url, partial, timeout, shown)
         except InputError:
             partial.unlink(missing_ok=True)
             _version_of(partial).unlink(missing_ok=True)
@@ -133,7 +141,7 @@ def _receive(url: str, partial: Path, timeout: float) -> None:
             had = kept
 
 
-def _receive_rest(url: str, partial: Path, timeout: float) -> None:
+def _receive_rest(url: str, partial: Path, timeout: float, shown: bool) -> None:
     """Append to ``partial`` what it lacks of ``url``.
 
     Raises:
@@ -150,7 +158,7 @@ def _receive_rest(url: str, partial: Path, timeout: float) -> None:
         range_begins = str(response.headers["Content-Range"]).startswith(f"bytes {begin}-")
         if begin and not (range_begins and mark in (None, version.read_text())):  # the rest of something else
             partial.unlink()
-            return _receive_rest(url, partial, timeout)
+            return _receive_rest(url, partial, timeout, shown)
         if response.headers.get_content_type() == "text/html":
             raise InputError(f"{url} is a web page: expected the address of the file itself")
         total = begin + int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
@@ -158,7 +166,7 @@ def _receive_rest(url: str, partial: Path, timeout: float) -> None:
             version.unlink(missing_ok=True)
             if mark:
                 version.write_text(mark)
-        bar = dict(unit="B", unit_scale=True, leave=False, disable=None)  # None: only on a terminal
+        bar = dict(unit="B", unit_scale=True, leave=False, disable=None if shown else True)  # None: only on a terminal
         with open(partial, "ab" if begin else "wb") as file, tqdm(total=total, initial=begin, **bar) as progress:
             while block := response.read(2**16):
                 if file.tell() == 0 and block.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
@@ -166,7 +174,7 @@ def _receive_rest(url: str, partial: Path, timeout: float) -> None:
                 file.write(block)
                 progress.update(len(block))
             if file.tell() == 0:
-                raise InputError(f"{url} is empty: expected a file of weights")
+                raise InputError(f"{url} is empty: expected the address of the file itself")
             if total is not None and file.tell() < total:
                 raise ConnectionError(f"the connection broke after {file.tell():,} of {total:,} bytes")
     version.unlink(missing_ok=True)
