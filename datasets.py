@@ -1,6 +1,7 @@
 """The data sets, checked before training, and their transforms."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -121,6 +122,12 @@ def name_of_image(dataset: Dataset, index: int) -> str:
             entry = getattr(dataset, attribute)[index]
             return str(entry[0] if isinstance(entry, tuple) else entry)
     return f"image {index}"
+
+
+def names_digest(dataset: Dataset) -> str:
+    """A fingerprint of the names of all images, in their order, without the folders of this machine."""
+    names = ("/".join(name_of_image(dataset, index).split("/")[-2:]) for index in range(len(dataset)))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
