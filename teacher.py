@@ -236,11 +236,11 @@ def identity_of(
     """
     return {
         **{"--" + name.replace("_", "-"): getattr(args, name) for name in OPTIONS},
+        "precision": str(dtype).removeprefix("torch."),
         "number of processes": processes,
         "number of training images": len(dataset),
         "fingerprint of their names": names_digest(dataset),
         "fingerprint of the teacher's weights": teacher.digest(),
-        "precision": str(dtype).removeprefix("torch."),
     }
 
 
@@ -263,8 +263,8 @@ def claim(folder: Path, identity: dict[str, object]) -> None:
     if not isinstance(found, dict):
         raise InputError(f"{path} describes no teacher cache: another --teacher-cache is needed")
     for name in [*identity, *found]:
-        theirs, ours = (str(it.get(name, "nothing"))[:50] for it in (found, identity))
         if found.get(name) != identity.get(name):
+            theirs, ours = (json.dumps(it.get(name))[:50] for it in (found, identity))
             raise InputError(f"--teacher-cache {folder} was made with {name} {theirs}, this run has {ours}")
 
 
