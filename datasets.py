@@ -1,6 +1,7 @@
 """The data sets, checked before training, and their transforms."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -119,6 +120,15 @@ def name_of_image(dataset: Dataset, index: int) -> str:
     if isinstance(dataset, ShardDataset):
         return dataset.name_of(index)
     return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
+
+
+def names_digest(dataset: Dataset) -> str:
+    """A fingerprint of the names of all images, in their order, without the folders of this machine."""
+    if isinstance(dataset, ShardDataset):  # which would have to be fetched for the names in it
+        names = (shard.sha256 for shard in dataset.shards)
+    else:
+        names = ("/".join(name_of_image(dataset, index).split("/")[-2:]) for index in range(len(dataset)))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str | InputError]]:

@@ -44,6 +44,29 @@ class Position:
         return {"steps": self.steps, "images": self.images, "loss": loss, "counted": counted}
 
 
+class Stopwatch:
+    """Seconds that a device is busy with what is done inside ``with``, if they are read when it is done with it."""
+
+    def __init__(self, device: torch.device):
+        self.on_device, self.spans = device.type == "cuda", []
+
+    def __enter__(self) -> None:
+        self.spans.append([self._now()])
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.spans[-1].append(self._now())
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        return sum(start.elapsed_time(end) / 1000 if self.on_device else end - start for start, end in self.spans)
+
+
 class Watch:
     """What there is to see of an epoch: losses, kept on the device, and where the time goes.
 
@@ -57,10 +80,12 @@ class Watch:
         self.last_loss = torch.full((), math.nan, device=device)
         self.bad_step = torch.full((), math.inf, device=device)
         self.skipped_in_a_row = 0
+        self.device = device
         self.begin()
 
     def begin(self) -> None:
         self.start, self.waited, self.images, self.steps, self.skipped = time.perf_counter(), 0.0, 0, 0, 0
+        self.teaching = Stopwatch(self.device)
 
     def timed(self, loader: Iterable) -> Iterator:
         """The batches of ``loader``, with the time that they are waited for."""
@@ -73,6 +98,11 @@ class Watch:
                 return
             self.images += len(batch[0])
             yield batch
+
+    def taught(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What ``teacher`` says of ``images``, with the time that takes."""
+        with self.teaching:
+            return teacher(images)
 
     def add(self, loss: Tensor, images: int, step: int) -> None:
         """The mean ``loss`` over ``images``."""
@@ -107,6 +137,7 @@ class Watch:
             "gradient norm": norm,
             "images/s": self.images * utils.world_size() / seconds,
             "waiting for data": self.waited / seconds,
+            **({"teacher": self.teaching.seconds() / seconds} if self.teaching.spans else {}),
             **({"steps left out": self.skipped} if self.skip_nan else {}),
         }
         self.begin()
@@ -135,7 +166,7 @@ def not_finite(finding: str, optimizer: Optimizer) -> NotFiniteError:
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor, Tensor], Tensor],
+    criterion: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     loader: Iterable,
     optimizer: Optimizer,
     device: torch.device,
@@ -143,6 +174,7 @@ def train_one_epoch(
     *,
     scaler: torch.amp.GradScaler,
     autocast: AbstractContextManager,
+    teacher: Callable[[Tensor], Tensor] | None = None,
     mixup: Mixup | None = None,
     clip_grad: float | None = None,
     accum_iter: int = 1,
@@ -158,8 +190,9 @@ def train_one_epoch(
     """Train on every batch of ``loader`` once.
 
     Args:
-        criterion: (images, logits, targets) → loss, the mean over the batch.
+        criterion: (logits, targets, the teacher's logits) → loss, the mean over the batch.
         loader: the batches of the epoch, or what is left of them after ``position``.
+        teacher: images → logits; asked once for each batch, in their order, before the model.
         accum_iter: batches whose mean gradient makes one optimiser step; the last group of an epoch may be smaller.
         ema_source: the module, without wrappers, that ``ema`` averages.
         seed: the random numbers of a step (mixup, dropout, drop-path) follow from it, the epoch, the step and the
@@ -170,7 +203,7 @@ def train_one_epoch(
         position: where to begin; it moves with every optimiser step.
         after_step: called after every optimiser step.
         report: called at every look with loss, learning rate, norm of the gradient, images per second of all
-            processes, and the share of time spent waiting for images.
+            processes, and the shares of time spent waiting for images and with the teacher.
 
     Returns:
         ``loss``, the mean over the whole epoch and all processes, and ``lr`` of the first parameter group.
@@ -182,18 +215,15 @@ def train_one_epoch(
     position = Position() if position is None else position
     watch = Watch(position, device, optimizer, epoch, skip_nan)
     first, num_batches, images_of_group = position.steps, len(loader), 0
-    for place, (images, targets) in enumerate(watch.timed(loader)):
-        random_seed(derived_seed(seed, epoch, first + place, utils.rank()))
+    for place, (images, targets) in enumerate(mixed(watch.timed(loader), device, mixup, seed, epoch, first)):
         images_of_group += len(images) * utils.world_size()
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
         group = min(accum_iter, num_batches - place // accum_iter * accum_iter)
         last_of_group = place % accum_iter == group - 1
         synchronised = nullcontext() if last_of_group or not hasattr(model, "no_sync") else model.no_sync()
         with synchronised:
             with autocast:
-                loss = criterion(images, model(images), targets)
+                taught = None if teacher is None else watch.taught(teacher, images)
+                loss = criterion(model(images), targets, taught)
             scaler.scale(loss / group).backward()
         watch.add(loss.detach(), len(images), first + place)
         if not last_of_group:
@@ -212,6 +242,16 @@ def train_one_epoch(
     if not counted:
         raise watch.error("no loss was finite", position.steps)
     return {"loss": loss / counted, "lr": optimizer.param_groups[0]["lr"]}
+
+
+def mixed(
+    batches: Iterable, device: torch.device, mixup: Mixup | None, seed: int, epoch: int, first: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches on the device, mixed up; with each of them the random numbers of its step begin, from ``first`` on."""
+    for step, (images, targets) in enumerate(batches, first):
+        random_seed(derived_seed(seed, epoch, step, utils.rank()))
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        yield (images, targets) if mixup is None else mixup(images, targets)
 
 
 def optimizer_step(

@@ -1,6 +1,5 @@
 """The loss of stage 1: a base criterion, and distillation from a teacher."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,19 +13,16 @@ class DistillationLoss(nn.Module):
     of logits, times τ². ``hard``: cross-entropy with the teacher's decision. ``none``: the base criterion alone.
     """
 
-    def __init__(self, base_criterion: nn.Module, teacher: nn.Module | None, kind: str, alpha: float, tau: float):
+    def __init__(self, base_criterion: nn.Module, kind: str, alpha: float, tau: float):
         super().__init__()
         if kind not in DISTILLATION_TYPES:
             raise ValueError(f"unknown distillation {kind!r}: expected {', '.join(DISTILLATION_TYPES)}")
-        self.base_criterion, self.teacher = base_criterion, teacher
-        self.kind, self.alpha, self.tau = kind, alpha, tau
+        self.base_criterion, self.kind, self.alpha, self.tau = base_criterion, kind, alpha, tau
 
-    def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of ``logits`` (batch, classes) for augmented ``images``, which the teacher sees too."""
+    def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` (batch, classes), where the teacher has ``teacher_logits`` for the same images."""
         if self.kind == "none":
             return self.base_criterion(logits, targets)
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
         if self.kind == "soft":
             distillation = F.kl_div(
                 F.log_softmax(logits / self.tau, dim=1),

@@ -48,6 +48,7 @@ from models import InputError
 from options import about, check_kind, options_in_effect, parse_options, recipe
 from samplers import ExactSampler, TrainSampler
 from shards import ShardCache
+from teacher import Teacher, TeacherCache, claim, identity_of
 from utils import NotFiniteError
 
 import torch
@@ -61,7 +62,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 DOWNLOADING, SETTING_UP = timedelta(days=1), timedelta(hours=1)  # that one process may take longer than another
@@ -89,15 +90,21 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def amp_dtype_of(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The precision of the forward pass."""
+    if args.amp_dtype != "auto":
+        return getattr(torch, args.amp_dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
 def autocast_of(args: argparse.Namespace, device: torch.device) -> tuple[AbstractContextManager, bool]:
     """The precision of the forward pass as a context, and whether it needs its gradients scaled (float16)."""
-    dtype = args.amp_dtype
-    if dtype == "auto":
-        on_device = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float16"
-        dtype = on_device if device.type == "cuda" else "float32"
-    if dtype == "float32":
+    dtype = amp_dtype_of(args, device)
+    if dtype == torch.float32:
         return nullcontext(), False
-    return torch.autocast(device.type, dtype=getattr(torch, dtype)), dtype == "float16"
+    return torch.autocast(device.type, dtype=dtype), dtype == torch.float16
 
 
 def input_size_of(args: argparse.Namespace, name: str) -> int:
@@ -323,6 +330,30 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
     return teacher.requires_grad_(False).to(device).eval()
 
 
+def build_teaching(
+    args: argparse.Namespace, dataset: Dataset, num_classes: int, device: torch.device
+) -> Teacher | TeacherCache | None:
+    """The teacher as the engine asks it, perhaps through a cache, or None without distillation.
+
+    Args:
+        dataset: the images to train.
+    """
+    model = None if args.eval else build_teacher(args, num_classes, device)
+    if model is None:
+        return None
+    dtype = amp_dtype_of(args, device)
+    teacher = Teacher(torch.compile(model) if args.compile else model, dtype)
+    if args.teacher_cache is None:
+        return teacher
+    top, processes = args.teacher_cache_top, utils.world_size()
+    if top is not None and top >= num_classes:
+        raise InputError(f"--teacher-cache-top {top}: the data have {num_classes} classes; without it all are kept")
+    identity, folder = identity_of(args, dataset, teacher, dtype, processes), Path(args.teacher_cache)
+    if utils.is_main():
+        claim(folder, identity)
+    return TeacherCache(teacher, folder, identity, num_classes, args.batch_size * processes, top, utils.rank(), device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,6 +374,7 @@ class Run:
     model: nn.Module
     ema: ModelEmaV3 | None
     mixup: Mixup | None
+    teacher: Teacher | TeacherCache | None
     criterion: DistillationLoss
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
@@ -396,8 +428,7 @@ def set_up(args: argparse.Namespace) -> Run:
         except (AssertionError, AttributeError) as error:
             raise InputError(f"--grad-checkpointing: {args.model} cannot recompute its activations") from error
     mixup, base_criterion = build_mixup(args, num_classes)
-    teacher = None if args.eval else build_teacher(args, num_classes, device)
-    alpha, tau = args.distillation_alpha, args.distillation_tau
+    distillation = args.distillation_type, args.distillation_alpha, args.distillation_tau
     optimizer, scheduler = build_optimizer(args, model)
     run = Run(
         args=args,
@@ -411,7 +442,8 @@ def set_up(args: argparse.Namespace) -> Run:
         model=model,
         ema=build_ema(args, model),
         mixup=mixup,
-        criterion=DistillationLoss(base_criterion, teacher, args.distillation_type, alpha, tau),
+        teacher=build_teaching(args, train_loader.dataset.dataset, num_classes, device),
+        criterion=DistillationLoss(base_criterion, *distillation),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=half),
@@ -669,6 +701,8 @@ def train(run: Run) -> int:
             run.train_loader.close()
             if run.log is not None:
                 run.log.close()
+            if isinstance(run.teacher, TeacherCache):
+                run.teacher.flush()
     return 0
 
 
@@ -699,6 +733,8 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
     while run.epoch < args.epochs:
         run.scheduler.step(run.epoch)
         run.train_loader.sampler.set_position(run.epoch, run.position.images)
+        if isinstance(run.teacher, TeacherCache):
+            run.teacher.set_position(run.epoch, run.position.images)
         try:
             trained = train_one_epoch(
                 model,
@@ -709,6 +745,7 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
                 run.epoch,
                 scaler=run.scaler,
                 autocast=run.autocast,
+                teacher=run.teacher,
                 mixup=run.mixup,
                 clip_grad=args.clip_grad,
                 accum_iter=args.accum_iter,

@@ -207,6 +207,8 @@ def option_parser() -> Parser:
     g.add_argument("--distillation-type", default="none", choices=DISTILLATION_TYPES)
     g.add_argument("--distillation-alpha", type=float, default=0.5)
     g.add_argument("--distillation-tau", type=float, default=1.0)
+    g.add_argument("--teacher-cache", metavar="DIR", help="keep the teacher's outputs for other runs, and use them")
+    g.add_argument("--teacher-cache-top", type=at_least(1), metavar="K", help="… of K classes; default: all, exactly")
 
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", help="where everything is written; default: nothing is")
@@ -326,6 +328,10 @@ def check_kind(args: argparse.Namespace) -> str:
         for option in options:
             if other != kind and getattr(args, option) != defaults[option]:
                 raise InputError(f"--{option} {reason}")
+    if args.teacher_cache and args.distillation_type == "none":
+        raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
+    if args.teacher_cache_top and not args.teacher_cache:
+        raise InputError("--teacher-cache is missing: --teacher-cache-top says how much of the outputs is kept in it")
     return kind
 
 
@@ -385,6 +391,6 @@ def options_in_effect(args: argparse.Namespace) -> dict:
 
 def recipe(args: argparse.Namespace) -> dict:
     """The options in effect without those that name places on this machine, for files that others will read."""
-    places = {"data_path", "shard_cache", "shard_cache_gb", "output_dir"}
+    places = {"data_path", "shard_cache", "shard_cache_gb", "output_dir", "teacher_cache"}
     places |= {"load_gene", "finetune", "init_path", "src_path", "teacher_path"}
     return {name: value for name, value in options_in_effect(args).items() if name not in places}

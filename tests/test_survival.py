@@ -382,7 +382,7 @@ def poisoned_epoch(bad: Iterable[int], count: int = 8, half: bool = False, **kwa
     torch.manual_seed(0)
     model, seen = models.create_model(TINY, num_classes=4), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), "none", 0.5, 1.0)
     result = engine.train_one_epoch(
         model, criterion, batches, optimizer, torch.device("cpu"), 3,
         scaler=torch.amp.GradScaler("cpu", enabled=half), autocast=nullcontext(), log_interval=4,
