@@ -64,7 +64,7 @@ def own_epoch(t: Training, batches: list[tuple[Tensor, Tensor]]) -> None:
     loss = SoftTargetCrossEntropy()
     train_one_epoch(
         t.model,
-        lambda images, logits, targets: loss(logits, targets),
+        lambda logits, targets, taught: loss(logits, targets),
         batches,
         t.optimizer,
         t.device,
