@@ -26,8 +26,11 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from urllib.parse import urlsplit
 
+import cache
 import models
 import utils
+from batch_augment import BatchAugment
+from cache import AugmentedBatches, CachedBatches
 from datasets import (
     DATA_SETS,
     SKIPPED_AT_ONCE,
@@ -59,7 +62,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 DOWNLOADING, SETTING_UP = timedelta(days=1), timedelta(hours=1)  # that one process may take longer than another
@@ -455,9 +458,11 @@ def wandb_of(args: argparse.Namespace) -> Callable[[dict, int], None]:
     return lambda numbers, place: run.log(dict(numbers), step=place)
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
-    """Training and test images in batches, and the names of the classes."""
-    sets = []
+def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
+    """Training and test images, the names of the classes, and with --cache-data what augments the former."""
+    if args.cache_data:
+        cache.check_small(args.data_set, args.input_size)
+    sets, augment = [], None
     for is_train in (True, False):
         transform = build_transform(
             args.data_set,
@@ -471,12 +476,21 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
             recount=args.recount,
             eval_crop_ratio=args.eval_crop_ratio,
         )
+        if args.cache_data:
+            augment = BatchAugment(transform) if is_train else augment
+            transform = cache.resized(transform)
         sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category))
     (train, classes), (test, test_classes) = sets
     if classes != test_classes:
         raise InputError(
             f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
+    return train, test, classes, augment
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
+    """Training and test images in batches, and the names of the classes."""
+    train, test, classes, augment = build_sets(args)
     if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
         raise InputError(
             f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
@@ -486,17 +500,24 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
     pinned = args.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+    sampler = TrainSampler(len(train), args.batch_size, 3 if args.repeated_aug else 1, args.seed, **process)
+    sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
+    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
+    if args.cache_data:
+        keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
+        cache.check_memory(len(keys) + len(test), args.input_size, device)
+        read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
+        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
+        return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
     train_loader = DataLoader(
-        SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0),
-        batch_size=args.batch_size,
-        sampler=TrainSampler(len(train), args.batch_size, 3 if args.repeated_aug else 1, args.seed, **process),
+        train,
+        batch_size=sizes["train"],
+        sampler=sampler,
         drop_last=True,
         persistent_workers=workers > 0,
         **common,
     )
-    test_loader = DataLoader(
-        ReadDataset(test), batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
-    )
+    test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
     return Batches(train_loader, args.skip_bad_images), Batches(test_loader, args.skip_bad_images), classes
 
 

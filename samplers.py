@@ -14,6 +14,17 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def split_mix(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The numbers at ``places`` of SplitMix64's sequences from ``seeds``, which are broadcast together; all in uint64.
+
+    Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    numbers = seeds + np.uint64(0x9E3779B97F4A7C15) * (places + np.uint64(1))  # 2⁶⁴ divided by the golden ratio
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
 class TrainSampler(Sampler[Key]):
     """An epoch of random order, dealt out to the processes step by step.
 
@@ -44,16 +55,27 @@ class TrainSampler(Sampler[Key]):
     def __len__(self) -> int:
         return (self.num_images - self.start) // (self.batch_size * self.world_size) * self.batch_size
 
-    def __iter__(self) -> Iterator[Key]:
+    def steps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The images of this process in every step, and their places in the epoch."""
         order = torch.randperm(
             self.num_images, generator=torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        ).tolist()
+        ).numpy()
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         images_per_step, end = self.batch_size * self.world_size, self.start + len(self) * self.world_size
         for first in range(self.start, end, images_per_step):
-            step = range(first, first + images_per_step)
-            for place in sorted(step, key=lambda place: place // self.repeats % self.world_size)[own]:
-                yield order[place // self.repeats], derived_seed(self.seed, self.epoch, place)
+            step = np.arange(first, first + images_per_step)
+            places = step[np.argsort(step // self.repeats % self.world_size, kind="stable")][own]
+            yield order[places // self.repeats], places
+
+    def seeds(self, places: np.ndarray) -> np.ndarray:
+        """64-bit seeds of many samples of the epoch at once, a hundred times as fast as those of the keys."""
+        epoch = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        return split_mix(epoch, places.astype(np.uint64))
+
+    def __iter__(self) -> Iterator[Key]:
+        for images, places in self.steps():
+            for image, place in zip(images.tolist(), places.tolist(), strict=True):
+                yield image, derived_seed(self.seed, self.epoch, place)
 
 
 class ExactSampler(Sampler[int]):
