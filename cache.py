@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -126,6 +127,18 @@ class AugmentedBatches:
         while group := [*islice(steps, at_once)]:
             indices, places = map(np.concatenate, zip(*group, strict=True))
             some = sent(indices, images)
-            augmented = self.augment(images.index_select(0, some), self.sampler.seeds(places))
+            with one_thread():
+                augmented = self.augment(images.index_select(0, some), self.sampler.seeds(places))
             some_labels = labels.index_select(0, some)
             yield from zip(augmented.split(self.batch_size), some_labels.split(self.batch_size), strict=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The operations are so short that several threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
