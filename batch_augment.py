@@ -102,16 +102,22 @@ def whole(levels: Tensor) -> Tensor:
     return levels.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
+def every_bit(mask: Tensor) -> Tensor:
+    """A mask of packed pixels, in int32; torch.where would take longer than all the rest."""
+    return mask.int().neg_()
+
+
 def each(values: Tensor) -> Tensor:
     """One number per image, to be used with (count, height, width, 4)."""
     return values.view(-1, 1, 1, 1)
 
 
+MEAN_AND_STD = np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], dtype=np.float32)
+
+
 def normalised(x: Tensor) -> Tensor:
     """(count, height, width, 4) in uint8 → (count, 3, height, width): ToTensor and Normalize, bit for bit."""
-    mean, std = (
-        torch.tensor(values, device=x.device).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = (sent(values, x).view(3, 1, 1) for values in MEAN_AND_STD)
     images = x[..., :3].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255).sub_(mean).div_(std)
 
@@ -122,10 +128,11 @@ def shift_and_flip(x: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tens
     rows = torch.arange(height, device=x.device) + down[:, None]
     columns = torch.arange(width, device=x.device).expand(count, width)
     columns = torch.where(flip[:, None], width - 1 - columns, columns) + right[:, None]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    moved = packed(x).flatten(1).gather(1, index.flatten(1)).view_as(inside)
-    return unpacked(moved.mul_(inside))
+    moved = packed(x).flatten(1).gather(1, index.flatten(1)).view_as(index)
+    moved &= every_bit((rows >= 0) & (rows < height))[:, :, None]
+    moved &= every_bit((columns >= 0) & (columns < width))[:, None, :]
+    return unpacked(moved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def auto_contrast(x: Tensor, _: Tensor) -> Tensor:
     levels = planes(x)
     low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()
     # in float64, as Pillow's, since many results lie at whole numbers; 255 / tensor would multiply with the inverse
-    scale = low.new_tensor(255) / (high - low)
+    scale = torch.full_like(low, 255) / (high - low)
     scale, offset = torch.where(high > low, scale, 1), torch.where(high > low, -low * scale, 0)
     return joined(levels.double().mul_(scale).add_(offset).clamp_(0, 255), x)
 
@@ -232,7 +239,7 @@ class Warp(NamedTuple):
 
     def finish(self, pixels: Tensor, inside: Tensor) -> Tensor:
         """``pixels``, and the colour outside."""
-        inside = inside.int().neg_()  # every bit; torch.where takes as long as all the rest
+        inside = every_bit(inside)
         return unpacked(packed(pixels) & inside | self.fill & ~inside)
 
 
@@ -480,8 +487,18 @@ def draw_erasing(erasing: RandomErasing, draws: Draws, height: int, width: int) 
     return erased
 
 
-def fill_rectangles(erasing, which, top, left, h, w, bits, height, width) -> Erased:
-    """Every pixel of the rectangles of images ``which``."""
+def fill_rectangles(
+    erasing: RandomErasing,
+    which: np.ndarray,
+    top: np.ndarray,
+    left: np.ndarray,
+    h: np.ndarray,
+    w: np.ndarray,
+    bits: np.ndarray,
+    height: int,
+    width: int,
+) -> Erased:
+    """Every pixel of one rectangle in each of the images ``which``, among all that have places, sizes and bits."""
     sizes = (h * w)[which]
     image = which.repeat(sizes)
     place = np.arange(len(image)) - (sizes.cumsum() - sizes).repeat(sizes)  # within its rectangle
