@@ -26,8 +26,11 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from urllib.parse import urlsplit
 
+import cache
 import models
 import utils
+from batch_augment import BatchAugment
+from cache import AugmentedBatches, CachedBatches
 from datasets import (
     DATA_SETS,
     SKIPPED_AT_ONCE,
@@ -489,11 +492,13 @@ def wandb_of(args: argparse.Namespace) -> Callable[[dict, int], None]:
     return lambda numbers, place: run.log(dict(numbers), step=place)
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
-    """Training and test images in batches, and the names of the classes."""
-    sets, cache = [], None
+def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
+    """Training and test images, the names of the classes, and with --cache-data what augments the former."""
+    if args.cache_data:
+        cache.check_small(args.data_set, args.input_size)
+    sets, augment, shards = [], None, None
     if args.shard_cache is not None:
-        cache = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
+        shards = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
     for is_train in (True, False):
         transform = build_transform(
             args.data_set,
@@ -507,13 +512,23 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
             recount=args.recount,
             eval_crop_ratio=args.eval_crop_ratio,
         )
-        transform = faster(transform) if is_train else transform
-        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category, cache))
+        if args.cache_data:
+            augment = BatchAugment(transform) if is_train else augment
+            transform = cache.resized(transform)
+        elif is_train:
+            transform = faster(transform)
+        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category, shards))
     (train, classes), (test, test_classes) = sets
     if classes != test_classes:
         raise InputError(
             f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
+    return train, test, classes, augment
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
+    """Training and test images in batches, and the names of the classes."""
+    train, test, classes, augment = build_sets(args)
     if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
         raise InputError(
             f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
@@ -531,17 +546,23 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
         shard_sizes=getattr(train, "shard_sizes", None),
         **process,
     )
+    sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
+    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
+    if args.cache_data:
+        keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
+        cache.check_memory(len(keys) + len(test), args.input_size, device)
+        read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
+        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
+        return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
     train_loader = DataLoader(
-        SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0),
-        batch_size=args.batch_size,
+        train,
+        batch_size=sizes["train"],
         sampler=sampler,
         drop_last=True,
         persistent_workers=workers > 0,
         **common,
     )
-    test_loader = DataLoader(
-        ReadDataset(test), batch_size=int(1.5 * args.batch_size), sampler=ExactSampler(len(test), **process), **common
-    )
+    test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
     return *(Batches(loader, args.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
 
 

@@ -151,6 +151,13 @@ def option_parser() -> Parser:
     g.add_argument("--batch-size", type=at_least(1), default=64, help="images per process and step")
     g.add_argument("--accum-iter", type=at_least(1), default=1, help="batches per optimiser step")
     g.add_argument("--num-workers", type=at_least(0), default=10)
+    g.add_argument(
+        "--cache-data",
+        action=flag,
+        default=False,
+        help="hold small images in the device's memory and augment them there in batches: the same recipe, "
+        "other random numbers",
+    )
     g.add_argument("--pin-mem", action=flag, default=True)
     g.add_argument("--dist-eval", action="store_true", help="for DeiT's commands: evaluation is always distributed")
     g.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
