@@ -31,19 +31,9 @@ SAME_IMAGE = 0.02  # by how much the mean of an image may differ, of which anoth
 CAST_BY_AUTOCAST = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 # the options that the teacher's outputs are a function of; mixup's smoothing, say, changes the targets alone
-OPTIONS = (
-    "data_set",
-    "cache_data",
-    "seed",
-    "input_size",
-    "batch_size",
-    "repeated_aug",
-    "color_jitter",
-    "aa",
-    "train_interpolation",
-)
-OPTIONS += ("reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob")
-OPTIONS += ("mixup_mode", "teacher_model", "teacher_cache_top")
+OPTIONS = ("data_set", "cache_data", "seed", "input_size", "batch_size", "repeated_aug", "color_jitter", "aa")
+OPTIONS += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
+OPTIONS += ("mixup_switch_prob", "mixup_mode", "teacher_model", "teacher_cache_top")
 
 
 class Teacher:
