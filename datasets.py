@@ -29,8 +29,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms
 
-INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
 
 class ArrayDataset(Dataset):
     """Grey images held in memory, (count, height, width) in 0…255, as three-channel pictures."""

@@ -1,9 +1,9 @@
 """The loss of stage 1: a base criterion, and distillation from a teacher."""
 
+from options import DISTILLATION_TYPES
+
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-DISTILLATION_TYPES = ("none", "soft", "hard")
 
 
 class DistillationLoss(nn.Module):

@@ -1,17 +1,20 @@
-"""The options of main.py: command line, YAML files, and which of them belong together."""
+"""The options of main.py: what each takes, and what it is for.
+
+Nothing here takes long to import, so that --help answers at once; the words that options choose from stand here for
+that reason, and a test compares them with what the rest of the program knows.
+"""
 
 import argparse
-import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
-import models
-from datasets import DATA_SETS, INAT_CATEGORIES
-from losses import DISTILLATION_TYPES
-from models import InputError
-from shards import COMMAND
-
+DATA_SETS = ("CARS", "CIFAR10", "CIFAR100", "DIGITS", "FLOWERS", "FMNIST", "FOLDER", "FOOD101", "IMNET", "INAT19")
+DATA_SETS += ("MINIIMNET", "TINYIMNET", "WDS")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
+PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
+RIVALS = ("weight_selection", "stacking", "interpolation")
+DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
+WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
+DISTILLATION_TYPES = ("none", "soft", "hard")
 ON_NAN = ("stop", "skip", "rollback")
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
 
@@ -20,24 +23,6 @@ stage 1, TLEG    main.py --model aux_deit_small_patch16_224 …
 stage 2          main.py --des-arch deit_base_patch16_224_L12 --load-gene learngene.safetensors …
 anything else    main.py --model resnet18 …           a teacher, or a baseline from scratch
 """
-
-REPOSITORY = Path(__file__).resolve().parent
-
-
-@contextmanager
-def about(options: str) -> Iterator[None]:
-    """Errors inside say which options they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{options}: {error}") from error
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, through the same door as every other error of the user's."""
-
-    def error(self, message: str):
-        raise InputError(message[:500])  # it repeats what was given, which a file can make as long as it likes
 
 
 def whole_numbers(text: str) -> list[int] | None:
@@ -51,8 +36,8 @@ def whole_numbers(text: str) -> list[int] | None:
 def parts(text: str) -> list[str]:
     """'attn,mlp': parts of a ViT."""
     names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in models.PARTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part: expected some of {','.join(models.PARTS)}")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part: expected some of {','.join(PARTS)}")
     return names
 
 
@@ -98,9 +83,9 @@ def text_or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
 
-def option_parser() -> Parser:
+def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """DeiT's options and this program's. Written with '-'; '_' is understood too."""
-    p = Parser("main.py", description=RUNS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = kind("main.py", description=RUNS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("what to run")
@@ -113,10 +98,10 @@ def option_parser() -> Parser:
     g.add_argument("--gene-ema", action=flag, default=False, help="take model_ema of the learngene's checkpoint")
     g.add_argument("--mapping-layer", type=whole_numbers, help="LeTs stage 2: Aux layer of each layer, '0,1,4,…'")
     g.add_argument("--mapping-layer-coeff", type=whole_numbers, help="LeTs stage 2: Aux layer whose coefficients")
-    g.add_argument("--width-select", default="continuous", choices=models.WIDTH_SELECTIONS)
+    g.add_argument("--width-select", default="continuous", choices=WIDTH_SELECTIONS)
     g.add_argument("--depth-select", default="default", help="LeTs stage 2: default, even, first, last, or pairs:0,2,…")
-    g.add_argument("--skip-init", type=parts, default=[], help=f"stage 2: leave at random {','.join(models.PARTS)}")
-    g.add_argument("--init", choices=models.RIVALS, help="start from a trained ViT of other sizes, without learngene")
+    g.add_argument("--skip-init", type=parts, default=[], help=f"stage 2: leave at random {','.join(PARTS)}")
+    g.add_argument("--init", choices=RIVALS, help="start from a trained ViT of other sizes, without learngene")
     g.add_argument("--init-path", help="the trained ViT of --init: checkpoint or address")
     g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
     g.add_argument("--group-size", type=at_least(1), default=2, help="LeTs stage 1: learngene layers in a mixture")
@@ -128,7 +113,7 @@ def option_parser() -> Parser:
         nargs=2,
         metavar=("D", "W"),
         default=["stackbert_noisy", "rand"],
-        help=f"D: {', '.join(models.DEPTH_SCHEMES)}; W: {', '.join(models.WIDTH_SCHEMES)}",
+        help=f"D: {', '.join(DEPTH_SCHEMES)}; W: {', '.join(WIDTH_SCHEMES)}",
     )
     g.add_argument("--trans-init-noise", nargs=2, type=float, metavar=("D", "W"), default=[0.03, 0.03])
     g.add_argument("--finetune", help="start from the weights of a checkpoint; another head stays fresh")
@@ -138,7 +123,7 @@ def option_parser() -> Parser:
     g.add_argument("--epochs", type=at_least(0), default=300, help="0: initialise, evaluate, write the model")
 
     g = p.add_argument_group("data")
-    g.add_argument("--data-set", default="IMNET", choices=sorted(DATA_SETS))
+    g.add_argument("--data-set", default="IMNET", choices=DATA_SETS)
     g.add_argument(
         "--data-path",
         help="the folder that holds the data set; not needed for DIGITS. WDS also takes an address, or a command that "
@@ -238,166 +223,3 @@ def option_parser() -> Parser:
     g.add_argument("--seed", type=at_least(0, 2**32 - 1), default=0)
     g.add_argument("--log-interval", type=at_least(1), default=50, help="steps between two looks at the loss")
     return p  # fmt: skip
-
-
-def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line over YAML over defaults.
-
-    Raises:
-        InputError: an option or a key that does not exist, or a value of the wrong kind.
-    """
-    parser = option_parser()
-    argv = [with_dashes(argument) for argument in argv]
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"unknown option {unknown[0]}{models.nearest(unknown[0], parser._option_string_actions)}")
-    if args.config:
-        from_file = config_arguments(parser, args.config)
-        try:
-            parser.parse_args(from_file)
-        except InputError as error:
-            raise InputError(f"--config {args.config}: {error}") from None
-        given, args = args.data_path, parser.parse_args(from_file + argv)
-        if given is None and (args.data_path or "").startswith(COMMAND):  # what a file says is not executed
-            raise InputError(f"--config {args.config}: data_path is a command, which only the command line may give")
-    return args
-
-
-def with_dashes(argument: str) -> str:
-    """``--output_dir=a_b`` as ``--output-dir=a_b``."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
-
-
-def config_arguments(parser: Parser, path: str) -> list[str]:
-    """A YAML file as the command line that says the same.
-
-    ``/configs/x.yaml`` that does not exist is looked up in this repository, as the published commands need it.
-    """
-    file = Path(path)
-    if not file.exists() and file.parts[:2] == ("/", "configs"):
-        file = REPOSITORY / path.lstrip("/")
-    with about("--config"):
-        content = models.read_yaml(file) or {}
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path} holds a {type(content).__name__}: expected lines of 'option: value'")
-    arguments = []
-    for key, value in content.items():
-        option = "--" + str(key).replace("_", "-")
-        action = parser._option_string_actions.get(option)
-        if action is None or option in ("--config", "--help"):
-            raise InputError(
-                f"--config {path}: unknown key {key}{models.nearest(option, parser._option_string_actions)}"
-            )
-        plain = not any(isinstance(v, (list, dict)) for v in (value if isinstance(value, list) else ()))
-        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected true or false")
-            if value or isinstance(action, argparse.BooleanOptionalAction):
-                arguments.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, list) and plain and action.nargs is not None:
-            arguments += [option, *map(str, value)]
-        elif isinstance(value, list) and plain and action.type in (whole_numbers, parts):
-            arguments.append(f"{option}={','.join(map(str, value))}")
-        elif isinstance(value, (list, dict, bool)):
-            raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected a single value")
-        elif value is not None:
-            arguments.append(f"{option}={value}")
-    return arguments
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which run they describe
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# options of one kind of run alone, and what that kind is
-OPTIONS_OF = {
-    "lets": (
-        ("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
-        "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
-    ),
-    "descend": (
-        ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select", "skip_init", "gene_ema"),
-        "needs --load-gene: it says how a Des-Net is made from a learngene",
-    ),
-}
-
-
-def check_kind(args: argparse.Namespace) -> str:
-    """`kind_of_run`, with nothing said that such a run would not do.
-
-    Raises:
-        InputError: as `kind_of_run`, or an option of another kind of run is given.
-    """
-    kind, defaults = kind_of_run(args), vars(option_parser().parse_args([]))
-    for other, (options, reason) in OPTIONS_OF.items():
-        for option in options:
-            if other != kind and getattr(args, option) != defaults[option]:
-                raise InputError(f"--{option} {reason}")
-    if args.teacher_cache and args.distillation_type == "none":
-        raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
-    if args.teacher_cache_top and not args.teacher_cache:
-        raise InputError("--teacher-cache is missing: --teacher-cache-top says how much of the outputs is kept in it")
-    return kind
-
-
-def kind_of_run(args: argparse.Namespace) -> str:
-    """``lets`` or ``tleg`` (stage 1), ``descend`` (stage 2), or ``plain``.
-
-    Raises:
-        InputError: the options do not say which, or contradict each other.
-    """
-    if args.src_arch or args.tgt_arch:
-        if not (args.src_arch and args.tgt_arch):
-            missing = "--tgt-arch" if args.src_arch else "--src-arch"
-            raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
-        for option in ("load_gene", "des_arch", "model", "finetune", "init", "init_path"):
-            if getattr(args, option):
-                option = "--" + option.replace("_", "-")
-                raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
-        if args.freeze_src and not args.src_path:
-            raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
-        for scheme, known in zip(args.trans_init_scheme, (models.DEPTH_SCHEMES, models.WIDTH_SCHEMES), strict=True):
-            if scheme not in known:
-                raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
-        return "lets"
-    if args.load_gene:
-        if models.is_aux_name(args.des_arch or args.model or ""):
-            raise InputError(f"{args.des_arch or args.model} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
-        if not (args.des_arch or args.model):
-            raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
-        if args.finetune or args.init or args.init_path:
-            raise InputError("--load-gene gives the first weights, as do --finetune and --init: choose one")
-        return "descend"
-    if args.des_arch:
-        raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
-    if (args.init is None) != (args.init_path is None):
-        missing = "--init" if args.init is None else "--init-path"
-        raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
-    if args.init and (args.finetune or not models.follows_grammar(args.model or "") or models.is_aux_name(args.model)):
-        raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
-    if not args.model:
-        raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
-    return "tleg" if models.is_aux_name(args.model) else "plain"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is recorded of them
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def options_in_effect(args: argparse.Namespace) -> dict:
-    """Plain data with which ``--config`` repeats the run from its start."""
-    defaults = vars(option_parser().parse_args([]))
-    options = {name: value for name, value in vars(args).items() if name not in ("config", "resume", "start_epoch")}
-    # what was taken back with 'none' has to be taken back again
-    taken_back = {name: "none" for name, value in options.items() if value is None and defaults[name] is not None}
-    return {name: value for name, value in options.items() if value is not None} | taken_back
-
-
-def recipe(args: argparse.Namespace) -> dict:
-    """The options in effect without those that name places on this machine, for files that others will read."""
-    places = {"data_path", "shard_cache", "shard_cache_gb", "output_dir", "teacher_cache"}
-    places |= {"load_gene", "finetune", "init_path", "src_path", "teacher_path"}
-    return {name: value for name, value in options_in_effect(args).items() if name not in places}

@@ -368,6 +368,13 @@ def load_optimizer_state(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def say(line: str) -> None:
+    """Print a line once, however many processes there are."""
+    if is_main():
+        tqdm.write(line)  # above a bar, if there is one
+        sys.stdout.flush()
+
+
 class Output:
     """The files of a run. One that cannot be written, on a full disk say, is warned of, and the run goes on.
 

@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
+from build import autocast_of
 from losses import DistillationLoss
-from main import autocast_of
 from teacher import STEPS_OF_A_FILE, Teacher, TeacherCache
 
 import timm

@@ -27,16 +27,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
 
-import main as program
 import models
+from build import CHANNELS, autocast_of, build_loaders, device_of
+from configuration import Parser, about, parse_options, recipe, with_dashes
 from datasets import DATA_SETS, SMALL, describe_classes
 from engine import evaluate
 from models import InputError, ViTArch
 from models.files import read_json
 from models.vit import MAX_DEPTH
-from options import Parser, about, at_least, parse_options, recipe, with_dashes
+from options import at_least
+from run import writable_folder
 from scripts.inspect_learngene import name_of
 from utils import Progress
 
@@ -230,11 +233,11 @@ def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
     for name in NOT_FOR_A_FAMILY:
         if vars(options)[name] != defaults[name]:
             raise InputError(f"--{name.replace('_', '-')} is not for a family: every Des-Net starts from the learngene")
-    device = program.device_of(options)
-    program.writable_folder(args.output_dir)
+    device = device_of(options)
+    writable_folder(args.output_dir)
     loaders, classes, in_chans = None, [], gene.config["in_chans"]
     if args.data_set:
-        (*loaders, classes), in_chans = program.build_loaders(options, device), program.CHANNELS
+        (*loaders, classes), in_chans = build_loaders(options, device), CHANNELS
         if gene.num_classes != len(classes):
             print(f"the learngene has {gene.num_classes} classes, the data {len(classes)}: the heads are fresh")
     identity = {"learngene": models.sha256(path), "head_dim": gene.arch.head_dim, "gene_ema": args.gene_ema}
@@ -243,7 +246,7 @@ def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
     training = {name: value for name, value in recipe(options).items() if name not in WHERE_IT_RUNS}
     identity, training = json.loads(json.dumps([identity, training if args.epochs else None]))  # as files give it back
     shape = {"num_classes": len(classes) or gene.num_classes, "in_chans": in_chans}
-    autocast, _ = program.autocast_of(options, device)
+    autocast, _ = autocast_of(options, device)
     return Setting(args, options, command, gene, device, autocast, loaders, classes, shape, identity, training)
 
 
@@ -382,7 +385,7 @@ def fine_tune(member: Member, setting: Setting) -> None:
     member.record["training"] = setting.training
     write_record(member)
     model = [f"--des-arch={name_of(member.arch)}", f"--output-dir={member.folder}"]
-    command = [sys.executable, program.__file__, *setting.command, *model, *resume]
+    command = [sys.executable, REPOSITORY / "main.py", *setting.command, *model, *resume]
     last = deque(maxlen=20)
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,

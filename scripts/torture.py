@@ -31,8 +31,8 @@ os.environ |= {
 }  # one thread: rounds of two processes share two cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main as program
 import models
+import run as program
 
 import torch
 from tqdm import tqdm

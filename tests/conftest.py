@@ -93,7 +93,7 @@ def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
 
 def fork_runs(folder: Path) -> None:
     """The other side of `run_many`: every process of every run is a fork of this one."""
-    for module in ("main", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
+    for module in ("run", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
         import_module(module)
     runs = [Run(*run) for run in json.loads((folder / "runs.json").read_text())]
     codes: list[list[int]] = [[] for _ in runs]

@@ -6,11 +6,15 @@ that would run code if they were unpickled.
 
 import pickle
 import shlex
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import models
+import options
+from datasets import DATA_SETS
 
 import pytest
 import torch
@@ -448,3 +452,23 @@ def test_trap_would_run_code(tmp_path: Path):
 def test_no_error(name: str, results: Results):
     assert results.of[name].codes == [0], results.of[name].stderr
     assert results.of[name].stderr == ""
+
+
+def test_the_words_of_the_options_are_those_of_the_program():
+    for words, known in {
+        options.DATA_SETS: DATA_SETS,
+        options.WIDTH_SELECTIONS: models.WIDTH_SELECTIONS,
+        options.PARTS: models.PARTS,
+        options.RIVALS: models.RIVALS,
+        options.DEPTH_SCHEMES: models.DEPTH_SCHEMES,
+        options.WIDTH_SCHEMES: models.WIDTH_SCHEMES,
+    }.items():
+        assert sorted(words) == sorted(known)
+
+
+def test_help_needs_nothing_that_takes_long_to_import():
+    script = "import sys, main; code = main.main(['--help']); sys.exit(code or any(m in sys.modules for m in HEAVY))"
+    command = [sys.executable, "-c", f"HEAVY = {{'torch', 'timm', 'numpy'}}; {script}"]
+    done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--load-gene" in done.stdout

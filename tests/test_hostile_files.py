@@ -23,8 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import main
 import models
+import run as program
+from build import load_foreign_weights
+from configuration import parse_options
+from run import accuracy, set_up, write_checkpoint
 
 import pytest
 import torch
@@ -223,12 +226,12 @@ def published_gene(method: str, folder: Path) -> Callable[[random.Random], bytes
 
 
 def checkpoint(folder: Path) -> Callable[[random.Random], bytes]:
-    run = main.set_up(main.parse_options([*PLAIN.split(), "--epochs", "2", "--output-dir", str(folder / "run")]))
+    run = set_up(parse_options([*PLAIN.split(), "--epochs", "2", "--output-dir", str(folder / "run")]))
     for parameter in run.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     run.optimizer.step()
     run.epoch = 1
-    main.write_checkpoint(run)
+    write_checkpoint(run)
     shutil.copy(folder / "run" / "checkpoint.pth", folder / "good")
     good = torch.load(folder / "good", weights_only=True)
     return lambda rng: as_torch(mutate_checkpoint(good, rng), rng)
@@ -285,24 +288,24 @@ def read_gene(head_dim: int) -> Callable[[Path], object]:
 
 
 def resume() -> Callable[[Path], object]:
-    run = main.set_up(main.parse_options([*PLAIN.split(), "--epochs", "2"]))
+    run = set_up(parse_options([*PLAIN.split(), "--epochs", "2"]))
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
     def read(path: Path) -> None:
         run.args.resume = str(path)
-        main.resume(run)
+        program.resume(run)
         run.optimizer.step()
         run.scheduler.step(run.epoch)
         run.train_loader.sampler.set_position(run.epoch, run.position.images)
-        json.dumps([*run.earlier, max(run.earlier, key=main.accuracy, default=None), run.position.state()])
+        json.dumps([*run.earlier, max(run.earlier, key=accuracy, default=None), run.position.state()])
 
     return read
 
 
 def finetune() -> Callable[[Path], object]:
     model = models.create_model("deit_nano_patch8_16_L2", num_classes=10)
-    return lambda path: main.load_foreign_weights(model, str(path), "--finetune", other_head=True)
+    return lambda path: load_foreign_weights(model, str(path), "--finetune", other_head=True)
 
 
 def folder_with(name: str) -> Callable[[Path], object]:
@@ -317,7 +320,7 @@ def folder_with(name: str) -> Callable[[Path], object]:
 
 
 def read_run_config() -> Callable[[Path], object]:
-    return lambda path: main.parse_options(["--config", str(path)])
+    return lambda path: parse_options(["--config", str(path)])
 
 
 def read_registry() -> Callable[[Path], object]:

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import main
 import models
+from configuration import parse_options
 from models import lets, rivals, selection
+from run import set_up
 
 import pytest
 import torch
@@ -213,7 +215,7 @@ def test_rivals_on_the_command_line(tmp_path, capsys, rival):
     trained = models.create_model("deit_nano_patch4_16_L3", num_classes=7)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     options = f"{DIGITS} --model {arch} --epochs 0 --init {rival} --init-path {tmp_path / 'trained.pth'}"
-    run = main.set_up(main.parse_options(options.split()))
+    run = set_up(parse_options(options.split()))
     sizes = models.parse_arch(arch), models.parse_arch("deit_nano_patch4_16_L3")
     expected = models.RIVALS[rival](trained.state_dict(), *sizes[::-1])
     found = run.model.state_dict()
@@ -375,7 +377,7 @@ def test_frozen_learngene_of_a_trained_vit_stays_as_it_is(tmp_path):
         f"{DIGITS} --src-arch deit_nano_patch4_16_L2 --tgt-arch deit_nano_patch4_16_L4_H3 --full-width --epochs 1 "
         f"--src-path {tmp_path / 'trained.pth'} --freeze-src --no-repeated-aug --output-dir {tmp_path / 'run'}"
     )
-    fresh = main.set_up(main.parse_options(options.split())).model
+    fresh = set_up(parse_options(options.split())).model
     assert main.main(options.split()) == 0
     gene = models.load_learngene(tmp_path / "run" / "learngene.safetensors")
     expected = lets.stack_layers(trained.state_dict(), 2)

@@ -17,9 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import main
 import models
-import options
+from configuration import kind_of_run, parse_options
 from models.aux_net import WeightsOnMeta
 
 import pytest
@@ -348,15 +347,15 @@ def test_every_published_config_is_in_the_recipe():
 
 @pytest.mark.parametrize("name", RECIPE)
 def test_config_holds_the_recipe(name: str):
-    args = main.parse_options(["--config", f"/configs/{name}.yaml"])
+    args = parse_options(["--config", f"/configs/{name}.yaml"])
     expected = {**DEIT, **RECIPE[name]}
-    assert {**vars(args), "kind": options.kind_of_run(args)} == {**vars(args), **expected}
+    assert {**vars(args), "kind": kind_of_run(args)} == {**vars(args), **expected}
 
 
 @pytest.mark.parametrize(("size", "name"), DEPTHS)
 def test_every_published_depth_is_one_option_away(size: str, name: str):
-    args = main.parse_options(["--config", f"/configs/conf_train_des_{size}.yaml", "--model-type", name])
-    assert (args.model, options.kind_of_run(args)) == (name, "descend")
+    args = parse_options(["--config", f"/configs/conf_train_des_{size}.yaml", "--model-type", name])
+    assert (args.model, kind_of_run(args)) == (name, "descend")
     with WeightsOnMeta():
         vit = models.create_model(args.model, drop_path_rate=args.drop_path)
     assert len(vit.blocks) == int(name.rpartition("_L")[2])
@@ -364,5 +363,5 @@ def test_every_published_depth_is_one_option_away(size: str, name: str):
 
 def test_eleven_layers_for_45_epochs():
     command = "--config /configs/conf_train_des_s.yaml --model-type deit_small_patch16_224_L11 --epochs 45"
-    args = main.parse_options(command.split())
+    args = parse_options(command.split())
     assert (args.model, args.epochs) == ("deit_small_patch16_224_L11", 45)

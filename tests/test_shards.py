@@ -17,9 +17,9 @@ from pathlib import Path
 import main
 import models
 import shards
+from configuration import parse_options
 from datasets import Batches, SeededDataset, build_dataset, collate
 from models import InputError
-from options import parse_options
 from samplers import LANES, ExactSampler, TrainSampler, derived_seed, shuffled
 from scripts import make_shards
 from shards import Shard, ShardCache

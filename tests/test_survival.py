@@ -16,7 +16,9 @@ import engine
 import main
 import models
 import utils
+from configuration import parse_options
 from losses import DistillationLoss
+from run import ROLLBACKS, find_checkpoint, set_up, train
 
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_a_signal_saves_within_a_step_and_ends_with_its_status(tmp_path, name, s
 def test_a_signal_during_evaluation_saves_too(tmp_path):
     """What has been trained is kept although the epoch is not finished, and the evaluation is made again."""
     common = f"{DIGITS} --model {TINY} --batch-size 16 --epochs 1 --output-dir".split()
-    run = main.set_up(main.parse_options([*common, str(tmp_path / "run")]))
+    run = set_up(parse_options([*common, str(tmp_path / "run")]))
     batches = run.test_loader
 
     def interrupted() -> Iterator:
@@ -111,14 +113,14 @@ def test_a_signal_during_evaluation_saves_too(tmp_path):
         __len__ = batches.__len__
 
     run.test_loader = Interrupted()
-    assert main.train(run) == 143
+    assert train(run) == 143
     assert position_of(tmp_path / "run" / "checkpoint.pth") == (0, 1424)
     assert epochs_of(tmp_path / "run") == []
     resume = ["--resume", str(tmp_path / "run" / "checkpoint.pth")]
-    resumed = main.set_up(main.parse_options([*common, str(tmp_path / "run"), *resume]))
-    assert main.train(resumed) == 0
-    whole = main.set_up(main.parse_options([*common, str(tmp_path / "whole")]))
-    assert main.train(whole) == 0
+    resumed = set_up(parse_options([*common, str(tmp_path / "run"), *resume]))
+    assert train(resumed) == 0
+    whole = set_up(parse_options([*common, str(tmp_path / "whole")]))
+    assert train(whole) == 0
     assert epochs_of(tmp_path / "run") == epochs_of(tmp_path / "whole")
 
 
@@ -178,15 +180,15 @@ def test_files_of_others_stay_what_they_are(tmp_path):
 def test_optimisers_that_count_steps_in_their_groups_go_on_counting(tmp_path):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 1 --opt lamb --output-dir {tmp_path}".split()
     assert main.main(options) == 0
-    run = main.set_up(main.parse_options([*options, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2"]))
+    run = set_up(parse_options([*options, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2"]))
     assert [int(group["step"]) for group in run.optimizer.param_groups] == [22, 22]
 
 
 def test_auto_passes_over_damaged_checkpoints_and_starts_afresh_without_any(tmp_path, capsys):
     def found(*more: str) -> str | None:
         options = f"{DIGITS} --model {TINY} --resume auto --output-dir {tmp_path}"
-        args = main.parse_options([*options.split(), *more])
-        main.find_checkpoint(args)
+        args = parse_options([*options.split(), *more])
+        find_checkpoint(args)
         return args.resume and Path(args.resume).name
 
     assert found() is None
@@ -426,9 +428,9 @@ class NotFiniteOnce(nn.Module):
 
 def test_rolling_back_goes_on_after_the_batches_that_led_there(tmp_path, capsys):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 2 --save-every-steps 10 --on-nan rollback"
-    run = main.set_up(main.parse_options([*options.split(), "--output-dir", str(tmp_path)]))
+    run = set_up(parse_options([*options.split(), "--output-dir", str(tmp_path)]))
     run.criterion = NotFiniteOnce(run.criterion, step=15)
-    assert main.train(run) == 0
+    assert train(run) == 0
     said = capsys.readouterr().out
     assert said.count("back to the weights of") == 1
     assert "not finite in epoch 0 at step 15" in said
@@ -442,10 +444,10 @@ def test_rolling_back_goes_to_no_other_run(tmp_path, capsys):
     """A folder that holds the checkpoint of an earlier run, and a loss that is not finite before the first of this."""
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 1 --on-nan rollback --output-dir {tmp_path}"
     assert main.main(options.split()) == 0
-    run = main.set_up(main.parse_options(options.split()))
+    run = set_up(parse_options(options.split()))
     run.criterion = NotFiniteOnce(run.criterion, step=3)
     with pytest.raises(utils.NotFiniteError, match="at step 3"):
-        main.train(run)
+        train(run)
     assert "back to the weights of" not in capsys.readouterr().out
 
 
@@ -456,7 +458,7 @@ def test_rolling_back_in_vain_stops(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main.main(f"{options} --resume auto --lr 1e30 --unscale-lr".split())
     outcome = capsys.readouterr()
-    assert outcome.out.count("back to the weights of") == main.ROLLBACKS
+    assert outcome.out.count("back to the weights of") == ROLLBACKS
     assert outcome.err.count("error: the loss is not finite in epoch 1") == 1
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
@@ -538,7 +540,7 @@ def test_a_process_that_is_left_alone_says_so(rank):
 
 @pytest.mark.parametrize("option", ["--resume auto", "--on-nan rollback", "--wandb project"])
 def test_what_needs_an_output_folder(option):
-    args = main.parse_options(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())
-    start = main.find_checkpoint if args.resume else main.set_up
+    args = parse_options(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())
+    start = find_checkpoint if args.resume else set_up
     with pytest.raises(models.InputError, match="--output-dir is missing: " + option.split()[0]):
         start(args)

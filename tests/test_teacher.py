@@ -7,9 +7,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import main
 import models
+from configuration import parse_options
 from losses import DistillationLoss
+from run import set_up, train
 from teacher import Teacher, TeacherCache, lengthen, shorten
 
 import numpy as np
@@ -50,7 +51,7 @@ def options(root: Path, *more: object) -> list[str]:
 
 def trained(root: Path, *more: object, at_call: Callable[[int], None] = lambda call: None) -> tuple[int, int]:
     """Train in this process: the exit status, and how often the teacher's network was asked."""
-    run, calls = main.set_up(main.parse_options(options(root, *more))), []
+    run, calls = set_up(parse_options(options(root, *more))), []
 
     def asked(*_) -> None:
         calls.append(None)
@@ -58,7 +59,7 @@ def trained(root: Path, *more: object, at_call: Callable[[int], None] = lambda c
 
     network = run.teacher.teacher.model if isinstance(run.teacher, TeacherCache) else run.teacher.model
     network.register_forward_hook(asked)
-    return main.train(run), len(calls)
+    return train(run), len(calls)
 
 
 @pytest.fixture(scope="module")
@@ -216,19 +217,19 @@ def test_a_cache_of_other_runs_is_refused(root, cache, more, sentence):
         if name in more:
             shutil.copytree(root / "data", root / name)
             change(root / name / "train" / "a" / "1.png")
-    args = main.parse_options(options(root, LETS, "--teacher-cache", cache, more.format(root=root)))
+    args = parse_options(options(root, LETS, "--teacher-cache", cache, more.format(root=root)))
     with pytest.raises(models.InputError, match=re.escape(sentence)):
-        main.set_up(args)
+        set_up(args)
 
 
 def test_a_folder_that_is_no_cache_is_refused(root, tmp_path):
     (tmp_path / "teacher_cache.json").write_text("[]")
     with pytest.raises(models.InputError, match=r"teacher_cache.json describes no teacher cache"):
-        main.set_up(main.parse_options(options(root, LETS, "--teacher-cache", tmp_path)))
+        set_up(parse_options(options(root, LETS, "--teacher-cache", tmp_path)))
     with pytest.raises(models.InputError, match=r"--teacher-cache .*0.pth.* cannot be written: Not a directory"):
-        main.set_up(main.parse_options(options(root, LETS, "--teacher-cache", root / "0.pth" / "x")))
+        set_up(parse_options(options(root, LETS, "--teacher-cache", root / "0.pth" / "x")))
     with pytest.raises(models.InputError, match="--teacher-cache is missing"):
-        main.set_up(main.parse_options(options(root, LETS, "--teacher-cache-top 2")))
+        set_up(parse_options(options(root, LETS, "--teacher-cache-top 2")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

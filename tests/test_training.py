@@ -10,9 +10,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import engine
-import main
 import models
+from build import build_optimizer, build_teacher
+from configuration import parse_options
 from losses import DistillationLoss
+from run import set_up, write_checkpoint
 
 import pytest
 import torch
@@ -381,24 +383,22 @@ def test_distillation_losses(tau):
 def test_dashes_and_underscores_and_yaml(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("model-type: resnet18\nbatch_size: 7\nlr: 5e-4\nrepeated-aug: false\nopt-betas: [0.9, 0.95]\n")
-    args = main.parse_options(["--config", str(file), "--batch-size=9", "--output_dir=a_b"])
+    args = parse_options(["--config", str(file), "--batch-size=9", "--output_dir=a_b"])
     assert (args.model, args.batch_size, args.lr, args.repeated_aug) == ("resnet18", 9, 5e-4, False)
     assert (args.opt_betas, args.output_dir) == ([0.9, 0.95], "a_b")
 
 
 def test_mapping_of_a_yaml_can_be_taken_back():
     config = ["--config", "/configs/conf_train_des_lets.yaml"]
-    args = main.parse_options([*config, "--mapping_layer", "none", "--mapping_layer_coeff", "none"])
-    assert main.parse_options(config).mapping_layer[:3] == [0, 1, 4]
+    args = parse_options([*config, "--mapping_layer", "none", "--mapping_layer_coeff", "none"])
+    assert parse_options(config).mapping_layer[:3] == [0, 1, 4]
     assert (args.mapping_layer, args.mapping_layer_coeff) == (None, None)
 
 
 def test_learning_rate_follows_the_images_of_a_step():
-    args = main.parse_options(
-        ["--model", AUX, "--batch-size", "128", "--accum-iter", "2", "--lr", "1e-3", "--epochs", "9"]
-    )
+    args = parse_options(["--model", AUX, "--batch-size", "128", "--accum-iter", "2", "--lr", "1e-3", "--epochs", "9"])
     args.warmup_epochs = 0
-    optimizer, _ = main.build_optimizer(args, models.create_model(AUX))
+    optimizer, _ = build_optimizer(args, models.create_model(AUX))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 256 / 512)
 
 
@@ -407,26 +407,26 @@ def test_teacher_whose_filter_takes_the_weights_alone(tmp_path):
     regnet = models.create_model("regnetx_002", num_classes=10)
     torch.save({"model": regnet.state_dict()}, tmp_path / "teacher.pth")
     options = ["--teacher-model", "regnetx_002", "--teacher-path", str(tmp_path / "teacher.pth"), "--input-size", "32"]
-    args = main.parse_options(["--distillation-type", "soft", *options])
-    teacher = main.build_teacher(args, 10, torch.device("cpu"))
+    args = parse_options(["--distillation-type", "soft", *options])
+    teacher = build_teacher(args, 10, torch.device("cpu"))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(images), regnet.eval()(images))
 
 
 def test_pretrained_teacher_with_other_classes_is_refused():
-    args = main.parse_options(["--distillation-type", "soft", "--teacher-model", "levit_384", "--input-size", "224"])
+    args = parse_options(["--distillation-type", "soft", "--teacher-model", "levit_384", "--input-size", "224"])
     with pytest.raises(models.InputError, match="levit_384 has 1000 classes as timm offers it, the data 100"):
-        main.build_teacher(args, 100, torch.device("cpu"))
+        build_teacher(args, 100, torch.device("cpu"))
 
 
 def test_schedule_follows_the_options_of_the_resumed_run(tmp_path):
     """More --epochs on resuming stretch the cosine; the options of the first run do not stick."""
     common = ["--data-set", "DIGITS", "--model", "deit_nano_patch8_16_L2_H1", "--warmup-epochs", "0", "--unscale-lr"]
-    run = main.set_up(main.parse_options([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)]))
+    run = set_up(parse_options([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)]))
     run.epoch = 1
-    main.write_checkpoint(run)
+    write_checkpoint(run)
     more = ["--epochs", "4", "--lr", "2e-3", "--min-lr", "0", "--resume", str(tmp_path / "checkpoint.pth")]
-    resumed = main.set_up(main.parse_options([*common, *more]))
+    resumed = set_up(parse_options([*common, *more]))
     assert resumed.epoch == 1
     expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(expected)

@@ -1,0 +1,449 @@
+"""What a run is made of, from its options: device, data, model, teacher, optimiser."""
+
+import argparse
+import inspect
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import cache
+import models
+import utils
+from batch_augment import BatchAugment
+from cache import AugmentedBatches, CachedBatches
+from configuration import about
+from datasets import (
+    DATA_SETS,
+    SKIPPED_AT_ONCE,
+    Batches,
+    ReadDataset,
+    SeededDataset,
+    build_dataset,
+    build_transform,
+    collate,
+    leave_signals_to_main,
+)
+from images import faster
+from models import InputError
+from samplers import ExactSampler, TrainSampler
+from shards import ShardCache
+from teacher import Teacher, TeacherCache, claim, identity_of
+from utils import say
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+CHANNELS = 3  # of every data set here; grey images are made so
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the options mean
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", args.device)
+    if match is None:
+        raise InputError(f"--device {args.device} is unknown: expected auto, cuda, cuda:N or cpu")
+    number, available = int(match[1] or utils.local_rank()), torch.cuda.device_count()
+    if number >= available:
+        raise InputError(f"--device {args.device}: CUDA device {number} is needed, there are {available} here")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def amp_dtype_of(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The precision of the forward pass."""
+    if args.amp_dtype != "auto":
+        return getattr(torch, args.amp_dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def autocast_of(args: argparse.Namespace, device: torch.device) -> tuple[AbstractContextManager, bool]:
+    """The precision of the forward pass as a context, and whether it needs its gradients scaled (float16)."""
+    dtype = amp_dtype_of(args, device)
+    if dtype == torch.float32:
+        return nullcontext(), False
+    return torch.autocast(device.type, dtype=dtype), dtype == torch.float16
+
+
+def input_size_of(args: argparse.Namespace, name: str) -> int:
+    """``--input-size``, by default that of the architecture's name, else DeiT's 224 or the size of small images."""
+    if args.input_size is not None:
+        return args.input_size
+    if models.follows_grammar(name):
+        return models.parse_arch(name).img_size
+    native = DATA_SETS[args.data_set][2]
+    return 224 if native is None or native >= 32 else 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: models.Learngene | None) -> nn.Module:
+    """The model of the run: an Aux-Net, a Des-Net of ``gene``, or any model of timm's."""
+    size = dict(img_size=args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if gene is not None:
+        return build_des_net(args, num_classes, gene, **size)
+    if kind == "lets":
+        with about(f"--src-arch {args.src_arch} --tgt-arch {args.tgt_arch}"):
+            aux_net = models.create_aux_net(
+                args.src_arch,
+                args.tgt_arch,
+                layers_per_row=args.layers_per_row,
+                group_size=args.group_size,
+                full_width=args.full_width,
+                init_scheme=args.trans_init_scheme,
+                init_noise=args.trans_init_noise,
+                num_classes=num_classes,
+                **size,
+            )
+        if args.src_path:
+            small = create_sized(args.src_arch, num_classes, args.input_size)
+            load_foreign_weights(small, args.src_path, "--src-path", other_head=True)
+            aux_net.start_from(small.state_dict())
+        if args.freeze_src:
+            aux_net.freeze_learngene()
+        return aux_net
+    with about(f"--model {args.model}"):
+        model = create_sized(
+            args.model, num_classes, args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path
+        )
+    if args.finetune:
+        load_foreign_weights(model, args.finetune, "--finetune", other_head=True)
+    if args.init:
+        initialise_from(model, args)
+    return model
+
+
+def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
+    """Give ``model`` weights from a trained ViT of other sizes (`models.RIVALS`)."""
+    arch = replace(models.parse_arch(args.model), img_size=args.input_size)
+    with about(f"--init-path {args.init_path}"):
+        path = models.fetch(args.init_path)
+        weights = models.fuse_qkv(models.weights_of(models.read_checkpoint(path), path))
+        source = models.source_arch(weights, arch.head_dim)
+        say(f"{args.init_path}: {source}, for {args.init.replace('_', ' ')}")
+        weights = models.RIVALS[args.init](weights, source, arch)
+        weights = fit_head(fit_images(weights, model, args.init_path), model, args.init_path, other_head=True)
+    utils.load_weights(model, weights, f"--init-path {args.init_path}")
+
+
+def load_gene(args: argparse.Namespace) -> models.Learngene:
+    """The learngene of stage 2. A published one does not say the size of its heads: the Des-Net's is taken."""
+    with about(des_option(args)):
+        head_dim = models.parse_arch(args.des_arch or args.model).head_dim
+    with about(f"--load-gene {args.load_gene}"):
+        gene = models.load_learngene(args.load_gene, head_dim=head_dim, use_ema=args.gene_ema)
+    say(f"{args.load_gene}: {gene}")
+    return gene
+
+
+def des_option(args: argparse.Namespace) -> str:
+    return f"--des-arch {args.des_arch}" if args.des_arch else f"--model {args.model}"
+
+
+def build_des_net(
+    args: argparse.Namespace, num_classes: int, gene: models.Learngene, img_size: int, **rates
+) -> nn.Module:
+    """The Des-Net, and a line for each part of it that does not come from the learngene as it is."""
+    with about(des_option(args)):
+        arch = replace(models.parse_arch(args.des_arch or args.model), img_size=img_size)
+        choices = args.mapping_layer, args.mapping_layer_coeff, args.width_select, args.depth_select, args.skip_init
+        des_net = gene.descend(arch, *choices, num_classes=num_classes, in_chans=CHANNELS, **rates)
+    if gene.num_classes != num_classes:
+        say(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
+    if gene.arch.patch_size != arch.patch_size:
+        say(f"patches of {gene.arch.patch_size} pixels in the learngene, {arch.patch_size} here: they are resampled")
+    if gene.arch.num_patches != arch.num_patches:
+        say(f"{gene.arch.num_patches} patches in the learngene, {arch.num_patches} here: their positions are resampled")
+    if gene.config["in_chans"] != CHANNELS:
+        say(f"{gene.config['in_chans']} channel(s) in the learngene, {CHANNELS} here: the patch embedding is adapted")
+    return des_net
+
+
+def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:
+    """`models.create_model` for images of ``input_size``, where the architecture wants to know it.
+
+    Raises:
+        InputError: the model does not take an option that differs from its default, or not this size of image.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value}
+    if models.follows_grammar(name) or wants_size(name):
+        kwargs["img_size"] = input_size
+    try:
+        return models.create_model(name, num_classes=num_classes, **kwargs)
+    except InputError:
+        raise
+    except TypeError as error:
+        raise InputError(f"{name} does not take one of {', '.join(kwargs)} (--drop, --drop-path): {error}") from error
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"{name} cannot be made for --input-size {input_size}: {error}") from error
+
+
+def wants_size(name: str) -> bool:
+    """Whether a timm model is built for one size of image."""
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as error:  # resnet18.no_such_tag
+        raise InputError(f"unknown model {name!r}: {error}") from error
+    return bool(config and config.fixed_input_size)
+
+
+def load_foreign_weights(model: nn.Module, source: str, option: str, other_head: bool) -> None:
+    """Weights from a file or address, through timm's own filter for checkpoints of this architecture.
+
+    Args:
+        other_head: whether a head for another number of classes is left out, or an error.
+    """
+    with about(option):
+        if isinstance(model, models.AuxNet):
+            gene = models.load_learngene(source, head_dim=model.arch.head_dim)
+            say(f"{source}: {gene}")
+            return utils.load_weights(model, gene.tensors, f"{option} {source}")
+        path = models.fetch(source)
+        weights = models.fuse_qkv(models.weights_of(models.read_checkpoint(path), path))
+    with about(f"{option} {source}"):
+        weights = fit_head(fit_images(weights, model, source), model, source, other_head)
+    utils.load_weights(model, weights, f"{option} {source}")
+
+
+def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:
+    """Weights of another implementation, resolution or number of channels, fitted to ``model`` by timm's functions."""
+    module = sys.modules[type(model).__module__]
+    filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
+    first = as_list(model.pretrained_cfg.get("first_conv"))
+    positions, kernels = weights.get("pos_embed"), {name: weights.get(f"{name}.weight") for name in first}
+    if filter_fn is not None:
+        try:
+            takes_model = len(inspect.signature(filter_fn).parameters) > 1  # as most, but not all of timm's do
+            weights = filter_fn(weights, model) if takes_model else filter_fn(weights)
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
+            raise InputError(f"does not fit {type(model).__name__}: {models.in_a_line(e)}") from e
+    if positions is not None and "pos_embed" in weights and positions.shape != weights["pos_embed"].shape:
+        before, now = tuple(positions.shape), tuple(weights["pos_embed"].shape)
+        say(f"{source} has positions {before}, here are {now}: they are resampled")
+    for name in first:
+        kernel, own = weights.get(f"{name}.weight"), model.get_submodule(name).weight
+        if kernel is not None and kernels[name] is not None and kernels[name].shape != kernel.shape:
+            say(
+                f"{source} has patches {tuple(kernels[name].shape)}, here are {tuple(kernel.shape)}: they are resampled"
+            )
+        if kernel is not None and kernel.ndim == own.ndim == 4 and kernel.shape[1] != own.shape[1]:
+            say(f"{source} is for images of {kernel.shape[1]} channel(s), here are {own.shape[1]}: it is adapted")
+            weights = {**weights, f"{name}.weight": models.adapt_channels(kernel, own.shape[1])}
+    return weights
+
+
+def fit_head(
+    weights: dict[str, torch.Tensor], model: nn.Module, source: str, other_head: bool
+) -> dict[str, torch.Tensor]:
+    """The head of ``model`` in place of one for another number of classes, which is an error without ``other_head``."""
+    for name in as_list(model.pretrained_cfg["classifier"]):
+        head = weights.get(f"{name}.weight")
+        if head is not None and head.ndim and head.shape[0] != model.num_classes:
+            if not other_head:
+                raise InputError(f"has {head.shape[0]} classes, the data {model.num_classes}")
+            say(f"{source} has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
+            fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
+            weights = {**weights, **fresh}
+    return weights
+
+
+def as_list(names: str | Sequence[str] | None) -> Sequence[str]:
+    """Names as timm's configurations give them: one, several, or none."""
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher, or None without distillation."""
+    if args.distillation_type == "none":
+        return None
+    if args.teacher_path:
+        teacher = create_sized(args.teacher_model, num_classes, args.input_size)
+        load_foreign_weights(teacher, args.teacher_path, "--teacher-path", other_head=False)
+    else:
+        try:
+            config = get_pretrained_cfg(args.teacher_model)
+            if config is not None and config.num_classes != num_classes:
+                raise InputError(
+                    f"--teacher-model {args.teacher_model} has {config.num_classes} classes as timm offers it, the "
+                    f"data {num_classes}: train one with --model {args.teacher_model} and give its --teacher-path"
+                )
+            size = {"img_size": args.input_size} if wants_size(args.teacher_model) else {}
+            teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes, **size)
+        except InputError:
+            raise
+        except (OSError, RuntimeError, TypeError) as error:  # no such weights, no network, a name of this project's
+            raise InputError(
+                f"--teacher-path is missing, and timm has no weights of {args.teacher_model}: {error}"
+            ) from error
+    return teacher.requires_grad_(False).to(device).eval()
+
+
+def build_teaching(
+    args: argparse.Namespace, dataset: Dataset, num_classes: int, device: torch.device
+) -> Teacher | TeacherCache | None:
+    """The teacher as the engine asks it, perhaps through a cache, or None without distillation.
+
+    Args:
+        dataset: the images to train.
+    """
+    model = None if args.eval else build_teacher(args, num_classes, device)
+    if model is None:
+        return None
+    dtype = amp_dtype_of(args, device)
+    teacher = Teacher(torch.compile(model) if args.compile else model, dtype)
+    if args.teacher_cache is None:
+        return teacher
+    top, processes = args.teacher_cache_top, utils.world_size()
+    if top is not None and top >= num_classes:
+        raise InputError(f"--teacher-cache-top {top}: the data have {num_classes} classes; without it all are kept")
+    identity, folder = identity_of(args, dataset, teacher, dtype, processes), Path(args.teacher_cache)
+    if utils.is_main():
+        claim(folder, identity)
+    return TeacherCache(teacher, folder, identity, num_classes, args.batch_size * processes, top, utils.rank(), device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, optimiser, average
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
+    """Training and test images, the names of the classes, and with --cache-data what augments the former."""
+    if args.cache_data:
+        cache.check_small(args.data_set, args.input_size)
+    sets, augment, shards = [], None, None
+    if args.shard_cache is not None:
+        shards = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
+    for is_train in (True, False):
+        transform = build_transform(
+            args.data_set,
+            is_train,
+            args.input_size,
+            color_jitter=args.color_jitter,
+            aa=args.aa,
+            interpolation=args.train_interpolation if is_train else "bicubic",
+            reprob=args.reprob,
+            remode=args.remode,
+            recount=args.recount,
+            eval_crop_ratio=args.eval_crop_ratio,
+        )
+        if args.cache_data:
+            augment = BatchAugment(transform) if is_train else augment
+            transform = cache.resized(transform)
+        elif is_train:
+            transform = faster(transform)
+        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category, shards))
+    (train, classes), (test, test_classes) = sets
+    if classes != test_classes:
+        raise InputError(
+            f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
+        )
+    return train, test, classes, augment
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
+    """Training and test images in batches, and the names of the classes."""
+    train, test, classes, augment = build_sets(args)
+    if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
+        raise InputError(
+            f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
+            "training images"
+        )
+    process = dict(rank=utils.rank(), world_size=utils.world_size())
+    workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
+    pinned = args.pin_mem and device.type == "cuda"
+    common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+    sampler = TrainSampler(
+        len(train),
+        args.batch_size,
+        repeats=3 if args.repeated_aug else 1,
+        seed=args.seed,
+        shard_sizes=getattr(train, "shard_sizes", None),
+        **process,
+    )
+    sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
+    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
+    if args.cache_data:
+        keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
+        cache.check_memory(len(keys) + len(test), args.input_size, device)
+        read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
+        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
+        return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
+    train_loader = DataLoader(
+        train,
+        batch_size=sizes["train"],
+        sampler=sampler,
+        drop_last=True,
+        persistent_workers=workers > 0,
+        **common,
+    )
+    test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
+    return *(Batches(loader, args.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """Mixup and cutmix, and the criterion that fits their targets."""
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        smoothed = args.smoothing > 0
+        return None, LabelSmoothingCrossEntropy(args.smoothing) if smoothed else nn.CrossEntropyLoss()
+    if args.batch_size % 2 and args.epochs > 0 and not args.eval:
+        raise InputError(f"--batch-size {args.batch_size} is odd: --mixup and --cutmix pair the images of a batch")
+    mixup = Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+    return mixup, SoftTargetCrossEntropy()
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """DeiT's: the learning rate grows with the images of an optimiser step, its floor and warm-up start do not."""
+    images = args.batch_size * utils.world_size() * args.accum_iter
+    lr = args.lr if args.unscale_lr else args.lr * images / 512
+    length = argparse.Namespace(**{**vars(args), "epochs": max(1, args.epochs)})
+    fused = {"fused": True} if args.opt in ("adam", "adamw") else {}  # one pass over the weights instead of a dozen
+    try:
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, **fused)
+        scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(length))
+    except (ValueError, AssertionError, IndexError) as error:
+        raise InputError(
+            f"--opt {args.opt}, --opt-betas {args.opt_betas} or --sched {args.sched} cannot be used: {error}"
+        ) from error
+    if scheduler is None or args.sched.startswith("plateau"):  # plateau needs more than the epoch to resume exactly
+        raise InputError(f"--sched {args.sched} cannot be used: expected cosine, step, linear, poly, tanh or multistep")
+    return optimizer, scheduler
+
+
+def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)

@@ -1,0 +1,193 @@
+"""What the options say together: command line and YAML files, which run they describe, and what is recorded of them."""
+
+import argparse
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import models
+from models import InputError
+from options import option_parser, parts, whole_numbers
+from shards import COMMAND
+
+REPOSITORY = Path(__file__).resolve().parent
+
+
+@contextmanager
+def about(options: str) -> Iterator[None]:
+    """Errors inside say which options they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{options}: {error}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, through the same door as every other error of the user's."""
+
+    def error(self, message: str):
+        raise InputError(message[:500])  # it repeats what was given, which a file can make as long as it likes
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Command line over YAML over defaults.
+
+    Raises:
+        InputError: an option or a key that does not exist, or a value of the wrong kind.
+    """
+    parser = option_parser(Parser)
+    argv = [with_dashes(argument) for argument in argv]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]}{models.nearest(unknown[0], parser._option_string_actions)}")
+    if args.config:
+        from_file = config_arguments(parser, args.config)
+        try:
+            parser.parse_args(from_file)
+        except InputError as error:
+            raise InputError(f"--config {args.config}: {error}") from None
+        given, args = args.data_path, parser.parse_args(from_file + argv)
+        if given is None and (args.data_path or "").startswith(COMMAND):  # what a file says is not executed
+            raise InputError(f"--config {args.config}: data_path is a command, which only the command line may give")
+    return args
+
+
+def with_dashes(argument: str) -> str:
+    """``--output_dir=a_b`` as ``--output-dir=a_b``."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
+
+
+def config_arguments(parser: Parser, path: str) -> list[str]:
+    """A YAML file as the command line that says the same.
+
+    ``/configs/x.yaml`` that does not exist is looked up in this repository, as the published commands need it.
+    """
+    file = Path(path)
+    if not file.exists() and file.parts[:2] == ("/", "configs"):
+        file = REPOSITORY / path.lstrip("/")
+    with about("--config"):
+        content = models.read_yaml(file) or {}
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path} holds a {type(content).__name__}: expected lines of 'option: value'")
+    arguments = []
+    for key, value in content.items():
+        option = "--" + str(key).replace("_", "-")
+        action = parser._option_string_actions.get(option)
+        if action is None or option in ("--config", "--help"):
+            raise InputError(
+                f"--config {path}: unknown key {key}{models.nearest(option, parser._option_string_actions)}"
+            )
+        plain = not any(isinstance(v, (list, dict)) for v in (value if isinstance(value, list) else ()))
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected true or false")
+            if value or isinstance(action, argparse.BooleanOptionalAction):
+                arguments.append(option if value else "--no-" + option[2:])
+        elif isinstance(value, list) and plain and action.nargs is not None:
+            arguments += [option, *map(str, value)]
+        elif isinstance(value, list) and plain and action.type in (whole_numbers, parts):
+            arguments.append(f"{option}={','.join(map(str, value))}")
+        elif isinstance(value, (list, dict, bool)):
+            raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected a single value")
+        elif value is not None:
+            arguments.append(f"{option}={value}")
+    return arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run they describe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# options of one kind of run alone, and what that kind is
+OPTIONS_OF = {
+    "lets": (
+        ("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
+        "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
+    ),
+    "descend": (
+        ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select", "skip_init", "gene_ema"),
+        "needs --load-gene: it says how a Des-Net is made from a learngene",
+    ),
+}
+
+
+def check_kind(args: argparse.Namespace) -> str:
+    """`kind_of_run`, with nothing said that such a run would not do.
+
+    Raises:
+        InputError: as `kind_of_run`, or an option of another kind of run is given.
+    """
+    kind, defaults = kind_of_run(args), vars(option_parser().parse_args([]))
+    for other, (options, reason) in OPTIONS_OF.items():
+        for option in options:
+            if other != kind and getattr(args, option) != defaults[option]:
+                raise InputError(f"--{option} {reason}")
+    if args.teacher_cache and args.distillation_type == "none":
+        raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
+    if args.teacher_cache_top and not args.teacher_cache:
+        raise InputError("--teacher-cache is missing: --teacher-cache-top says how much of the outputs is kept in it")
+    return kind
+
+
+def kind_of_run(args: argparse.Namespace) -> str:
+    """``lets`` or ``tleg`` (stage 1), ``descend`` (stage 2), or ``plain``.
+
+    Raises:
+        InputError: the options do not say which, or contradict each other.
+    """
+    if args.src_arch or args.tgt_arch:
+        if not (args.src_arch and args.tgt_arch):
+            missing = "--tgt-arch" if args.src_arch else "--src-arch"
+            raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
+        for option in ("load_gene", "des_arch", "model", "finetune", "init", "init_path"):
+            if getattr(args, option):
+                option = "--" + option.replace("_", "-")
+                raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
+        if args.freeze_src and not args.src_path:
+            raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
+        for scheme, known in zip(args.trans_init_scheme, (models.DEPTH_SCHEMES, models.WIDTH_SCHEMES), strict=True):
+            if scheme not in known:
+                raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
+        return "lets"
+    if args.load_gene:
+        if models.is_aux_name(args.des_arch or args.model or ""):
+            raise InputError(f"{args.des_arch or args.model} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
+        if not (args.des_arch or args.model):
+            raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
+        if args.finetune or args.init or args.init_path:
+            raise InputError("--load-gene gives the first weights, as do --finetune and --init: choose one")
+        return "descend"
+    if args.des_arch:
+        raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
+    if (args.init is None) != (args.init_path is None):
+        missing = "--init" if args.init is None else "--init-path"
+        raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
+    if args.init and (args.finetune or not models.follows_grammar(args.model or "") or models.is_aux_name(args.model)):
+        raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
+    if not args.model:
+        raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
+    return "tleg" if models.is_aux_name(args.model) else "plain"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is recorded of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def options_in_effect(args: argparse.Namespace) -> dict:
+    """Plain data with which ``--config`` repeats the run from its start."""
+    defaults = vars(option_parser().parse_args([]))
+    options = {name: value for name, value in vars(args).items() if name not in ("config", "resume", "start_epoch")}
+    # what was taken back with 'none' has to be taken back again
+    taken_back = {name: "none" for name, value in options.items() if value is None and defaults[name] is not None}
+    return {name: value for name, value in options.items() if value is not None} | taken_back
+
+
+def recipe(args: argparse.Namespace) -> dict:
+    """The options in effect without those that name places on this machine, for files that others will read."""
+    places = {"data_path", "shard_cache", "shard_cache_gb", "output_dir", "teacher_cache"}
+    places |= {"load_gene", "finetune", "init_path", "src_path", "teacher_path"}
+    return {name: value for name, value in options_in_effect(args).items() if name not in places}
