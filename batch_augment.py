@@ -87,8 +87,9 @@ def unpacked(x: Tensor) -> Tensor:
 
 
 def planes(x: Tensor) -> Tensor:
-    """(count, height, width, 4) → (count, 3, height · width): the channels apart, for what treats them apart."""
-    return x[..., :3].permute(0, 3, 1, 2).flatten(2)
+    """(count, height, width, 4) → (count, 3, height · width) in int32: the channels apart, for what needs them so."""
+    shifts = torch.arange(0, 24, 8, dtype=torch.int32, device=x.device)  # faster than to pick every fourth byte
+    return (packed(x).flatten(1)[:, None] >> shifts[:, None]) & 255
 
 
 def joined(channels: Tensor, like: Tensor) -> Tensor:
