@@ -122,6 +122,8 @@ def name_of_image(dataset: Dataset, index: int) -> str:
 
 def names_digest(dataset: Dataset) -> str:
     """A fingerprint of the names of all images, in their order, without the folders of this machine."""
+    if isinstance(dataset, ReadDataset):
+        dataset = dataset.dataset
     if isinstance(dataset, ShardDataset):  # which would have to be fetched for the names in it
         names = (shard.sha256 for shard in dataset.shards)
     else:

@@ -145,7 +145,7 @@ def set_up(args: argparse.Namespace) -> Run:
         model=model,
         ema=build_ema(args, model),
         mixup=mixup,
-        teacher=build_teaching(args, train_loader.dataset.dataset, num_classes, device),
+        teacher=build_teaching(args, train_loader.dataset, num_classes, device),
         criterion=DistillationLoss(base_criterion, *distillation),
         optimizer=optimizer,
         scheduler=scheduler,

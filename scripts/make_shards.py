@@ -23,9 +23,10 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
+from configuration import Parser
 from datasets import build_dataset, check_classes
 from models import InputError
-from options import Parser, at_least, positive
+from options import at_least, positive
 from samplers import derived_seed, shuffled
 from shards import INDEX, SPLITS, Shard, members_of, parse_index
 

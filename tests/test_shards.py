@@ -307,7 +307,7 @@ def test_unreadable_images_are_named_and_can_be_passed_over(copy, capsys):
     for skipped in (0, 1):
         seeded = SeededDataset(dataset, skipped)
         loader = DataLoader(seeded, 20, sampler=TrainSampler(320, 20), num_workers=2, collate_fn=collate)
-        batches = Batches(loader, skip_bad=bool(skipped))
+        batches = Batches(loader, bool(skipped), torch.device("cpu"))
         if skipped:
             assert sum(len(labels) for _, labels in batches) == 320
             assert batches.skipped == 1
@@ -460,7 +460,7 @@ def test_a_shard_that_cannot_be_used_ends_the_run(copy, damage, message, workers
     sampler = TrainSampler(len(dataset), 8, shard_sizes=dataset.shard_sizes)
     loader = DataLoader(SeededDataset(dataset, 10), 8, sampler=sampler, num_workers=workers, collate_fn=collate)
     with pytest.raises(InputError, match=f"^{message}"):
-        list(Batches(loader, skip_bad=True))
+        list(Batches(loader, True, torch.device("cpu")))
 
 
 def rewrite(path: Path, content: bytes) -> None:
