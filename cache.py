@@ -67,7 +67,8 @@ def read_all(
     labels, done = torch.empty(len(keys), dtype=torch.int64, device=device), 0
     for some, some_labels in reader:
         rows = slice(done, done + len(some_labels))
-        images[rows], labels[rows] = some, some_labels
+        if len(some_labels):  # or none of them could be read
+            images[rows], labels[rows] = some, some_labels
         done = rows.stop
     return TensorDataset(images[:done], labels[:done]), reader.skipped
 
@@ -93,8 +94,8 @@ class CachedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.dataset.tensors
-        for indices in torch.tensor([*self.sampler]).split(self.batch_size):
-            some = sent(indices.numpy(), images)
+        for first in range(0, len(self.sampler), self.batch_size):
+            some = sent(np.array(self.sampler.indices[first : first + self.batch_size]), images)
             yield normalised(images.index_select(0, some)), labels.index_select(0, some)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 from models import InputError
 from options import option_parser, parts, whole_numbers
-from shards import COMMAND
+from shards import COMMAND, is_remote
 
 REPOSITORY = Path(__file__).resolve().parent
 
@@ -129,6 +129,12 @@ def check_kind(args: argparse.Namespace) -> str:
         raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
     if args.teacher_cache_top and not args.teacher_cache:
         raise InputError("--teacher-cache is missing: --teacher-cache-top says how much of the outputs is kept in it")
+    if args.teacher_cache and args.skip_bad_images:
+        raise InputError("--skip-bad-images changes the images of a step, for which --teacher-cache keeps outputs")
+    if args.shard_cache and not (args.data_set == "WDS" and is_remote(args.data_path or "")):
+        raise InputError("--shard-cache keeps shards from elsewhere: --data-set WDS with an address or a command")
+    if args.shard_cache_gb != defaults["shard_cache_gb"] and not args.shard_cache:
+        raise InputError("--shard-cache is missing: --shard-cache-gb says how much is kept in it")
     return kind
 
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -121,7 +121,12 @@ def name_of_image(dataset: Dataset, index: int) -> str:
 
 
 def names_digest(dataset: Dataset) -> str:
-    """A fingerprint of the names of all images, in their order, without the folders of this machine."""
+    """A fingerprint of the names of all images, in their order, without the folders of this machine.
+
+    Of images in memory (`TensorDataset`), which have none, it is one of their pixels.
+    """
+    if isinstance(dataset, TensorDataset):
+        return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in dataset.tensors)).hexdigest()
     if isinstance(dataset, ReadDataset):
         dataset = dataset.dataset
     if isinstance(dataset, ShardDataset):  # which would have to be fetched for the names in it

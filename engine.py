@@ -33,9 +33,20 @@ class Position:
     def __init__(self, steps: int = 0, images: int = 0, loss: float = 0.0, counted: float = 0.0):
         self.steps, self.images = steps, images
         self.sums = torch.tensor([loss, counted], dtype=torch.float64)
+        self.recent: list[tuple[Tensor, int]] = []  # losses and images that are not in the sums yet
+
+    def add(self, loss: Tensor, images: int) -> None:
+        """The mean ``loss`` () over ``images``."""
+        self.recent.append((loss, images))
 
     def totals(self) -> list[float]:
         """``sums`` over all processes, which have to ask together."""
+        if self.recent:
+            losses, images = zip(*self.recent, strict=True)
+            losses, images = torch.stack(losses).double(), torch.tensor(images, device=self.sums.device)
+            finite = losses.isfinite()
+            self.sums += torch.stack([(images * losses.where(finite, 0.0)).sum(), (images * finite).sum()])
+            self.recent.clear()
         return utils.sum_over_processes(self.sums).tolist()
 
     def state(self) -> dict[str, float]:
@@ -77,14 +88,14 @@ class Watch:
         position.sums = position.sums.to(device)
         self.position, self.optimizer, self.epoch, self.skip_nan = position, optimizer, epoch, skip_nan
         self.seen = position.totals()
-        self.last_loss = torch.full((), math.nan, device=device)
-        self.bad_step = torch.full((), math.inf, device=device)
+        self.last_loss = math.nan  # that was finite, before the losses of the steps since the last look
         self.skipped_in_a_row = 0
         self.device = device
         self.begin()
 
     def begin(self) -> None:
-        self.start, self.waited, self.images, self.steps, self.skipped = time.perf_counter(), 0.0, 0, 0, 0
+        self.start, self.waited, self.images, self.skipped = time.perf_counter(), 0.0, 0, 0
+        self.losses: list[Tensor] = []
         self.teaching = Stopwatch(self.device)
 
     def timed(self, loader: Iterable) -> Iterator:
@@ -104,13 +115,10 @@ class Watch:
         with self.teaching:
             return teacher(images)
 
-    def add(self, loss: Tensor, images: int, step: int) -> None:
-        """The mean ``loss`` over ``images``."""
-        finite = loss.isfinite()
-        self.position.sums += images * torch.stack([torch.where(finite, loss, 0.0), finite]).double()
-        self.last_loss = torch.where(finite, loss, self.last_loss)
-        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
-        self.steps += 1
+    def add(self, loss: Tensor, images: int) -> None:
+        """The mean ``loss`` () over the ``images`` of the next step, of which nothing is computed before the look."""
+        self.position.add(loss, images)
+        self.losses.append(loss)
 
     def look(self, norm: Tensor, judge_norm: bool) -> dict[str, float]:
         """What happened since the last look, of all processes.
@@ -122,14 +130,17 @@ class Watch:
         Raises:
             NotFiniteError: a loss or the gradient was not finite; all processes raise it together.
         """
-        sums = utils.sum_over_processes(self.position.sums)
-        *seen, norm, bad_step = torch.cat([sums, torch.stack([norm, self.bad_step]).double()]).tolist()
-        loss, counted = (now - then for now, then in zip(seen, self.seen, strict=True))
-        self.seen, bad_step = seen, -utils.maximum(-bad_step)[0]
-        if not self.skip_nan and math.isfinite(bad_step):
-            raise self.error("the loss is not finite", int(bad_step) + 1)
+        *losses, norm = torch.stack([*self.losses, norm]).tolist()
+        finite = [math.isfinite(loss) for loss in losses]
+        behind = len(losses) - finite.index(False) if False in finite else 0  # steps since the first bad one
+        behind = int(utils.maximum(behind)[0])
+        if not self.skip_nan and behind:
+            raise self.error("the loss is not finite", self.position.steps - behind + 1)
         if not self.skip_nan and judge_norm and not math.isfinite(norm):
             raise self.error("the gradient is not finite", self.position.steps)
+        seen = self.position.totals()
+        loss, counted = (now - then for now, then in zip(seen, self.seen, strict=True))
+        self.seen, self.last_loss = seen, self.last_finite(losses)
         seconds = time.perf_counter() - self.start
         numbers = {
             "loss": loss / counted if counted else math.nan,
@@ -150,11 +161,13 @@ class Watch:
         if self.skipped_in_a_row == HOPELESS:
             raise self.error(f"the gradient was not finite in {HOPELESS} steps in a row", self.position.steps)
 
+    def last_finite(self, losses: list[float]) -> float:
+        """The last loss that was a finite number; ``losses`` are those since the last look."""
+        return next((loss for loss in reversed(losses) if math.isfinite(loss)), self.last_loss)
+
     def error(self, finding: str, step: int) -> NotFiniteError:
-        return not_finite(
-            f"{finding} in epoch {self.epoch} at step {step}, after a loss of {self.last_loss.item():.4g}",
-            self.optimizer,
-        )
+        loss = self.last_finite(torch.stack(self.losses).tolist() if self.losses else [])
+        return not_finite(f"{finding} in epoch {self.epoch} at step {step}, after a loss of {loss:.4g}", self.optimizer)
 
 
 def not_finite(finding: str, optimizer: Optimizer) -> NotFiniteError:
@@ -197,8 +210,8 @@ def train_one_epoch(
         ema_source: the module, without wrappers, that ``ema`` averages.
         seed: the random numbers of a step (mixup, dropout, drop-path) follow from it, the epoch, the step and the
             process, so that they do not depend on what was drawn before.
-        log_interval: steps between two looks at the loss, the only moments the device is waited for (float16, and
-            ``skip_nan``, also look at every step whether the gradients are finite).
+        log_interval: steps between two looks at the loss, the only moments the device is waited for (``skip_nan``,
+            and float16 with an optimiser that is not fused, look at every step whether the gradients are finite).
         skip_nan: leave out steps whose gradient is not finite.
         position: where to begin; it moves with every optimiser step.
         after_step: called after every optimiser step.
@@ -225,10 +238,10 @@ def train_one_epoch(
                 taught = None if teacher is None else watch.taught(teacher, images)
                 loss = criterion(model(images), targets, taught)
             scaler.scale(loss / group).backward()
-        watch.add(loss.detach(), len(images), first + place)
+        watch.add(loss.detach(), len(images))
         if not last_of_group:
             continue
-        look = watch.steps >= log_interval or place == num_batches - 1
+        look = len(watch.losses) >= log_interval or place == num_batches - 1
         norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, look, skip_nan)
         if stepped and ema is not None:
             ema.update(ema_source)

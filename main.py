@@ -1,10 +1,4 @@
-"""Train learngenes, initialise ViTs from them, and train any timm model.
-
-stage 1, LeTs    main.py --src-arch deit_small_patch16_224_L8 --tgt-arch deit_base_patch16_224_L16_H12 …
-stage 1, TLEG    main.py --model aux_deit_small_patch16_224 …
-stage 2          main.py --des-arch deit_base_patch16_224_L12 --load-gene learngene.safetensors …
-anything else    main.py --model resnet18 …           a teacher, or a baseline from scratch
-"""
+"""Train learngenes, initialise ViTs from them, and train any timm model: ``main.py --help``."""
 
 import signal
 import sys

@@ -200,7 +200,7 @@ class ShardCache:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
+            with tempfile.TemporaryFile(dir=self.folder), FileLock(self.folder / "room.lock"):
                 free = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._kept())
         except OSError as error:
             raise InputError(f"--shard-cache {self.folder} cannot be written: {error.strerror}") from error

@@ -11,6 +11,7 @@ import mmap
 import os
 import pickle
 import re
+import secrets
 import shutil
 import sys
 import warnings
@@ -358,7 +359,8 @@ def _plain_text(path: str | os.PathLike, limit: int) -> str:
 def written_whole(path: str | os.PathLike) -> Iterator[str]:
     """A name to write to, beside ``path``; it becomes ``path`` when all is written, and is removed if that fails."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    # processes of several machines may write there, and have the same number
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06}")
     try:
         yield str(unfinished)
         umask = os.umask(0)  # there is no other way to read it
@@ -381,7 +383,8 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what `written_whole` has left in a folder when its process was killed."""
     for left in folder.glob(".*.*"):
         if re.fullmatch(
-            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README)\S*\.\d+", left.name
+            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index)\S*\.\d+",
+            left.name,
         ):
             left.unlink(missing_ok=True)
 

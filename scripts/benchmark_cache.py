@@ -10,10 +10,10 @@ have one processor. With workers, one for each processor, the cache still has on
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,10 +24,9 @@ from cache import AugmentedBatches, check_memory, check_small, read_all, resized
 from datasets import DATA_SETS, SeededDataset, build_dataset, build_transform, collate
 from samplers import TrainSampler
 
-import timm
 import torch
+from interleaved import in_turn, machine, ratio
 from torch.utils.data import DataLoader
-from tqdm import trange
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +36,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--input-size", type=int, default=28)
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=9, help="counted pairs, after one that is not")
+    p.add_argument("--repeats", type=int, default=5, help="counted turns, after one that is not")
     p.add_argument("--seconds", type=float, default=1.0, help="at least, that each of a pair is watched")
     return p.parse_args()
 
@@ -59,7 +58,7 @@ def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> 
     return images / (time.perf_counter() - start)
 
 
-def build(args: argparse.Namespace) -> tuple[list[DataLoader], AugmentedBatches]:
+def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
     """Loaders without workers and with one per processor, and the one that reads from the cache."""
     device, seeded = torch.device(args.device), []
     transform = build_transform(args.data_set, True, args.input_size)
@@ -68,31 +67,23 @@ def build(args: argparse.Namespace) -> tuple[list[DataLoader], AugmentedBatches]
     count = len(seeded[0])
     sampler = TrainSampler(count, args.batch_size, repeats=3)
     common = dict(batch_size=args.batch_size, sampler=sampler, collate_fn=collate)
-    loaders = [DataLoader(seeded[0], num_workers=n, **common) for n in (0, len(os.sched_getaffinity(0)))]
+    processors = len(os.sched_getaffinity(0))
+    loaders = {f"{n} workers": DataLoader(seeded[0], num_workers=n, **common) for n in (0, processors)}
     check_memory(count, args.input_size, device)
     read = read_all(args.input_size, device, False, seeded[1], [(i, 0) for i in range(count)], collate_fn=collate)
-    return loaders, AugmentedBatches(*read, sampler, args.batch_size, BatchAugment(transform))
+    return {**loaders, "cache": AugmentedBatches(*read, sampler, args.batch_size, BatchAugment(transform))}
 
 
 def main() -> None:
     args = parse()
     check_small(args.data_set, args.input_size)
-    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
-    print(f"{args.data_set} at {args.input_size} pixels, batch {args.batch_size}, cache on {where}, seed 0")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
-    loaders, cached = build(args)
-    for loader in loaders:
-        pairs = []
-        for i in trange(args.repeats + 1, desc=f"{loader.num_workers} workers", leave=False):
-            pair = [images_per_second(either, args.seconds) for either in (loader, cached)]
-            if i:
-                pairs.append(pair)
-        slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratios = sorted(of_cache / one_by_one for one_by_one, of_cache in pairs)
-        print(
-            f"{loader.num_workers} workers {slow:,.0f} images/s, cache {fast:,.0f} (medians of {len(pairs)}); "
-            f"ratio {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}"
-        )
+    print(f"{args.data_set} at {args.input_size} pixels, batch {args.batch_size}; {machine(args.device)}", flush=True)
+    loaders = build(args)
+    measure = {name: partial(images_per_second, loader, args.seconds) for name, loader in loaders.items()}
+    speeds = in_turn(measure, args.repeats, warm_up=1)
+    for name, of_loader in speeds.items():
+        print(f"{name}: {statistics.median(of_loader):,.0f} images/s", end="")
+        print(f"; the cache over it {ratio(speeds['cache'], of_loader)}" * (name != "cache"))
 
 
 if __name__ == "__main__":

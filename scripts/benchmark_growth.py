@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from benchmark_step import Step
-from interleaved import in_turn, machine, ratio
+from interleaved import in_turn, machine, peak_memory, ratio
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -76,10 +75,10 @@ def in_process(function: Callable, *args: object):
 
 def des_net(path: str, arch: str) -> tuple[float, int, int]:
     """Seconds and bytes of memory that making a Des-Net takes, and its parameters."""
-    before, start = getrusage(RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     vit = models.load_learngene(path).descend(arch)
-    seconds, after = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss
-    return seconds, 1024 * (after - before), sum(p.numel() for p in vit.parameters())
+    seconds = time.perf_counter() - start
+    return seconds, peak_memory() - before, sum(p.numel() for p in vit.parameters())
 
 
 def distributed_steps(rank: int, processes: int, port: int, steps: int) -> float:

@@ -6,7 +6,6 @@ scripts/benchmark_init.py --load-gene FILE --des-arch deit_base_patch16_224_L6_H
 """
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 
-import timm
-import torch
+from interleaved import machine
 
 
 def seconds(load_gene: str, des_arch: str) -> float:
@@ -45,8 +43,7 @@ def main() -> None:
             models.Learngene.of(aux_net).save(args.load_gene)
         command = [sys.executable, __file__, "--once", "--load-gene", args.load_gene, "--des-arch", args.des_arch]
         times = [float(subprocess.check_output(command, text=True)) for _ in range(args.repeats)]
-    print(f"{args.des_arch}, {torch.get_num_threads()} CPU threads")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
+    print(f"{args.des_arch}; {machine()}")
     print(f"{statistics.median(times):.2f} s, from {min(times):.2f} to {max(times):.2f} ({len(times)} processes)")
 
 

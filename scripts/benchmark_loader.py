@@ -16,12 +16,12 @@ take turns, so that a slow moment of the machine meets all of them; the ratio is
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,13 +32,13 @@ from samplers import TrainSampler
 
 import numpy as np
 import PIL
-import timm
 import torch
 import torchvision
+from interleaved import in_turn, machine, ratio
 from PIL import Image
 from timm.data import create_loader
 from torch.utils.data import DataLoader
-from tqdm import tqdm, trange
+from tqdm import trange
 
 # (width, height) → how many of 256
 SIZES = {(500, 375): 100, (375, 500): 28, (500, 333): 34, (333, 500): 14, (500, 500): 8, (640, 480): 8, (400, 300): 12}
@@ -151,23 +151,16 @@ def main() -> None:
             make_images(root, args.images)
         sizes = [path.stat().st_size for path in root.glob("train/*/*")]
         loaders = build_loaders(str(root), args)
-        turns = [
-            [time_per_image(loader) for loader in loaders.values()]
-            for _ in tqdm(range(args.repeats + 1), desc="epochs", leave=False)
-        ][1:]
+        measure = {name: partial(time_per_image, loader) for name, loader in loaders.items()}
+        times = in_turn(measure, args.repeats, warm_up=1)
     how = "three times in a row" if args.repeated_aug else "once"
     print(
         f"{len(sizes)} images of {statistics.mean(sizes) / 1000:.0f} kB, each {how}, {args.workers} worker(s), seed 0"
     )
-    print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
-    print(f"torchvision {torchvision.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}")
-    published = [turn[1] for turn in turns]
-    for name, times in zip(loaders, zip(*turns, strict=True), strict=True):
-        ratios = sorted(p / t for p, t in zip(published, times, strict=True))
-        print(
-            f"{name}: {1 / statistics.median(times):.0f} images per second and core, {statistics.median(ratios):.2f} × "
-            f"the published, from {ratios[0]:.2f} to {ratios[-1]:.2f}"
-        )
+    print(f"{machine()}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}")
+    for name in loaders:
+        speed, faster_by = 1 / statistics.median(times[name]), ratio(times["published"], times[name])
+        print(f"{name}: {speed:.0f} images per second and core; over the published {faster_by}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 
 import torch
-from interleaved import in_turn, machine, ratio
+from interleaved import in_turn, machine, peak_memory, ratio
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.functional import cross_entropy
@@ -99,18 +98,18 @@ class Step:
         return counter.get_total_flops() / 2
 
 
-def peak_memory(args: argparse.Namespace, kind: str) -> int:
+def memory_of(args: argparse.Namespace, kind: str) -> int:
     """Bytes that a process has at most while it makes three steps, less what it had before it made the network."""
     if args.device != "cpu":
         step = Step(args, kind)
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated()
-    before = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     step = Step(args, kind)
     for _ in range(3):
         step()
-    return 1024 * getrusage(RUSAGE_SELF).ru_maxrss - before
+    return peak_memory() - before
 
 
 def main() -> None:
@@ -123,7 +122,7 @@ def main() -> None:
         memory = {}
         for kind in KINDS:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory[kind] = pool.apply(peak_memory, (args, kind))
+                memory[kind] = pool.apply(memory_of, (args, kind))
             print(f"{kind}: {memory[kind] / 2**20:,.0f} MiB at most", flush=True)
         print(f"ratio of peak memory {memory['Aux-Net'] / memory['plain ViT']:.3f}")
         return

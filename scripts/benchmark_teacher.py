@@ -9,7 +9,6 @@ the cache does once for many steps is timed apart, and shared out among them. No
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,10 +23,9 @@ from build import autocast_of
 from losses import DistillationLoss
 from teacher import STEPS_OF_A_FILE, Teacher, TeacherCache
 
-import timm
 import torch
+from interleaved import in_turn, machine, ratio
 from torch import Tensor, nn
-from tqdm import trange
 
 CLASSES = 1000
 
@@ -42,7 +40,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=9, help="counted turns, after two that are not")
+    p.add_argument("--repeats", type=int, default=5, help="counted turns, after two that are not")
     p.add_argument("--compile", action="store_true")
     return p.parse_args()
 
@@ -103,30 +101,25 @@ def main() -> None:
         once = {"cache written": filled(cache_of(lambda _: said, read.folder, args.keep, images), images)}
         once["cache read"] = seconds(lambda: read(images), device)
         ways = {"no teacher": None, "teacher": teacher, "cache written": written, "cache read": read}
-        turns = []
-        for i in trange(args.repeats + 2, desc="turns", leave=False):
-            turn = {name: seconds(lambda how=how: step(how), device) for name, how in ways.items()}
-            if i >= 2:
-                turns.append({name: time + once.get(name, 0) / STEPS_OF_A_FILE for name, time in turn.items()})
-    report(args, device, turns, once)
+        times = in_turn(
+            {name: lambda how=how: seconds(lambda: step(how), device) for name, how in ways.items()}, args.repeats
+        )
+    report(args, times, once)
     for top in (1, 10, 100, None):
         print(f"kept of {top or 'all'} classes: {bytes_per_image(lambda _: said, images, top):.0f} bytes per image")
 
 
-def report(args: argparse.Namespace, device: torch.device, turns: list[dict], once: dict[str, float]) -> None:
+def report(args: argparse.Namespace, times: dict[str, list[float]], once: dict[str, float]) -> None:
     name = args.model or f"{args.src_arch} → {args.tgt_arch}"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     compiled = ", compiled" * args.compile
-    print(f"{name}, teacher {args.teacher_model}, batch {args.batch_size}, {args.amp_dtype}{compiled}, {where}, seed 0")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
-    print(f"medians of {len(turns)}; in brackets the ratio to a step with the teacher, and its range")
-    for way in turns[0]:
-        ratios = sorted(turn[way] / turn["teacher"] for turn in turns)
-        seconds_of_step = statistics.median(turn[way] for turn in turns)
-        ratio = f"{statistics.median(ratios):.3f}, {ratios[0]:.3f}–{ratios[-1]:.3f}"
-        print(f"{way:14} {seconds_of_step:.4f} s per step ({ratio})")
-    times = ", ".join(f"{name.removeprefix('cache ')} in {time:.3f} s" for name, time in once.items())
-    print(f"of this a file of {STEPS_OF_A_FILE} steps, {times}")
+    print(f"{name}, teacher {args.teacher_model}, batch {args.batch_size}, {args.amp_dtype}{compiled}")
+    print(machine(args.device))
+    times = {way: [time + once.get(way, 0) / STEPS_OF_A_FILE for time in of_way] for way, of_way in times.items()}
+    for way in times:
+        print(f"{way}: {statistics.median(times[way]):.4f} s per step", end="")
+        print(f"; over a step with the teacher {ratio(times[way], times['teacher'])}" * (way != "teacher"))
+    shared = ", ".join(f"{name.removeprefix('cache ')} in {time:.3f} s" for name, time in once.items())
+    print(f"of this a file of {STEPS_OF_A_FILE} steps, {shared}")
 
 
 if __name__ == "__main__":

@@ -40,3 +40,8 @@ def machine(device: str | torch.device = "cpu") -> str:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         where = f"{torch.get_num_threads()} thread(s) of {model[1] if model else platform.machine()}"
     return f"{where}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, seed 0"
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most; getrusage would count those of the process that started it too."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])

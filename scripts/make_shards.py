@@ -116,6 +116,7 @@ def make_shards(args: argparse.Namespace) -> None:
     start = time.monotonic()
     folder, splits, done = Path(args.output_dir), {}, 0
     folder.mkdir(parents=True, exist_ok=True)
+    models.remove_unfinished(folder)
     for split in SPLITS:
         pictures, classes = pictures_of(args.data_path, split, args.seed)
         lists = packed(pictures, args.shard_mb * 1e6)

@@ -261,6 +261,11 @@ CASES = {
     "teacher_architecture": Case(
         f"{TEACHER} --teacher-path FILES/deeper.pth", ("--teacher-path", "deeper.pth", "architecture", "blocks.2.")
     ),
+    "teacher_cache_of_other_images": Case(
+        f"{TEACHER} --teacher-cache FILES/said --skip-bad-images", ("--teacher-cache", "--skip-bad-images")
+    ),
+    "shard_cache_of_nothing": Case(f"{PLAIN} --shard-cache FILES/shards", ("--shard-cache", "WDS")),
+    "shard_cache_size": Case(f"{PLAIN} --shard-cache-gb 3", ("--shard-cache", "missing")),
     "teacher_without_path": Case(TEACHER, ("--teacher-path", "deit_nano_patch8_32_L2")),
     "teacher_code": Case(f"{TEACHER} --teacher-path FILES/trap.pth", ("trap.pth", "refused", "open"), BOTH),
     "teacher_code_legacy": Case(f"{TEACHER} --teacher-path FILES/trap.tar", ("trap.tar", "refused", "open")),
