@@ -39,7 +39,7 @@ class Position:
         """The mean ``loss`` () over ``images``."""
         self.recent.append((loss, images))
 
-    def totals(self) -> list[float]:
+    def totals(self) -> Tensor:
         """``sums`` over all processes, which have to ask together."""
         if self.recent:
             losses, images = zip(*self.recent, strict=True)
@@ -47,11 +47,11 @@ class Position:
             finite = losses.isfinite()
             self.sums += torch.stack([(images * losses.where(finite, 0.0)).sum(), (images * finite).sum()])
             self.recent.clear()
-        return utils.sum_over_processes(self.sums).tolist()
+        return utils.sum_over_processes(self.sums)
 
     def state(self) -> dict[str, float]:
         """Plain data to make the position of again, on the main process; the others begin with empty sums."""
-        loss, counted = self.totals()
+        loss, counted = self.totals().tolist()
         return {"steps": self.steps, "images": self.images, "loss": loss, "counted": counted}
 
 
@@ -87,7 +87,7 @@ class Watch:
     def __init__(self, position: Position, device: torch.device, optimizer: Optimizer, epoch: int, skip_nan: bool):
         position.sums = position.sums.to(device)
         self.position, self.optimizer, self.epoch, self.skip_nan = position, optimizer, epoch, skip_nan
-        self.seen = position.totals()
+        self.seen = position.totals().tolist()
         self.last_loss = math.nan  # that was finite, before the losses of the steps since the last look
         self.skipped_in_a_row = 0
         self.device = device
@@ -130,7 +130,9 @@ class Watch:
         Raises:
             NotFiniteError: a loss or the gradient was not finite; all processes raise it together.
         """
-        *losses, norm = torch.stack([*self.losses, norm]).tolist()
+        # the one wait for the device
+        *values, norm = torch.cat([self.position.totals(), torch.stack([*self.losses, norm]).double()]).tolist()
+        seen, losses = values[:2], values[2:]
         finite = [math.isfinite(loss) for loss in losses]
         behind = len(losses) - finite.index(False) if False in finite else 0  # steps since the first bad one
         behind = int(utils.maximum(behind)[0])
@@ -138,7 +140,6 @@ class Watch:
             raise self.error("the loss is not finite", self.position.steps - behind + 1)
         if not self.skip_nan and judge_norm and not math.isfinite(norm):
             raise self.error("the gradient is not finite", self.position.steps)
-        seen = self.position.totals()
         loss, counted = (now - then for now, then in zip(seen, self.seen, strict=True))
         self.seen, self.last_loss = seen, self.last_finite(losses)
         seconds = time.perf_counter() - self.start
@@ -251,7 +252,7 @@ def train_one_epoch(
         if look:
             report(watch.look(norm, judge_norm=not scaler.is_enabled()))
         after_step()
-    loss, counted = position.totals()
+    loss, counted = position.totals().tolist()
     if not counted:
         raise watch.error("no loss was finite", position.steps)
     return {"loss": loss / counted, "lr": optimizer.param_groups[0]["lr"]}
