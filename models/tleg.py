@@ -25,8 +25,8 @@ AUX_VIT = dict(fc_norm=False, norm_layer=nn.LayerNorm)
 class LinearExpansion(torch.autograd.Function):
     """θ_l = B + (l/L)·A for l = 0 … L−1, with ∂A = Σ_l (l/L)·∂θ_l and ∂B = Σ_l ∂θ_l.
 
-    Left to autograd, the gradient of every layer is first multiplied into a tensor of its own for A: memory that is
-    written and read once more, which takes twice as long as these sums.
+    Left to autograd, the gradient of every layer is first multiplied into a tensor of its own for A, memory that is
+    written and read once more.
     """
 
     @staticmethod

@@ -141,7 +141,7 @@ def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: 
         axis.loglog(sizes, [e * measured[middle] / expected[middle] for e in expected], "--", label="expected")
         axis.loglog(sizes, measured, "o", label="measured")
         axis.set_xlabel(title)
-        axis.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45)
+        axis.set_xticks(sizes, [f"{size:.3g}" for size in sizes], rotation=45)
         axis.minorticks_off()
         axis.set_ylabel("seconds")
         axis.legend()
@@ -178,7 +178,7 @@ def main() -> None:
     for name, (seconds, memory, parameters) in found.items():
         print(f"| {name} | {parameters:,} | {seconds:.2f} | {memory / 2**20:,.0f} |")
     seconds, _, parameters = (list(column) for column in zip(*found.values(), strict=True))
-    panels["parameters of the Des-Net"] = parameters, seconds, parameters
+    panels["millions of parameters of the Des-Net"] = [p / 1e6 for p in parameters], seconds, parameters
     starts = in_turn({"--help": lambda: start_up("--help"), "a run": first_checkpoint}, args.repeats, warm_up=1)
     for name, seconds in starts.items():
         print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}–{max(seconds):.2f})")
