@@ -107,12 +107,12 @@ def expand(p: dict[str, Tensor], plan: DepthPlan, widen_embedding: bool = True) 
     out, into = widening(p)
     matrices = expand_matrices(p, plan)
     if widen_embedding:
-        matrices |= {name: into(matrices[name], p["E"]) for name in keys(READING, "weight")}
-        matrices |= {name: out(p["E"], matrices[name]) for name in keys(WRITING, "weight")}
+        matrices.update({name: into(matrices[name], p["E"]) for name in keys(READING, "weight")})
+        matrices.update({name: out(p["E"], matrices[name]) for name in keys(WRITING, "weight")})
     with torch.autocast(p["E"].device.type, enabled=False):  # norms want float32, and vectors cost nothing
         vectors = expand_vectors(p, plan)
         if widen_embedding:
-            vectors |= {name: into(vectors[name], p["E"]) for name in keys(WRITING, "bias")}
+            vectors.update({name: into(vectors[name], p["E"]) for name in keys(WRITING, "bias")})
     patch = p["patch_embed_weight"]
     stacked = {**matrices, **vectors}
     layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
@@ -312,7 +312,7 @@ class LeTs(AuxNet):
         p = dict(self.named_parameters())
         weights = expand(p, DepthPlan(self._select, self._plan_layers), widen_embedding=False)
         for l in range(self.arch.depth):
-            weights |= dict.fromkeys(keys(READING + WRITING, "E", layer=l), p["E"])
+            weights.update(dict.fromkeys(keys(READING + WRITING, "E", layer=l), p["E"]))  # torch 2.6 compiles no |=
         return functional_call(self.vit, weights, (images,))
 
     def coefficients(self) -> dict[str, float]:
