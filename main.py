@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         option_parser().print_help()
         return 0
-    from run import main as run
+    from run import main as run  # torch and timm take seconds to import, for which --help does not wait
 
     return run(argv)
 

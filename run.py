@@ -34,12 +34,7 @@ from build import (
     wants_size,
 )
 from configuration import about, check_kind, options_in_effect, parse_options, recipe
-from datasets import (
-    DATA_SETS,
-    SMALL,
-    Batches,
-    describe_classes,
-)
+from datasets import DATA_SETS, SMALL, Batches, describe_classes
 from engine import Position, evaluate, not_finite, train_one_epoch
 from losses import DistillationLoss
 from models import InputError

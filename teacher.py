@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datasets import names_digest
-from models import InputError, in_a_line, written_whole
-from models.files import read_json
+from models import InputError, in_a_line, read_json, written_whole
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -10,6 +10,7 @@ own mixup, optimiser, gradient scaler, average and meters. Both loops get the sa
 
 import argparse
 import copy
+import logging
 import statistics
 import sys
 import time
@@ -31,6 +32,7 @@ from timm.utils import AverageMeter, ModelEmaV3, NativeScaler
 from torch import Tensor
 
 LOG_INTERVAL = 50
+log = logging.getLogger("train")
 
 
 def parse() -> argparse.Namespace:
@@ -99,7 +101,7 @@ def timm_epoch(t: Training, batches: list[tuple[Tensor, Tensor]]) -> None:
         t.ema.update(t.model, step=i)
         step_times.update(time.time() - end)
         if (i + 1) % LOG_INTERVAL == 0:
-            f"{losses.avg:.4f} {step_times.avg:.3f} {data_times.avg:.3f}"
+            log.info("loss %.4f, step %.3f s, data %.3f s", losses.avg, step_times.avg, data_times.avg)
         end = time.time()
 
 

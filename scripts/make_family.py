@@ -35,8 +35,7 @@ from build import CHANNELS, autocast_of, build_loaders, device_of
 from configuration import Parser, about, parse_options, recipe, with_dashes
 from datasets import DATA_SETS, SMALL, describe_classes
 from engine import evaluate
-from models import InputError, ViTArch
-from models.files import read_json
+from models import InputError, ViTArch, read_json
 from models.vit import MAX_DEPTH
 from options import at_least
 from run import writable_folder

@@ -9,6 +9,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -114,6 +115,16 @@ def test_training_computes_what_evaluation_does(width, full_width):
     expected, found = gradients(aux_net.eval()), gradients(aux_net.train())
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
+
+
+def test_training_multiplies_less_than_a_plain_vit():
+    aux_net = aux_net_of("lets").train()
+    images, counts = IMAGES.repeat(16, 1, 1, 1), []
+    for model in (aux_net, aux_net.to_vit().train()):
+        with FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] < 0.8 * counts[1]
 
 
 @both
