@@ -11,15 +11,18 @@ take turns, so that a slow moment of the machine meets all of them; the ratio is
 
     scripts/benchmark_loader.py                             every image once in an epoch
     scripts/benchmark_loader.py --repeated-aug              three times in a row, DeiT's and this program's default
+    scripts/benchmark_loader.py --steps                     the milliseconds of each step of the transforms
 """
 
 import argparse
+import copy
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -27,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import Batches, SeededDataset, build_dataset, build_transform, collate
-from images import faster
+from images import Normalise, RawImage, batch_of, faster, load
 from samplers import TrainSampler
 
 import numpy as np
@@ -37,7 +40,9 @@ import torchvision
 from interleaved import in_turn, machine, ratio
 from PIL import Image
 from timm.data import create_loader
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision import datasets
 from tqdm import trange
 
 # (width, height) → how many of 256
@@ -54,6 +59,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=1, help="of each loader, on as many processor cores")
     p.add_argument("--repeats", type=int, default=5, help="counted epochs of each loader, after one that is not")
     p.add_argument("--repeated-aug", action="store_true", help="every image three times in a row")
+    p.add_argument("--steps", action="store_true", help="where the time of an image goes, instead")
     args = p.parse_args()
     if min(args.workers, args.repeats) < 1 or args.images < BATCH_SIZE:
         p.error(f"--workers and --repeats are at least 1, --images at least {BATCH_SIZE}")
@@ -141,6 +147,35 @@ def time_per_image(loader: Iterable) -> float:
     return (processor_time() - start) / count
 
 
+def time_steps(root: Path) -> dict[str, Counter]:
+    """Processor milliseconds of an image in each step, of the published transform and of this program's."""
+    published = build_transform("FOLDER", True, 224)
+    pipelines = {
+        "published": (datasets.folder.pil_loader, published.transforms, torch.stack),
+        "this program": (load, faster(copy.deepcopy(published)).transforms, finish),
+    }
+    files, times = sorted(map(str, root.glob("train/*/*"))), {name: Counter() for name in pipelines}
+    for name, (read, steps, collated) in pipelines.items():
+        images = []
+        for path in files:
+            image = path
+            for step in (read, *steps):
+                start = time.process_time()
+                image = step(image)
+                name_of_step = "decode" if step is read else type(step).__name__
+                times[name][name_of_step] += 1000 * (time.process_time() - start) / len(files)
+            images.append(image)
+        start = time.process_time()
+        for i in range(0, len(images), BATCH_SIZE):
+            collated(images[i : i + BATCH_SIZE])
+        times[name]["batch"] += 1000 * (time.process_time() - start) / len(files)
+    return times
+
+
+def finish(images: list[RawImage]) -> Tensor:
+    return Normalise(torch.device("cpu"))(batch_of(images))
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
@@ -150,6 +185,13 @@ def main() -> None:
         if not (root / "train").is_dir():
             make_images(root, args.images)
         sizes = [path.stat().st_size for path in root.glob("train/*/*")]
+        if args.steps:
+            rounds = [time_steps(root) for _ in range(args.repeats)]
+            print(f"milliseconds of an image, median of {args.repeats} rounds; {machine()}")
+            for name in rounds[0]:
+                for step in rounds[0][name]:
+                    print(f"{name}, {step}: {statistics.median(times[name][step] for times in rounds):.2f}")
+            return
         loaders = build_loaders(str(root), args)
         measure = {name: partial(time_per_image, loader) for name, loader in loaders.items()}
         times = in_turn(measure, args.repeats, warm_up=1)
