@@ -29,6 +29,7 @@ from datasets import (
     leave_signals_to_main,
 )
 from images import faster
+from losses import DistillationLoss, FamilyLoss
 from models import InputError
 from samplers import ExactSampler, TrainSampler
 from shards import ShardCache
@@ -119,6 +120,8 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: mod
                 num_classes=num_classes,
                 **size,
             )
+        if args.descendants:
+            train_descendants(aux_net, args)
         if args.src_path:
             small = create_sized(args.src_arch, num_classes, args.input_size)
             load_foreign_weights(small, args.src_path, "--src-path", other_head=True)
@@ -135,6 +138,25 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: mod
     if args.init:
         initialise_from(model, args)
     return model
+
+
+def train_descendants(aux_net: models.LeTs, args: argparse.Namespace) -> None:
+    """Have Des-Nets trained beside the Aux-Net: of all depths and heads that are given, or those from its learngene's.
+
+    Raises:
+        InputError: the learngene makes no Des-Nets of these sizes, or no so many.
+    """
+    if args.compile:
+        raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
+    src, tgt = aux_net.src, aux_net.arch
+    with about(f"--descendants {args.descendants}"):
+        archs = [
+            replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
+            for depth in args.descendant_depths or range(src.depth, tgt.depth + 1)
+            for heads in args.descendant_heads or range(src.num_heads, tgt.num_heads + 1)
+            if (depth, heads) != (tgt.depth, tgt.num_heads)
+        ]
+        aux_net.train_descendants(archs, args.descendants, args.descendant_sandwich)
 
 
 def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
@@ -423,6 +445,12 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
         num_classes=num_classes,
     )
     return mixup, SoftTargetCrossEntropy()
+
+
+def build_criterion(args: argparse.Namespace, base_criterion: nn.Module) -> DistillationLoss | FamilyLoss:
+    """Distillation over the base criterion, of the Aux-Net alone or of its descendants, too."""
+    criterion = DistillationLoss(base_criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return FamilyLoss(criterion, args.descendant_loss, args.descendant_weight) if args.descendants else criterion
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:

@@ -104,7 +104,10 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
 # options of one kind of run alone, and what that kind is
 OPTIONS_OF = {
     "lets": (
-        ("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
+        (
+            *("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
+            *("descendants", "descendant_depths", "descendant_heads"),
+        ),
         "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
     ),
     "descend": (

@@ -15,6 +15,7 @@ RIVALS = ("weight_selection", "stacking", "interpolation")
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
+DESCENDANTS_LEARN_FROM = ("teacher", "aux")
 ON_NAN = ("stop", "skip", "rollback")
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
 
@@ -116,6 +117,25 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         help=f"D: {', '.join(DEPTH_SCHEMES)}; W: {', '.join(WIDTH_SCHEMES)}",
     )
     g.add_argument("--trans-init-noise", nargs=2, type=float, metavar=("D", "W"), default=[0.03, 0.03])
+    g.add_argument(
+        "--descendants",
+        type=at_least(0),
+        default=0,
+        metavar="K",
+        help="LeTs stage 1: train K Des-Nets of random sizes beside the Aux-Net in every step",
+    )
+    g.add_argument(
+        "--descendant-depths", type=whole_numbers, help="… of these depths; default: from the learngene's up"
+    )
+    g.add_argument("--descendant-heads", type=whole_numbers, help="… and heads; default: from the learngene's up")
+    g.add_argument("--descendant-sandwich", action=flag, default=False, help="… one of them always the smallest")
+    g.add_argument("--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss")
+    g.add_argument(
+        "--descendant-loss",
+        default="teacher",
+        choices=DESCENDANTS_LEARN_FROM,
+        help="… whether they learn as the Aux-Net does, or from the Aux-Net",
+    )
     g.add_argument("--finetune", help="start from the weights of a checkpoint; another head stays fresh")
     g.add_argument("--resume", help="continue from a checkpoint; auto: from the newest whole one in --output-dir")
     g.add_argument("--start-epoch", type=at_least(0), default=0)

@@ -21,6 +21,7 @@ import utils
 from build import (
     CHANNELS,
     autocast_of,
+    build_criterion,
     build_ema,
     build_loaders,
     build_mixup,
@@ -36,7 +37,7 @@ from build import (
 from configuration import about, check_kind, options_in_effect, parse_options, recipe
 from datasets import DATA_SETS, SMALL, Batches, describe_classes
 from engine import Position, evaluate, not_finite, train_one_epoch
-from losses import DistillationLoss
+from losses import DistillationLoss, FamilyLoss
 from models import InputError
 from teacher import Teacher, TeacherCache
 from utils import NotFiniteError, say
@@ -73,7 +74,7 @@ class Run:
     ema: ModelEmaV3 | None
     mixup: Mixup | None
     teacher: Teacher | TeacherCache | None
-    criterion: DistillationLoss
+    criterion: DistillationLoss | FamilyLoss
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
@@ -126,7 +127,6 @@ def set_up(args: argparse.Namespace) -> Run:
         except (AssertionError, AttributeError) as error:
             raise InputError(f"--grad-checkpointing: {args.model} cannot recompute its activations") from error
     mixup, base_criterion = build_mixup(args, num_classes)
-    distillation = args.distillation_type, args.distillation_alpha, args.distillation_tau
     optimizer, scheduler = build_optimizer(args, model)
     run = Run(
         args=args,
@@ -141,7 +141,7 @@ def set_up(args: argparse.Namespace) -> Run:
         ema=build_ema(args, model),
         mixup=mixup,
         teacher=build_teaching(args, train_loader.dataset, num_classes, device),
-        criterion=DistillationLoss(base_criterion, *distillation),
+        criterion=build_criterion(args, base_criterion),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=half),

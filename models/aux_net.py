@@ -57,6 +57,7 @@ class AuxNet(nn.Module, ABC):
         arch: the sizes of the ViT.
         vit: the ViT, its weights on the meta device. It is no registered submodule, so that parameters, state dict,
             gradients and averages of an Aux-Net are those of the learngene alone.
+        vits: by their sizes, it and the other ViTs that are run with computed weights.
     """
 
     method: str
@@ -72,8 +73,14 @@ class AuxNet(nn.Module, ABC):
         sizes = {key: kwargs.pop(key) for key in ("img_size", "patch_size") if key in kwargs}
         self.arch = replace(arch, **sizes)
         self._vit_options = {**vit_options, **kwargs}
+        self.vits: dict[ViTArch, VisionTransformer] = {}
+        self.__dict__["vit"] = self.add_vit(self.arch)
+
+    def add_vit(self, arch: ViTArch) -> VisionTransformer:
+        """A ViT of ``arch`` sizes without weights, as one of `vits`."""
         with WeightsOnMeta():
-            self.__dict__["vit"] = create_vit(self.arch, block_fn=AuxBlock, weight_init="skip", **self._vit_options)
+            self.vits[arch] = create_vit(arch, block_fn=AuxBlock, weight_init="skip", **self._vit_options)
+        return self.vits[arch]
 
     @abstractmethod
     def expand(self) -> dict[str, Tensor]:
@@ -101,13 +108,15 @@ class AuxNet(nn.Module, ABC):
         return functional_call(self.vit, self.expand(), (images,))
 
     def train(self, mode: bool = True) -> "AuxNet":
-        self.vit.train(mode)
+        for vit in self.vits.values():
+            vit.train(mode)
         return super().train(mode)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass instead of keeping them."""
-        for block in self.vit.blocks:
-            block.recompute = enable
+        for vit in self.vits.values():
+            for block in vit.blocks:
+                block.recompute = enable
 
     @torch.no_grad()
     def to_vit(self) -> VisionTransformer:

@@ -21,11 +21,13 @@ With ``full_width`` the width matrices are those of LiGO (Wang et al., ICLR 2023
 neuron of the Aux-Net, D instead of D−s, so that the old neurons are transformed too.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -285,13 +287,26 @@ class LeTs(AuxNet):
                 **{a: init_depth(rows, depth_scheme, depth_noise, group_size) for a in "gh"},
             }
         )
-        plan = depth_plan(self.layers(), len(rows), n // group_size)
-        self.register_buffer("_select", plan.select, persistent=False)
-        self._plan_layers = plan.layers
-        for block in self.vit.blocks:
+        self._plan_layers: dict[int, list[int]] = {}
+        self._plan(tgt.depth, self.layers())
+        self._compute_with_factors(self.vit)
+        self.descendants: list[ViTArch] = []
+        self.per_step, self.sandwich = 0, False
+
+    def _plan(self, depth: int, layers: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> None:
+        """Keep the plan of ViTs of this ``depth``."""
+        plan = depth_plan(layers, self.g.shape[1], self.src.depth // self.group_size, device)
+        self.register_buffer(f"_select_{depth}", plan.select, persistent=False)
+        self._plan_layers[depth] = plan.layers
+
+    def plan_of(self, depth: int) -> DepthPlan:
+        return DepthPlan(self.get_buffer(f"_select_{depth}"), self._plan_layers[depth])
+
+    def _compute_with_factors(self, vit: VisionTransformer) -> None:
+        for block in vit.blocks:
             for kind, names in ((Reading, READING), (Writing, WRITING)):
                 for name in names:
-                    block.set_submodule(name, kind(block.get_submodule(name), full_width))
+                    block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
 
     @property
     def config(self) -> dict:
@@ -304,16 +319,48 @@ class LeTs(AuxNet):
         return [(i // layers_per_group, i // self.layers_per_row) for i in range(self.arch.depth)]
 
     def expand(self) -> dict[str, Tensor]:
-        return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
+        return expand(dict(self.named_parameters()), self.plan_of(self.arch.depth))
+
+    def train_descendants(self, archs: Sequence[ViTArch], per_step: int, sandwich: bool = False) -> None:
+        """Train Des-Nets beside the Aux-Net, all of them functions of the same learngene.
+
+        Args:
+            archs: the sizes that are drawn from, each step others.
+            per_step: how many are drawn, without repetition.
+            sandwich: one of them is always the smallest (Yu and Huang, "Universally Slimmable Networks and Improved
+                Training Techniques", ICCV 2019, where the Aux-Net is the other end).
+
+        Raises:
+            InputError: there are fewer sizes than ``per_step``, or the learngene makes no Des-Nets of one of them.
+        """
+        if not 1 <= per_step <= len(archs):
+            raise InputError(f"{per_step} descendants in a step, of {len(archs)} sizes: expected 1 to {len(archs)}")
+        for arch in archs:
+            self._plan(arch.depth, layers_of(self.config, arch), self.g.device)
+            self._compute_with_factors(self.add_vit(arch))
+        self.descendants = sorted(archs, key=lambda arch: arch.macs(self.num_classes, self.in_chans))
+        self.per_step, self.sandwich = per_step, sandwich
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes); in training with descendants (1 + per step, batch, classes), its own first."""
         if not self.training:  # the very weights of a Des-Net of these sizes
             return super().forward(images)
         p = dict(self.named_parameters())
-        weights = expand(p, DepthPlan(self._select, self._plan_layers), widen_embedding=False)
-        for l in range(self.arch.depth):
+        logits = self._run(p, self.arch, images)
+        if not self.descendants:
+            return logits
+        # drawn by the generator that a step's number seeds, so that a run that was interrupted draws the same
+        drawn = self.descendants[: self.sandwich]
+        drawn += random.sample(self.descendants[self.sandwich :], self.per_step - self.sandwich)
+        narrow = {arch: select_width(p, arch.width, self.src.head_dim) for arch in drawn}
+        return torch.stack([logits, *(self._run(narrow[arch], arch, images) for arch in drawn)])
+
+    def _run(self, p: dict[str, Tensor], arch: ViTArch, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of the ViT of ``arch`` sizes that expands from ``p``."""
+        weights = expand(p, self.plan_of(arch.depth), widen_embedding=False)
+        for l in range(arch.depth):
             weights.update(dict.fromkeys(keys(READING + WRITING, "E", layer=l), p["E"]))  # torch 2.6 compiles no |=
-        return functional_call(self.vit, weights, (images,))
+        return functional_call(self.vits[arch], weights, (images,))
 
     def coefficients(self) -> dict[str, float]:
         """The depth coefficients of the weights, g, each under a name."""
@@ -452,6 +499,22 @@ def descend(
     Raises:
         InputError: wider than the Aux-Net, other heads than the learngene's, or mapping lists that do not fit.
     """
+    src = ViTArch(**config["src_arch"])
+    mapping = mapping_layer, mapping_layer_coeff, depth_select
+    plan = depth_plan(
+        layers_of(config, arch, *mapping), p["g"].shape[1], src.depth // config["group_size"], device=p["g"].device
+    )
+    return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
+
+
+def layers_of(
+    config: dict,
+    arch: ViTArch,
+    mapping_layer: Sequence[int] | None = None,
+    mapping_layer_coeff: Sequence[int] | None = None,
+    depth_select: str = "default",
+) -> list[tuple[int, int]]:
+    """The group of learngene layers and the coefficient row of each layer of a Des-Net; arguments as in `descend`."""
     src, tgt, layers_per_row = ViTArch(**config["src_arch"]), ViTArch(**config["tgt_arch"]), config["layers_per_row"]
     if arch.width > tgt.width:
         raise InputError(
@@ -462,12 +525,9 @@ def descend(
         raise InputError(
             f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
         )
-    num_groups = src.depth // config["group_size"]
-    layers_per_group = tgt.depth // num_groups
+    layers_per_group = tgt.depth // (src.depth // config["group_size"])
     mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
-    layers = [(a // layers_per_group, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
-    plan = depth_plan(layers, p["g"].shape[1], num_groups, device=p["g"].device)
-    return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
+    return [(a // layers_per_group, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
 
 
 def mapping_or_default(
