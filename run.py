@@ -284,7 +284,9 @@ def train(run: Run) -> int:
     begin_writing(run)
     with utils.StopSignals() as signals:
         try:
-            if run.epoch == 0 and run.position.images == 0 and (run.kind == "descend" or run.args.epochs == 0):
+            args = run.args
+            initialised = run.kind == "descend" or args.init or args.finetune
+            if run.epoch == 0 and run.position.images == 0 and (initialised or args.epochs == 0):
                 finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
             train_epochs(run, signals)
         except utils.Stopped as stopped:
