@@ -623,6 +623,10 @@ def push(run: Run) -> None:
     else:
         usage = f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)'
     facts = {**run.facts, "data": f"{args.data_set}, {len(run.classes)} classes, {args.input_size} pixels"}
+    if args.train_images:
+        facts["training images"] = f"{args.train_images:,}"
+    if args.holdout:
+        facts["test images"] = f"{args.holdout:,} training images that were held out"
     teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
     facts["teacher"] = teacher if args.distillation_type != "none" else "none"
     facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
