@@ -217,7 +217,14 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
 
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", help="where everything is written; default: nothing is")
-    g.add_argument("--save-every-steps", type=at_least(1), help="besides every epoch, write a checkpoint every N steps")
+    g.add_argument(
+        "--eval-interval",
+        type=at_least(1),
+        default=1,
+        metavar="K",
+        help="evaluate, log and write everything after every K epochs, and after the last",
+    )
+    g.add_argument("--save-every-steps", type=at_least(1), help="write a checkpoint N steps after the last one, too")
     g.add_argument("--save-every-minutes", type=positive, help="… and when so many minutes have passed since the last")
     g.add_argument("--keep-checkpoints", type=at_least(0), default=1, help="old checkpoints to keep, besides the best")
     g.add_argument("--on-nan", default="stop", choices=ON_NAN, help="what to do when loss or gradient is not finite")
