@@ -106,7 +106,8 @@ OPTIONS_OF = {
     "lets": (
         (
             *("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
-            *("descendants", "descendant_depths", "descendant_heads"),
+            *("descendants", "descendant_depths", "descendant_heads", "descendant_sandwich"),
+            *("descendant_weight", "descendant_loss"),
         ),
         "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
     ),
@@ -128,6 +129,12 @@ def check_kind(args: argparse.Namespace) -> str:
         for option in options:
             if other != kind and getattr(args, option) != defaults[option]:
                 raise InputError(f"--{option} {reason}")
+    if not args.descendants:
+        for option in OPTIONS_OF["lets"][0]:
+            if option.startswith("descendant_") and getattr(args, option) != defaults[option]:
+                raise InputError(
+                    f"--descendants is missing: --{option} says which are trained beside the Aux-Net, and how"
+                )
     if args.teacher_cache and args.distillation_type == "none":
         raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
     if args.teacher_cache_top and not args.teacher_cache:

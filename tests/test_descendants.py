@@ -1,0 +1,132 @@
+"""Des-Nets that are trained beside the Aux-Net in stage 1."""
+
+import random
+from pathlib import Path
+
+import models
+from losses import DistillationLoss, FamilyLoss
+from models import InputError
+
+import pytest
+import torch
+from conftest import Run, assert_same_result, run_many
+from torch import nn
+
+LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H3"
+SHORT = "--data-set DIGITS --batch-size 256 --num-workers 0 --cache-data --epochs 2 --warmup-epochs 0 --device cpu"
+SIZES = ("L2_H1", "L2_H2", "L3_H3", "L4_H1")
+
+
+def aux_net(per_step: int, sandwich: bool = False, **kwargs: object) -> models.LeTs:
+    torch.manual_seed(0)
+    aux = models.create_aux_net("deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H3", num_classes=10, **kwargs)
+    with torch.no_grad():  # so that no two descendants are alike
+        for parameter in aux.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    aux.train_descendants([models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES], per_step, sandwich)
+    return aux.train()
+
+
+@pytest.mark.parametrize("expansion", [{}, {"full_width": True, "group_size": 2, "layers_per_row": 1}])
+def test_descendants_in_training_are_those_of_the_learngene(expansion):
+    aux, images = aux_net(4, **expansion), torch.randn(3, 3, 16, 16)
+    gene = models.Learngene.of(aux)
+    logits = aux(images)
+    expected = {size: gene.descend(f"deit_nano_patch8_16_{size}")(images) for size in SIZES}
+    assert logits.shape == (5, 3, 10)
+    torch.testing.assert_close(logits[0], gene.aux_net()(images), atol=1e-5, rtol=0)
+    for descendant in logits[1:]:
+        near = [size for size, own in expected.items() if torch.allclose(descendant, own, atol=1e-5)]
+        assert len(near) == 1
+        del expected[near[0]]
+    assert not expected
+    assert aux.eval()(images).shape == (3, 10)
+
+
+def test_each_step_draws_anew_and_a_sandwich_keeps_the_smallest():
+    aux, images = aux_net(2, sandwich=True), torch.randn(2, 3, 16, 16)
+    smallest = models.Learngene.of(aux).descend("deit_nano_patch8_16_L2_H1")(images)
+    random.seed(0)
+    steps = [aux(images) for _ in range(20)]
+    for logits in steps:
+        torch.testing.assert_close(logits[1], smallest, atol=1e-5, rtol=0)
+    others = {tuple(logits[2].flatten().tolist()) for logits in steps}
+    assert len(others) == 3
+    random.seed(0)
+    assert torch.equal(aux(images), steps[0])
+
+
+def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradient():
+    aux = aux_net(4)
+    aux(torch.randn(2, 3, 16, 16))[1:].square().sum().backward()
+    gradients = {name: p.grad.abs().amax(-1) for name, p in aux.named_parameters()}
+    assert (gradients["E"] > 0).all()  # L3_H3 is as wide as the Aux-Net
+    assert all((gradient > 0).any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("learn_from", ["teacher", "aux"])
+def test_the_loss_is_shared(learn_from):
+    logits, teacher = torch.randn(3, 5, 7, requires_grad=True), torch.randn(5, 7)
+    distillation = DistillationLoss(nn.CrossEntropyLoss(), "soft", alpha=1.0, tau=2.0)
+    loss = FamilyLoss(distillation, learn_from, weight=0.25)(logits, torch.arange(5), teacher)
+    taught = teacher if learn_from == "teacher" else logits[0].detach()
+    descendants = [distillation(descendant, torch.arange(5), taught) for descendant in logits[1:]]
+    expected = 0.75 * distillation(logits[0], torch.arange(5), teacher) + 0.25 * sum(descendants) / 2
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("descendants")
+
+    def run(options: str, processes: int = 1) -> Run:
+        return Run(f"{SHORT} {options}".split(), processes)
+
+    sampled = f"{LETS} --descendants 2 --descendant-depths 2,3 --descendant-sandwich"
+    to = f"{sampled} --descendant-loss aux --output-dir {folder}"
+    runs = {
+        "whole": run(f"{to}/whole"),
+        "begun": run(f"{to}/cut --epochs 1 --sched step --decay-epochs 100"),
+        "whole, other schedule": run(f"{to}/whole2 --sched step --decay-epochs 100"),
+        "continued": run(f"{to}/cut --resume auto --sched step --decay-epochs 100"),
+        "two": run(f"{to}/two --batch-size 128", processes=2),
+        "too wide": run(f"{LETS} --descendants 1 --descendant-heads 4"),
+        "too many": run(f"{LETS} --descendants 9 --descendant-depths 2 --descendant-heads 1,2"),
+        "compiled": run(f"{LETS} --descendants 1 --compile"),
+        "TLEG": run("--model aux_deit_nano_patch8_16_L4 --descendants 1"),
+        "none": run(f"{LETS} --descendant-heads 1"),
+    }
+    first = {name: runs.pop(name) for name in ("begun",)}
+    return folder, run_many(first, folder / "first") | run_many(runs, folder / "runs")
+
+
+def test_runs_with_descendants_train_and_continue_exactly(outcomes):
+    folder, results = outcomes
+    for name in ("whole", "begun", "continued", "two", "whole, other schedule"):
+        assert set(results[name].codes) == {0}, results[name].stderr
+    assert_same_result(folder / "cut", folder / "whole2")
+    assert models.load_learngene(folder / "whole" / "learngene.safetensors").options["descendants"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("too wide", "--descendants 1: the Des-Net has width 128"),
+        ("too many", "--descendants 9: 9 descendants in a step, of 2 sizes"),
+        ("compiled", "--compile needs the same sizes in every step"),
+        ("TLEG", "--descendants needs --src-arch and --tgt-arch"),
+        ("none", "--descendants is missing"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(outcomes, name, found):
+    result = outcomes[1][name]
+    assert result.codes == [2]
+    assert result.stderr.startswith(f"error: {found}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_sizes_are_checked():
+    with pytest.raises(InputError, match="of 4 sizes"):
+        aux_net(5)
