@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from study_results import NONE, Study, after, in_units, table
+from study_results import NONE, Study, after, in_short, in_units, table
 
 AS_LITTLE = 1.1  # a rival stores as little as a learngene if it stores at most this times as much
 FEWER = 10  # times, of claim 4
@@ -138,11 +138,10 @@ def comparison_table(study: Study, comparisons: Sequence[Comparison], unit: int)
     """One line per comparison; what the second method stores is in multiples of ``unit``."""
     lines = []
     for c in comparisons:
-        sizes = ", ".join(c.sizes) if len(c.sizes) < len(study.sizes) else f"all {len(c.sizes)}"
         means = [f"{c.mean_a:.1f}", f"{c.mean_b:.1f}", f"{c.mean_a - c.mean_b:+.1f}"] if c.sizes else [NONE] * 3
         stored = study.stored(c.b)
         relative = NONE if stored is None else f"{stored / unit:.2f} ×"
-        lines.append([f"{c.a} > {c.b}", in_words(c.verdict), *means, relative, sizes or NONE])
+        lines.append([f"{c.a} > {c.b}", in_words(c.verdict), *means, relative, in_short(c.sizes, study.sizes)])
     header = ["claim", "holds", "mean of the first", "of the second", "margin", "the second stores", "sizes of both"]
     return table(header, lines)
 
@@ -196,12 +195,11 @@ def claim_4(study: Study, method: str) -> Answer:
 
 
 def family_macs(study: Study, method: str, sizes: Sequence[str], epochs: int) -> float | None:
-    """Stage 1, once, and training every size: mean over seeds. None where one of these has not run."""
+    """Stage 1, once, if it is not from scratch, and training every size. None where one of these has not run."""
     costs = [study.macs(method, study.report.first, size, epochs) for size in sizes]
-    stage_1 = study.stage_1(method)
-    if None in costs or not stage_1:
-        return None
-    return statistics.mean(row.macs for row in stage_1.values()) + sum(costs)
+    if method != study.report.scratch:
+        costs.append(study.stage_1_macs(method))
+    return None if None in costs else sum(costs)
 
 
 @dataclass(frozen=True)
@@ -243,32 +241,38 @@ def cost_ratio(study: Study, method: str, epochs: int) -> tuple[list[bool | None
     each = [alone(study, method, size, epochs, lengths) for size in study.sizes]
     family = family_macs(study, method, study.sizes, epochs)
     if family is None or None in each:
-        gaps = [] if study.stage_1(method) else [f"stage 1 of {method}"]
+        gaps = [] if study.stage_1_macs(method) else [f"stage 1 of {method}"]
         gaps += gap(study, method, first, epochs)
         gaps += [text for n in lengths or [100] for text in gap(study, scratch, first, n)]
         return [None, None], missing(gaps)[1:]
     bound = "" if all(one.reached for one in each) else "≥ "
-    total, at_least = sum(one.macs for one in each), sum(one.at_least for one in each)
-    verdicts, lines = [], []
-    for name, cost in (("not counted", family), ("counted", family + study.teacher_macs())):
-        ratio = total / cost
-        verdicts.append(True if ratio >= CHEAPER else None if bound else False)
-        lines.append([name, bound + in_units(total), in_units(cost), f"{bound}{ratio:.2f} ×", in_words(verdicts[-1])])
-    tried = ", ".join(map(str, lengths))
+    total, teacher = sum(one.macs for one in each), study.teacher_macs()
+    verdicts, lines, gaps = [], [], []
+    for name, cost in (("not counted", family), ("counted", None if teacher is None else family + teacher)):
+        numbers = [bound + in_units(total), in_units(cost), NONE if cost is None else f"{bound}{total / cost:.2f} ×"]
+        verdict = None
+        if cost is None:
+            gaps.append("the training of the teacher")
+        elif total >= CHEAPER * cost or not bound:
+            verdict = total >= CHEAPER * cost
+        else:
+            gaps = [f"runs from scratch of more than {lengths[-1]} epochs, where these are less accurate"]
+        verdicts.append(verdict)
+        lines.append([name, *numbers, in_words(verdict)])
     text = table(["training of the teacher", "one by one, MACs", f"{method}, MACs", "ratio", "holds"], lines)
-    text += [
-        "",
-        f"From scratch {tried} epochs were tried; the longest that are not enough cost {in_units(at_least)}:\n",
-    ]
-    text += table(
-        ["size", method, "from scratch", "epochs", "MACs"],
-        [
-            [one.size, f"{one.wanted:.1f}", f"{one.accuracy:.1f}", *(("" if one.reached else "≥ ") + x for x in texts)]
-            for one in each
-            for texts in [(str(one.epochs), in_units(one.macs))]
-        ],
-    )
-    return verdicts, text
+    return verdicts, [*text, *missing(gaps), "", *alone_table(each, method, lengths)]
+
+
+def alone_table(each: Sequence[Alone], method: str, lengths: Sequence[int]) -> list[str]:
+    """What is counted of each size, and how much less it might be with a number of epochs between those tried."""
+    lines = []
+    for one in each:
+        bound = "" if one.reached else "≥ "
+        line = [one.size, f"{one.wanted:.1f}", f"{one.accuracy:.1f}"]
+        lines.append([*line, f"{bound}{one.epochs}", bound + in_units(one.macs)])
+    tried, at_least = ", ".join(map(str, lengths)), in_units(sum(one.at_least for one in each))
+    text = f"From scratch {tried} epochs were tried; the longest that are not enough cost {at_least}:\n"
+    return [text, *table(["size", method, "from scratch", "epochs", "MACs"], lines)]
 
 
 def claim_5(study: Study, method: str) -> Answer:

@@ -30,10 +30,14 @@ class Report:
     widths: Sequence[str] = ()
 
     @property
+    def descended(self) -> list[str]:
+        """The methods with a stage 1 whose families are compared."""
+        return [*self.learngenes, *([self.linear] if self.linear else [])]
+
+    @property
     def methods(self) -> list[str]:
         """All of them, each once."""
-        linear = [self.linear] if self.linear else []
-        names = [*self.learngenes, *linear, self.scratch, *self.rivals, *self.ablations, *self.widths]
+        names = [*self.descended, self.scratch, *self.rivals, *self.ablations, *self.widths]
         return list(dict.fromkeys(names))
 
 
@@ -95,7 +99,6 @@ class Row:
     macs: float  # of this run's training
     parameters: int  # of the network of this run
     stored_parameters: int  # to make the whole family
-    seconds: float  # of this run
 
 
 OF_VITS = ("accuracy", "stored_parameters")  # a teacher and stage 1 may leave these empty
@@ -158,14 +161,15 @@ class Study:
         """The ViTs of one size, by their seeds."""
         return self._runs.get(("vit", method, data, size, epochs), {})
 
-    def stage_1(self, method: str) -> dict[int, Row]:
-        """The runs of a method's stage 1 on the first data set, by their seeds."""
-        return self._runs.get(("stage1", method, self.report.first, ""), {})
+    def stage_1_macs(self, method: str) -> float | None:
+        """Of a method's stage 1 on the first data set: mean over seeds."""
+        runs = self._runs.get(("stage1", method, self.report.first, ""), {}).values()
+        return statistics.mean(row.macs for row in runs) if runs else None
 
-    def teacher_macs(self) -> float:
+    def teacher_macs(self) -> float | None:
         """Of training all teachers of the first data set, each once: mean over seeds."""
         teachers = [runs for key, runs in self._runs.items() if key[0] == "teacher" and key[2] == self.report.first]
-        return sum(statistics.mean(row.macs for row in runs.values()) for runs in teachers)
+        return sum(statistics.mean(row.macs for row in runs.values()) for runs in teachers) if teachers else None
 
     def accuracies(self, method: str, data: str, size: str, epochs: int) -> dict[int, float]:
         return {seed: row.accuracy for seed, row in self.runs(method, data, size, epochs).items()}
@@ -267,6 +271,11 @@ def cell(values: Collection[float], seeds: int) -> str:
 
 def after(epochs: int) -> str:
     return "before training" if epochs == 0 else "1 epoch" if epochs == 1 else f"{epochs} epochs"
+
+
+def in_short(sizes: Sequence[str], of: Sequence[str]) -> str:
+    """Names of sizes, or that it is all of them."""
+    return f"all {len(of)} sizes" if len(sizes) == len(of) else ", ".join(sizes) or NONE
 
 
 def in_units(value: float | None) -> str:
