@@ -3,12 +3,13 @@
 import statistics
 from collections.abc import Sequence
 
+from scripts.study_claims import family_macs
+from scripts.study_results import NONE, Study, after, in_short, spread
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
-from study_claims import family_macs
-from study_results import NONE, Study, after, in_short, spread
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 LEARNGENES = ("#0072b2", "#d55e00")
@@ -57,37 +58,32 @@ def legend(figure: Figure, entries: dict[str, dict], columns: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def three_of(study: Study) -> list[str]:
-    """The smallest, a middle and the largest size of those that most methods have."""
+def three_of(study: Study, data: str) -> list[str]:
+    """The smallest, a middle and the largest size for a data set; in the middle one that the linear method has, if any."""
     report = study.report
-    shared = study.sizes_with(report.linear, report.first) if report.linear else []
-    there = [size for size in study.sizes if study.parameters(size)]
-    by_parameters = sorted(there, key=study.parameters)
-    few = sorted(shared, key=study.parameters)
-    chosen = {*by_parameters[:1], *few[len(few) // 2 : len(few) // 2 + 1], *by_parameters[-1:]}
-    if len(chosen) < 3:
-        chosen |= set(by_parameters[len(by_parameters) // 2 :][:1])
-    return sorted(chosen, key=study.parameters)
+    there = sorted(study.sizes_for(report.methods, data), key=lambda size: study.parameters(size) or 0)
+    linear = [size for size in there[1:-1] if report.linear and size in study.sizes_for([report.linear], data)]
+    middle = linear or there[1:-1]
+    return [*there[:1], *middle[len(middle) // 2 :][:1], *there[1:][-1:]]
 
 
 def draw_epochs(study: Study) -> Figure:
     """Accuracy over epochs of training, of up to three sizes, one row of axes for each data set."""
-    report = study.report
-    data_sets = [data for data in (report.first, report.second) if data]
-    sizes = three_of(study) or study.sizes[:1]
-    figure = Figure(figsize=(9, 2.6 * len(data_sets) + 0.8), layout="constrained")
-    grid = figure.subplots(len(data_sets), len(sizes), sharex=True, sharey="row", squeeze=False)
+    sizes = {data: three_of(study, data) for data in (study.report.first, study.report.second) if data}
+    figure = Figure(figsize=(9, 2.8 * len(sizes) + 0.8), layout="constrained")
+    grid = figure.subplots(len(sizes), max(map(len, sizes.values())), sharey="row", squeeze=False)
     shown: dict[str, dict] = {}
-    for row, data in zip(grid, data_sets, strict=True):
-        for axes, size in zip(row, sizes, strict=True):
+    for row, data in zip(grid, sizes, strict=True):
+        for axes in row[len(sizes[data]) :]:
+            axes.set_axis_off()
+        for axes, size in zip(row, sizes[data], strict=False):
             shown |= draw_size(axes, study, data, size)
+            axes.set_title(f"{data}, {size}", fontsize=10)
             tidy(axes)
-        row[0].set_ylabel(f"{data}\ntest accuracy, %")
-    for axes, size in zip(grid[0], sizes, strict=True):
-        axes.set_title(f"{size}, {study.parameters(size) or 0:,} parameters", fontsize=10)
+        row[0].set_ylabel("test accuracy, %")
     for axes in grid[-1]:
         axes.set_xlabel("epochs of training")
-    legend(figure, {m: shown[m] for m in styles(study) if m in shown}, columns=min(4, max(1, len(shown))))
+    legend(figure, {m: shown[m] for m in styles(study) if m in shown}, columns=4)
     return figure
 
 
@@ -186,7 +182,7 @@ def draw_cost(study: Study) -> Figure:
     report = study.report
     families = {f"all {len(study.sizes)} sizes": study.sizes}
     if report.linear:
-        sizes = study.sizes_with(report.linear, report.first)
+        sizes = study.sizes_for([report.linear], report.first)
         if 0 < len(sizes) < len(study.sizes):
             families[f"the {len(sizes)} sizes that {report.linear} has"] = sizes
     figure = Figure(figsize=(9, 4.2), layout="constrained")

@@ -15,10 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-
-from study_claims import claims, family_macs
-from study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
-from study_results import NONE, Study, after, cell, in_short, in_units, read_study, table
+from scripts.study_claims import claims, family_macs
+from scripts.study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
+from scripts.study_results import NONE, Study, after, cell, in_short, in_units, read_study, table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
@@ -36,13 +35,14 @@ def columns(study: Study, data: str) -> list[tuple[str, int]]:
 def main_table(study: Study, data: str) -> list[str]:
     """Accuracy per size, and means over all sizes and over those of the linear method."""
     chosen, seeds = columns(study, data), len(study.seeds)
+    everything = study.sizes_for([method for method, _ in chosen], data)
     lines = [
-        [size, *(cell(study.accuracies(m, data, size, n).values(), seeds) for m, n in chosen)] for size in study.sizes
+        [size, *(cell(study.accuracies(m, data, size, n).values(), seeds) for m, n in chosen)] for size in everything
     ]
-    groups = {f"mean of all {len(study.sizes)}": study.sizes}
+    groups = {f"mean of all {len(everything)}": everything}
     if study.report.linear:
-        sizes = study.sizes_with(study.report.linear, data)
-        if 0 < len(sizes) < len(study.sizes):
+        sizes = study.sizes_for([study.report.linear], data)
+        if 0 < len(sizes) < len(everything):
             groups[f"mean of the {len(sizes)} of {study.report.linear}"] = sizes
     for name, sizes in groups.items():
         means = (cell(study.over_sizes(m, data, sizes, n).values(), seeds) for m, n in chosen)
@@ -85,9 +85,9 @@ def cost_table(study: Study) -> list[str]:
     first = report.first
     lines = []
     for method in report.descended:
-        sizes = study.sizes_with(method, first)
+        sizes = study.sizes_for([method], first)
         stage_1 = study.stage_1_macs(method)
-        total = family_macs(study, method, sizes, 1) if sizes else None
+        total = family_macs(study, method, sizes, 1)
         lines.append([method, str(len(sizes)), in_units(stage_1), in_units(study.teacher_macs())])
         lines[-1] += [NONE if None in (total, stage_1) else in_units(total - stage_1), in_units(total)]
         lines[-1] += storage(study, study.stored(method), sizes)
@@ -103,9 +103,10 @@ def cost_table(study: Study) -> list[str]:
 
 def storage(study: Study, stored: int | None, sizes: Sequence[str]) -> list[str]:
     """Parameters stored, those of all ViTs, and how many times more these are."""
-    if stored is None or not sizes:
+    each = [study.parameters(size) for size in sizes]
+    if stored is None or None in each:
         return [NONE] * 3
-    total = sum(study.parameters(size) for size in sizes)
+    total = sum(each)
     return [f"{stored:,}", f"{total:,}", f"{total / stored:.1f} ×"]
 
 

@@ -143,6 +143,7 @@ class Study:
     sizes: list[str]
     seeds: list[int]
     report: Report
+    planned: dict[tuple[str, str], set[str]]  # the sizes that a method is to make for a data set
     rows: list[Row]
     _runs: dict[tuple, dict[int, Row]] = field(default_factory=dict, init=False)  # what `runs` looks up
 
@@ -198,10 +199,10 @@ class Study:
     def sizes_of(self, method: str, data: str, epochs: int) -> list[str]:
         return [size for size in self.sizes if self.runs(method, data, size, epochs)]
 
-    def sizes_with(self, method: str, data: str) -> list[str]:
-        """The sizes that a method has after some number of epochs."""
-        found = {r.size for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, data)}
-        return [size for size in self.sizes if size in found]
+    def sizes_for(self, methods: Iterable[str], data: str) -> list[str]:
+        """The sizes that one of the methods is to make for a data set."""
+        planned = set().union(*(self.planned.get((method, data), ()) for method in methods))
+        return [size for size in self.sizes if size in planned]
 
     def shared_sizes(self, methods: Iterable[str], data: str, epochs: int) -> list[str]:
         """The sizes that all those methods have that have any."""
@@ -240,13 +241,19 @@ def read_study(folder: Path) -> Study:
             raise InputError(
                 f"{folder / 'results.csv'}: size {row.size!r:.100} is none of study.yaml's: {', '.join(sizes)}"
             )
-    methods = {r.method for r in rows}
-    methods |= {g.get("method", name) if isinstance(g, Mapping) else name for name, g in content["runs"].items()}
+    planned: dict[tuple[str, str], set[str]] = {}
+    for name, group in content["runs"].items():
+        if not isinstance(group, Mapping):
+            raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
+        if group.get("kind") == "vit":
+            key = (group.get("method", name), group.get("data"))
+            planned.setdefault(key, set()).update(group.get("sizes", sizes))
+    methods = {method for method, _ in planned}
     try:
         report = read_report(content, methods, content["data"].keys())
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Study(str(content.get("study", folder.name)), sizes, content["seeds"], report, rows)
+    return Study(str(content.get("study", folder.name)), sizes, content["seeds"], report, planned, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
