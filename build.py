@@ -27,6 +27,7 @@ from datasets import (
     build_transform,
     collate,
     leave_signals_to_main,
+    split,
 )
 from images import faster
 from models import InputError
@@ -44,7 +45,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 CHANNELS = 3  # of every data set here; grey images are made so
 
@@ -332,7 +333,10 @@ def build_teaching(
 
 
 def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
-    """Training and test images, the names of the classes, and with --cache-data what augments the former."""
+    """Training and test images, the names of the classes, and with --cache-data what augments the former.
+
+    With --holdout some of the training images are in the place of the test images, which are not even read.
+    """
     if args.cache_data:
         cache.check_small(args.data_set, args.input_size)
     sets, augment, shards = [], None, None
@@ -356,12 +360,16 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
             transform = cache.resized(transform)
         elif is_train:
             transform = faster(transform)
-        sets.append(build_dataset(args.data_set, args.data_path, is_train, transform, args.inat_category, shards))
+        of_train = is_train or args.holdout is not None
+        sets.append(build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards))
     (train, classes), (test, test_classes) = sets
     if classes != test_classes:
         raise InputError(
             f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
+    if args.train_images or args.holdout:
+        to_train, held_out = split(train.targets, args.train_images, args.holdout)
+        train, test = Subset(train, to_train), Subset(test, held_out) if args.holdout else test
     return train, test, classes, augment
 
 

@@ -138,6 +138,9 @@ def check_kind(args: argparse.Namespace) -> str:
         raise InputError("--shard-cache keeps shards from elsewhere: --data-set WDS with an address or a command")
     if args.shard_cache_gb != defaults["shard_cache_gb"] and not args.shard_cache:
         raise InputError("--shard-cache is missing: --shard-cache-gb says how much is kept in it")
+    if args.data_set == "WDS" and (args.train_images or args.holdout):
+        option = "--train-images" if args.train_images else "--holdout"
+        raise InputError(f"{option} takes single images, which --data-set WDS cannot: expected another --data-set")
     return kind
 
 

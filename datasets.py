@@ -10,7 +10,7 @@ import signal
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -35,16 +35,14 @@ class ArrayDataset(Dataset):
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], transform: Callable | None = None):
         self.classes = classes
-        self.images = [Image.fromarray(image).convert("RGB") for image in images.astype(np.uint8)]
-        self.labels = labels.tolist()
-        self.transform = transform
+        self.images, self.targets, self.transform = images.astype(np.uint8, copy=False), labels.tolist(), transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
-        image = self.images[index]
-        return self.transform(image) if self.transform else image, self.labels[index]
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return self.transform(image) if self.transform else image, self.targets[index]
 
 
 class ImageList(Dataset):
@@ -52,6 +50,7 @@ class ImageList(Dataset):
 
     def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable | None = None):
         self.samples, self.classes, self.transform = samples, classes, transform
+        self.targets = [label for _, label in samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,6 +114,8 @@ class SeededDataset(ReadDataset):
 
 def name_of_image(dataset: Dataset, index: int) -> str:
     """The file of an image, or its number where it is held in memory."""
+    if isinstance(dataset, Subset):
+        return name_of_image(dataset.dataset, dataset.indices[index])
     if isinstance(dataset, ShardDataset):
         return dataset.name_of(index)
     return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
@@ -399,6 +400,31 @@ def build_dataset(
     if num_classes not in (None, len(classes)):
         raise InputError(f"--data-path {path} has {len(classes)} classes, {name} has {num_classes}")
     return dataset, classes
+
+
+def split(labels: Sequence[int], train: int | None, holdout: int | None) -> tuple[list[int], list[int]]:
+    """The images to train, ``train`` of them or all that are left, and ``holdout`` others or none, in ascending order.
+
+    They are the beginning and the end of one order that the labels alone determine: runs of every seed see the same
+    images, and more of them include those of fewer. Each class has its share of both.
+
+    Args:
+        labels: of all images, 0 … classes − 1.
+
+    Raises:
+        InputError: there are not so many images.
+    """
+    if (train or 1) + (holdout or 0) > len(labels):
+        asked = " and ".join(f"--{name} {n}" for name, n in (("train-images", train), ("holdout", holdout)) if n)
+        raise InputError(f"{asked} cannot be had of {len(labels)} training images, each of which is in one part alone")
+    shuffled = np.random.RandomState(0).permutation(len(labels))  # whose numbers NumPy never changes
+    of_shuffled = np.asarray(labels)[shuffled]
+    grouped, sizes = np.argsort(of_shuffled, kind="stable"), np.bincount(of_shuffled)
+    quantiles = np.empty(len(labels))  # of an image in its class
+    quantiles[grouped] = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes if size])
+    order = shuffled[np.argsort(quantiles, kind="stable")]
+    end = len(order) - (holdout or 0)
+    return sorted(order[: train or end].tolist()), sorted(order[end:].tolist())
 
 
 def describe_classes(classes: list[str]) -> dict[str, str]:

@@ -131,6 +131,19 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     )
     g.add_argument("--shard-cache", metavar="DIR", help="WDS: keep shards from elsewhere here, on a disk of this host")
     g.add_argument("--shard-cache-gb", type=positive, default=200, help="… at most so many GB; ImageNet has 150")
+    g.add_argument(
+        "--train-images",
+        type=at_least(1),
+        metavar="N",
+        help="train on N of the training images, the same for every --seed, each class with its share",
+    )
+    g.add_argument(
+        "--holdout",
+        type=at_least(1),
+        metavar="N",
+        help="set N of the training images aside, and evaluate on them instead of the test images: what is called "
+        "test_… is then of them",
+    )
     g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
     g.add_argument("--input-size", type=at_least(1), help="pixels; default: the architecture's")
     g.add_argument("--batch-size", type=at_least(1), default=64, help="images per process and step")
@@ -204,7 +217,14 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
 
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", help="where everything is written; default: nothing is")
-    g.add_argument("--save-every-steps", type=at_least(1), help="besides every epoch, write a checkpoint every N steps")
+    g.add_argument(
+        "--eval-interval",
+        type=at_least(1),
+        default=1,
+        metavar="K",
+        help="evaluate, log and write everything after every K epochs, and after the last",
+    )
+    g.add_argument("--save-every-steps", type=at_least(1), help="write a checkpoint N steps after the last one, too")
     g.add_argument("--save-every-minutes", type=positive, help="… and when so many minutes have passed since the last")
     g.add_argument("--keep-checkpoints", type=at_least(0), default=1, help="old checkpoints to keep, besides the best")
     g.add_argument("--on-nan", default="stop", choices=ON_NAN, help="what to do when loss or gradient is not finite")

@@ -93,6 +93,10 @@ class Run:
         return len(self.train_loader.dataset) // utils.world_size() // self.args.batch_size
 
     @property
+    def steps_done(self) -> int:
+        return self.epoch * self.steps + self.position.steps
+
+    @property
     def epochs_done(self) -> float:
         return self.epoch + self.position.steps / max(1, self.steps)
 
@@ -276,22 +280,24 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
 
 
 def train(run: Run) -> int:
-    """Train to the last epoch, and write what section 'What a run writes' of the README lists after each.
+    """Train to the last epoch, and write what section 'What a run writes' of the README lists after evaluations.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that asked the run to stop.
     """
+    args = run.args
+    initialised = run.kind == "descend" or args.init or args.finetune
     begin_writing(run)
     with utils.StopSignals() as signals:
         try:
-            if run.epoch == 0 and run.position.images == 0 and (run.kind == "descend" or run.args.epochs == 0):
+            if run.epoch == 0 and run.position.images == 0 and (initialised or args.epochs == 0):
                 finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
             train_epochs(run, signals)
         except utils.Stopped as stopped:
             write_checkpoint(run)
             written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
             kept = "--resume auto continues" if written else "it could not be saved"
-            kept = kept if run.args.output_dir else "nothing is kept without --output-dir"
+            kept = kept if args.output_dir else "nothing is kept without --output-dir"
             say(f"stopped by {stopped}, in epoch {run.epoch} after {run.position.steps} steps: {kept}")
             return stopped.status
         finally:
@@ -318,7 +324,7 @@ def begin_writing(run: Run) -> None:
                 write_weights(run)
     if run.epoch >= args.epochs > 0:
         say(f"nothing left to train: epoch {run.epoch} of --epochs {args.epochs} has been reached")
-    run.progress = utils.Progress(args.epochs * run.steps, "training", run.epoch * run.steps + run.position.steps)
+    run.progress = utils.Progress(args.epochs * run.steps, "training", run.steps_done)
 
 
 def train_epochs(run: Run, signals: utils.StopSignals) -> None:
@@ -356,6 +362,9 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
                 after_step=saving.after_step,
                 report=partial(report, run),
             )
+            if (run.epoch + 1) % args.eval_interval and run.epoch + 1 < args.epochs:
+                run.epoch, run.position = run.epoch + 1, Position()  # and nothing else, so that short epochs stay short
+                continue
             finish_epoch(run, run.epoch, {f"train_{name}": value for name, value in trained.items()}, signals)
             saving.save()
         except NotFiniteError as error:
@@ -363,31 +372,30 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
 
 
 class Saving:
-    """When a checkpoint is written, besides every epoch."""
+    """When a checkpoint is written, besides after every evaluation."""
 
     def __init__(self, run: Run, signals: utils.StopSignals):
         self.run, self.signals = run, signals
-        self.steps, self.time = run.position.steps, time.monotonic()
+        self.steps, self.time = run.steps_done, time.monotonic()
 
     def after_step(self) -> None:
         """Save if it is time to, and stop if that was asked for."""
-        args, steps = self.run.args, self.run.position.steps
+        args, steps = self.run.args, self.run.steps_done - self.steps
         late = args.save_every_minutes is not None and time.monotonic() - self.time > 60 * args.save_every_minutes
         number, late = utils.maximum(self.signals.noted, late)
         if number:
             raise utils.Stopped(int(number))
-        if late or (args.save_every_steps and steps // args.save_every_steps > self.steps // args.save_every_steps):
+        if late or (args.save_every_steps and steps >= args.save_every_steps):
             self.save()
-        self.steps = steps
 
     def save(self) -> None:
         write_checkpoint(self.run)
-        self.steps, self.time = self.run.position.steps, time.monotonic()
+        self.steps, self.time = self.run.steps_done, time.monotonic()
 
 
 def report(run: Run, numbers: dict[str, float]) -> None:
     """What the engine has seen since the last time, for people to look at."""
-    run.progress.advance(run.epoch * run.steps + run.position.steps - run.progress.done)
+    run.progress.advance(run.steps_done - run.progress.done)
     run.progress.show({"epoch": run.epoch, **numbers})
     if run.log is not None:
         on_device = run.device.type == "cuda"
@@ -621,6 +629,10 @@ def push(run: Run) -> None:
     else:
         usage = f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)'
     facts = {**run.facts, "data": f"{args.data_set}, {len(run.classes)} classes, {args.input_size} pixels"}
+    if args.train_images:
+        facts["training images"] = f"{args.train_images:,}"
+    if args.holdout:
+        facts["test images"] = f"{args.holdout:,} training images that were held out"
     teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
     facts["teacher"] = teacher if args.distillation_type != "none" else "none"
     facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"

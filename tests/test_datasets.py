@@ -271,7 +271,7 @@ def test_fmnist_has_as_many_images_of_each_class(source: str, tmp_path: Path):
         make_fmnist(tmp_path)
     for is_train, size in zip((True, False), sizes, strict=True):
         dataset, _ = build_dataset("FMNIST", folder or str(tmp_path), is_train, PIXELS)
-        assert Counter(dataset.labels) == dict.fromkeys(range(10), size // 10)
+        assert Counter(dataset.targets) == dict.fromkeys(range(10), size // 10)
         assert dataset[size - 1][0].shape == (3, 28, 28)
 
 
@@ -602,7 +602,7 @@ def test_augmentation_follows_from_the_key(augmented_digits: Dataset):
         torch.manual_seed(1)
         again, same_label, _ = augmented_digits[index, seed]
         assert torch.equal(first, again)
-        assert label == same_label == augmented_digits.dataset.labels[index]
+        assert label == same_label == augmented_digits.dataset.targets[index]
     versions = {augmented_digits[0, seed][0].numpy().tobytes() for seed in range(20)}
     assert len(versions) == 20
     assert len(augmented_digits) == 1437

@@ -122,7 +122,7 @@ def test_every_model_of_the_grid_is_that_of_the_learngene(gene, family):
 def test_the_numbers_of_the_table(gene, family):
     out, _ = family
     digits, _ = build_dataset("DIGITS", None, False, build_transform("DIGITS", False, 16))
-    images, labels = torch.stack([image for image, _ in digits]), torch.tensor(digits.labels)
+    images, labels = torch.stack([image for image, _ in digits]), torch.tensor(digits.targets)
     rows = rows_of(out)
     assert [(int(row["depth"]), int(row["heads"])) for row in rows] == [(d, h) for h in HEADS for d in DEPTHS]
     stored = sum(tensor.numel() for tensor in models.load_learngene(gene).tensors.values())
