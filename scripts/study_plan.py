@@ -169,9 +169,7 @@ def read_study(path: Path) -> Study:
     return study
 
 
-def check_keys(
-    content: object, known: Mapping[str, tuple[type, ...]], where: str, needed: tuple[str, ...] = ()
-) -> None:
+def check_keys(content: object, known: Mapping[str, tuple[type, ...]], where: str, needed: Sequence[str] = ()) -> None:
     """Raises InputError unless ``content`` has the keys that it needs, and no others, with values of their types."""
     if not isinstance(content, dict):
         raise InputError(f"{where} is {content!r}: expected lines of 'key: value'")
