@@ -1,0 +1,310 @@
+"""What a study says about five claims of the papers, for each of its learngenes."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from study_results import NONE, Study, after, in_units, table
+
+AS_LITTLE = 1.1  # a rival stores as little as a learngene if it stores at most this times as much
+FEWER = 10  # times, of claim 4
+CHEAPER = 2  # times, of claim 5
+
+CLAIMS = (
+    "After 1 epoch a Des-Net beats the same ViT trained from scratch for 100 epochs, at every size.",
+    "On a second data set it passes, within 10 epochs, the final accuracy of 300 epochs from scratch, at every size.",
+    "Before training, Des-Nets beat those of linear expansion, and these those of every rival that stores as little.",
+    f"At least {FEWER} × fewer parameters are stored for the family than one by one.",
+    f"Training the family, stage 1 included, costs at least {CHEAPER} × less than one by one at equal accuracy.",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, "yes", "no" or "not answered", and what it rests on, as lines of Markdown."""
+
+    answer: str
+    lines: list[str]
+
+
+def in_words(verdict: bool | None) -> str:
+    return {True: "yes", False: "no", None: "not answered"}[verdict]
+
+
+def every(verdicts: Iterable[bool | None]) -> bool | None:
+    """True if all are, False if one is, else None: not answered."""
+    verdicts = list(verdicts)
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def missing(gaps: Sequence[str]) -> list[str]:
+    return ["", f"Missing: {'; '.join(gaps)}."] if gaps else []
+
+
+def gap(study: Study, method: str, data: str, epochs: int) -> list[str]:
+    """What is missing of a method, in words; nothing where it has all sizes."""
+    there = study.sizes_of(method, data, epochs)
+    sizes = [size for size in study.sizes if size not in there]
+    if not sizes:
+        return []
+    return [f"{method} on {data}, {after(epochs)}, " + (f"at {', '.join(sizes)}" if there else "at every size")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims 1 and 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def against_scratch(study: Study, method: str, data: str | None, candidates: Sequence[int], longest: int) -> Answer:
+    """Is a Des-Net after one of the numbers of epochs ``candidates`` better than a ViT after ``longest`` from scratch?
+
+    The last of the candidates has to be there before the answer is no. Of several, each size takes the best.
+    """
+    if data is None:
+        return Answer(in_words(None), ["Missing: a second data set."])
+    scratch = study.report.scratch
+    verdicts, lines, margins, won, pairs = [], [], {}, 0, 0
+    for size in study.sizes:
+        ours = {epochs: study.mean(method, data, size, epochs) for epochs in candidates}
+        ours = {epochs: mean for epochs, mean in ours.items() if mean is not None}
+        theirs = study.mean(scratch, data, size, longest)
+        best = max(ours, key=ours.__getitem__, default=None)
+        line = [size, NONE, NONE, NONE if theirs is None else f"{theirs:.1f}", NONE, NONE]
+        verdict = None
+        if best is not None:
+            line[1:3] = str(best), f"{ours[best]:.1f}"
+        if best is not None and theirs is not None:
+            margins[size] = ours[best] - theirs
+            verdict = True if margins[size] > 0 else False if candidates[-1] in ours else None
+            a = study.accuracies(method, data, size, best)
+            b = study.accuracies(scratch, data, size, longest)
+            both = a.keys() & b.keys()
+            wins = sum(a[seed] > b[seed] for seed in both)
+            won, pairs = won + wins, pairs + len(both)
+            line[4:] = f"{margins[size]:+.1f}", f"{wins} of {len(both)}"
+        verdicts.append(verdict)
+        lines.append(line)
+    text = []
+    if margins:
+        least = min(margins, key=margins.__getitem__)
+        text.append(
+            f"Smallest margin: {margins[least]:+.1f} points, at {least}. "
+            f"Of the pairs of size and seed, {won} of {pairs} win.\n"
+        )
+    text += table(["size", "epochs", method, f"{scratch}, {longest}", "margin", "seeds that win"], lines)
+    verdict = every(verdicts)
+    gaps = gap(study, method, data, candidates[-1]) + gap(study, scratch, data, longest)
+    return Answer(in_words(verdict), text + (missing(gaps) if verdict is None else []))
+
+
+def claim_1(study: Study, method: str) -> Answer:
+    return against_scratch(study, method, study.report.first, [1], 100)
+
+
+def claim_2(study: Study, method: str) -> Answer:
+    return against_scratch(study, method, study.report.second, range(1, 11), 300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claim 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean accuracies of two methods before training, over the sizes that both have."""
+
+    a: str
+    b: str
+    sizes: list[str]
+    mean_a: float
+    mean_b: float
+
+    @property
+    def verdict(self) -> bool | None:
+        return self.mean_a > self.mean_b if self.sizes else None
+
+
+def compare(study: Study, a: str, b: str) -> Comparison:
+    first = study.report.first
+    sizes = [size for size in study.sizes_of(a, first, 0) if size in study.sizes_of(b, first, 0)]
+    mean_a, mean_b = (
+        statistics.mean(study.mean(method, first, size, 0) for size in sizes) if sizes else 0.0 for method in (a, b)
+    )
+    return Comparison(a, b, sizes, mean_a, mean_b)
+
+
+def comparison_table(study: Study, comparisons: Sequence[Comparison], unit: int) -> list[str]:
+    """One line per comparison; what the second method stores is in multiples of ``unit``."""
+    lines = []
+    for c in comparisons:
+        sizes = ", ".join(c.sizes) if len(c.sizes) < len(study.sizes) else f"all {len(c.sizes)}"
+        means = [f"{c.mean_a:.1f}", f"{c.mean_b:.1f}", f"{c.mean_a - c.mean_b:+.1f}"] if c.sizes else [NONE] * 3
+        stored = study.stored(c.b)
+        relative = NONE if stored is None else f"{stored / unit:.2f} ×"
+        lines.append([f"{c.a} > {c.b}", in_words(c.verdict), *means, relative, sizes or NONE])
+    header = ["claim", "holds", "mean of the first", "of the second", "margin", "the second stores", "sizes of both"]
+    return table(header, lines)
+
+
+def claim_3(study: Study, method: str) -> Answer:
+    linear, rivals, first = study.report.linear, study.report.rivals, study.report.first
+    if linear is None or not rivals:
+        return Answer(in_words(None), ["Missing: a linear method and rivals in the study's report."])
+    unit = study.stored(method)
+    if unit is None:
+        return Answer(in_words(None), missing(gap(study, method, first, 0))[1:])
+    stored = {rival: study.stored(rival) for rival in rivals}
+    small = [rival for rival, count in stored.items() if count is not None and count <= AS_LITTLE * unit]
+    large = [rival for rival, count in stored.items() if count is not None and count > AS_LITTLE * unit]
+    needed = [compare(study, method, linear)]
+    needed += [compare(study, a, b) for b in small for a in (linear, method)]
+    gaps = gap(study, method, first, 0)
+    gaps += [f"{name} before training" for name in (linear, *rivals) if not study.sizes_of(name, first, 0)]
+    verdict = every([*(c.verdict for c in needed), None if gaps else True])
+    lines = [f"Rivals that store at most {AS_LITTLE} × the {unit:,} parameters of {method}:\n"]
+    lines += comparison_table(study, needed, unit)
+    if not small:
+        lines += ["", "No rival stores as little."]
+    if large:
+        lines += ["", "Rivals that store more, which the answer does not count:\n"]
+        lines += comparison_table(study, [compare(study, method, rival) for rival in large], unit)
+    return Answer(in_words(verdict), lines + (missing(gaps) if verdict is None else []))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claim 4
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claim_4(study: Study, method: str) -> Answer:
+    each = {size: study.parameters(size) for size in study.sizes}
+    stored = study.stored(method)
+    gaps = [f"a ViT of {size}" for size, count in each.items() if count is None]
+    if stored is None:
+        gaps.append(f"a Des-Net of {method}")
+    if gaps:
+        return Answer(in_words(None), missing(gaps)[1:])
+    total = sum(each.values())
+    text = f"{len(each)} ViTs of together {total:,} parameters are made from {stored:,}: {total / stored:.1f} × fewer."
+    return Answer(in_words(total / stored >= FEWER), [text])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claim 5
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def family_macs(study: Study, method: str, sizes: Sequence[str], epochs: int) -> float | None:
+    """Stage 1, once, and training every size: mean over seeds. None where one of these has not run."""
+    costs = [study.macs(method, study.report.first, size, epochs) for size in sizes]
+    stage_1 = study.stage_1(method)
+    if None in costs or not stage_1:
+        return None
+    return statistics.mean(row.macs for row in stage_1.values()) + sum(costs)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The cheapest training from scratch that is as accurate as a Des-Net, of one size."""
+
+    size: str
+    wanted: float  # accuracy of the Des-Net
+    epochs: int
+    accuracy: float
+    macs: float
+    at_least: float  # MACs of the longest training that is not enough
+    reached: bool  # else no run from scratch is as accurate, and this is the longest
+
+
+def alone(study: Study, method: str, size: str, epochs: int, lengths: Sequence[int]) -> Alone | None:
+    """Of one size; None where a run has not been made."""
+    first, scratch = study.report.first, study.report.scratch
+    wanted = study.mean(method, first, size, epochs)
+    runs = [(study.macs(scratch, first, size, n), study.mean(scratch, first, size, n), n) for n in lengths]
+    if wanted is None or not runs or any(macs is None for macs, _, _ in runs):
+        return None
+    at_least = 0.0
+    for macs, accuracy, n in sorted(runs):
+        if accuracy >= wanted:
+            return Alone(size, wanted, n, accuracy, macs, at_least, reached=True)
+        at_least = macs
+    return Alone(size, wanted, n, accuracy, macs, at_least, reached=False)
+
+
+def cost_ratio(study: Study, method: str, epochs: int) -> tuple[list[bool | None], list[str]]:
+    """One by one against the family after ``epochs`` of each size, without and with the training of the teacher.
+
+    Returns:
+        For each of the two whether the claim holds, and Markdown.
+    """
+    first, scratch = study.report.first, study.report.scratch
+    lengths = [n for n in study.epochs([scratch], first) if n > 0]
+    each = [alone(study, method, size, epochs, lengths) for size in study.sizes]
+    family = family_macs(study, method, study.sizes, epochs)
+    if family is None or None in each:
+        gaps = [] if study.stage_1(method) else [f"stage 1 of {method}"]
+        gaps += gap(study, method, first, epochs)
+        gaps += [text for n in lengths or [100] for text in gap(study, scratch, first, n)]
+        return [None, None], missing(gaps)[1:]
+    bound = "" if all(one.reached for one in each) else "≥ "
+    total, at_least = sum(one.macs for one in each), sum(one.at_least for one in each)
+    verdicts, lines = [], []
+    for name, cost in (("not counted", family), ("counted", family + study.teacher_macs())):
+        ratio = total / cost
+        verdicts.append(True if ratio >= CHEAPER else None if bound else False)
+        lines.append([name, bound + in_units(total), in_units(cost), f"{bound}{ratio:.2f} ×", in_words(verdicts[-1])])
+    tried = ", ".join(map(str, lengths))
+    text = table(["training of the teacher", "one by one, MACs", f"{method}, MACs", "ratio", "holds"], lines)
+    text += [
+        "",
+        f"From scratch {tried} epochs were tried; the longest that are not enough cost {in_units(at_least)}:\n",
+    ]
+    text += table(
+        ["size", method, "from scratch", "epochs", "MACs"],
+        [
+            [one.size, f"{one.wanted:.1f}", f"{one.accuracy:.1f}", *(("" if one.reached else "≥ ") + x for x in texts)]
+            for one in each
+            for texts in [(str(one.epochs), in_units(one.macs))]
+        ],
+    )
+    return verdicts, text
+
+
+def claim_5(study: Study, method: str) -> Answer:
+    (without, included), text = cost_ratio(study, method, 1)
+    answer = in_words(without)
+    if without != included:
+        answer += f" without the training of the teacher, {in_words(included)} with it"
+    lines = ["After 1 epoch of each Des-Net:\n", *text]
+    if study.sizes_of(method, study.report.first, 10):
+        lines += ["", "After 10 epochs of each Des-Net:\n", *cost_ratio(study, method, 10)[1]]
+    return Answer(answer, lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claims(study: Study) -> list[str]:
+    """The lines of claims.md."""
+    learngenes = study.report.learngenes
+    functions = (claim_1, claim_2, claim_3, claim_4, claim_5)
+    answers = [[function(study, method) for method in learngenes] for function in functions]
+    lines = [f"# What the study “{study.name}” says about the papers' claims", ""]
+    lines += [
+        f"Accuracies are test top-1 in %, after the last epoch, mean over seeds ({len(study.seeds)}: "
+        f"{', '.join(map(str, study.seeds))}, where a run has fewer over these). MACs are of training alone: "
+        "3 × a forward pass for each image, 1 × for the teacher; choosing learning rates is not counted.\n"
+    ]
+    overview = zip(CLAIMS, answers, strict=True)
+    lines += table(
+        ["claim", *learngenes],
+        [[f"{i}. {claim}", *(a.answer for a in row)] for i, (claim, row) in enumerate(overview, start=1)],
+    )
+    for number, (claim, row) in enumerate(zip(CLAIMS, answers, strict=True), start=1):
+        lines += ["", f"## {number}. {claim}"]
+        for method, answer in zip(learngenes, row, strict=True):
+            lines += ["", f"### {method}: {answer.answer}", "", *answer.lines]
+    return lines

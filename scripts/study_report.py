@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Tables, answers and plots of a study, from what scripts/study.py measured.
+
+Reads results.csv and study.yaml in the study's folder and writes beside them tables.md, claims.md, summary.md,
+epochs.png, family.png, ablations.png and cost.png. A study that is not finished gives what it has so far.
+
+scripts/study_report.py results/cpu
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+
+from study_claims import claims, family_macs
+from study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
+from study_results import NONE, Study, after, cell, in_units, read_study, table
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def columns(study: Study, data: str) -> list[tuple[str, int]]:
+    """Methods and numbers of epochs of the main table; where nothing has run yet, those of the papers' claims."""
+    report = study.report
+    descended = [*report.learngenes, *([report.linear] if report.linear else [])]
+    few = study.epochs(descended, data) or [0, 1, 10]
+    many = [n for n in study.epochs([report.scratch], data) if n > 0] or [1, 10, 100]
+    return [(method, n) for method in descended for n in few] + [(report.scratch, n) for n in many]
+
+
+def main_table(study: Study, data: str) -> list[str]:
+    """Accuracy per size, and means over all sizes and over those of the linear method."""
+    chosen, seeds = columns(study, data), len(study.seeds)
+    lines = [
+        [size, *(cell(study.accuracies(m, data, size, n).values(), seeds) for m, n in chosen)] for size in study.sizes
+    ]
+    groups = {f"mean of all {len(study.sizes)}": study.sizes}
+    if study.report.linear:
+        sizes = study.sizes_with(study.report.linear, data)
+        if 0 < len(sizes) < len(study.sizes):
+            groups[f"mean of the {len(sizes)} of {study.report.linear}"] = sizes
+    for name, sizes in groups.items():
+        means = (cell(study.over_sizes(m, data, sizes, n).values(), seeds) for m, n in chosen)
+        lines.append([f"**{name}**", *means])
+    return table(["size", *(f"{method}, {after(n)}" for method, n in chosen)], lines)
+
+
+def untrained_table(study: Study) -> list[str]:
+    """Accuracy before training, per method and size, and what the method stores."""
+    report = study.report
+    methods = [*report.learngenes, *([report.linear] if report.linear else []), *report.rivals]
+    lines = []
+    for method in dict.fromkeys(methods):
+        own = study.sizes_of(method, report.first, 0)
+        stored = study.stored(method)
+        mean = cell(study.over_sizes(method, report.first, own, 0).values(), len(study.seeds))
+        line = [method, NONE if stored is None else f"{stored:,}", f"{mean}, {len(own)} sizes" if own else NONE]
+        for size in study.sizes:
+            line.append(cell(study.accuracies(method, report.first, size, 0).values(), len(study.seeds)))
+        lines.append(line)
+    return table(["method", "stored parameters", "mean of its sizes", *study.sizes], lines)
+
+
+def variants_table(study: Study, methods: Sequence[str]) -> list[str]:
+    """Mean accuracy of variants of a learngene over the sizes that all of those that have run have."""
+    methods = list(dict.fromkeys([*study.report.learngenes, *methods]))
+    first = study.report.first
+    epochs = study.epochs(methods, first) or [0, 1]
+    sizes = {n: study.shared_sizes(methods, first, n) for n in epochs}
+    lines = [
+        [m, *(cell(study.over_sizes(m, first, sizes[n], n).values(), len(study.seeds)) for n in epochs)]
+        for m in methods
+    ]
+    of = "; ".join(f"{after(n)}: {', '.join(sizes[n]) or NONE}" for n in epochs)
+    return [*table(["method", *map(after, epochs)], lines), "", f"Means over the sizes that all of them have: {of}."]
+
+
+def cost_table(study: Study) -> list[str]:
+    """What the family of each learngene costs and stores, and the same sizes one by one."""
+    report = study.report
+    first = report.first
+    methods = [*report.learngenes, *([report.linear] if report.linear else [])]
+    lines = []
+    for method in methods:
+        sizes = study.sizes_with(method, first)
+        runs = study.stage_1(method).values()
+        stage_1 = statistics.mean(row.macs for row in runs) if runs else None
+        total = family_macs(study, method, sizes, 1) if sizes else None
+        lines.append([method, str(len(sizes)), in_units(stage_1), in_units(study.teacher_macs() or None)])
+        lines[-1] += [NONE if None in (total, stage_1) else in_units(total - stage_1), in_units(total)]
+        lines[-1] += storage(study, study.stored(method), sizes)
+    for n in (n for n in study.epochs([report.scratch], first) if n > 0):
+        sizes = study.sizes_of(report.scratch, first, n)
+        total = sum(study.macs(report.scratch, first, size, n) for size in sizes)
+        lines.append([f"{report.scratch}, {after(n)}", str(len(sizes)), NONE, NONE, in_units(total), in_units(total)])
+        lines[-1] += storage(study, sum(study.parameters(size) for size in sizes), sizes)
+    header = ["method", "sizes", "stage 1, MACs", "the teacher's training, MACs", "Des-Nets, MACs"]
+    header += ["together without the teacher's, MACs", "stored parameters", "of all ViTs", "ratio"]
+    return table(header, lines)
+
+
+def storage(study: Study, stored: int | None, sizes: Sequence[str]) -> list[str]:
+    """Parameters stored, those of all ViTs, and how many times more these are."""
+    if stored is None or not sizes:
+        return [NONE] * 3
+    total = sum(study.parameters(size) for size in sizes)
+    return [f"{stored:,}", f"{total:,}", f"{total / stored:.1f} ×"]
+
+
+def tables(study: Study) -> list[str]:
+    """The lines of tables.md."""
+    report = study.report
+    sections = {f"{report.first}: accuracy": main_table(study, report.first)}
+    if report.second:
+        sections[f"{report.second}: accuracy"] = main_table(study, report.second)
+    sections[f"{report.first}, before training"] = untrained_table(study)
+    if report.ablations:
+        sections[f"{report.first}: ablations"] = variants_table(study, report.ablations)
+    if report.widths:
+        sections[f"{report.first}: selections of width"] = variants_table(study, report.widths)
+    sections["Cost and storage of the family, after 1 epoch of each Des-Net"] = cost_table(study)
+    lines = [f"# Results of the study “{study.name}”", ""]
+    lines += [
+        "Test top-1 accuracy in %, after the last epoch: mean ± standard deviation (of a sample) over "
+        f"{len(study.seeds)} seeds; in brackets the number of seeds where there are others than that many. "
+        f"{NONE}: not run."
+    ]
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", *section]
+    return lines
+
+
+def summary(study: Study) -> list[str]:
+    """The lines of summary.md, a table for a README: the last learngene first."""
+    report = study.report
+    chosen = [(method, n) for method in report.learngenes[::-1] for n in (0, 1)]
+    lengths = [n for n in study.epochs([report.scratch], report.first) if n > 0] or [1, 10, 100]
+    chosen += [(report.scratch, n) for n in lengths]
+    lines = []
+    for size in study.sizes:
+        parameters = study.parameters(size)
+        accuracies = (study.mean(method, report.first, size, n) for method, n in chosen)
+        line = [size, NONE if parameters is None else f"{parameters:,}"]
+        lines.append([*line, *(NONE if a is None else f"{a:.1f}" for a in accuracies)])
+    return table(["size", "parameters", *(f"{method}, {after(n)}" for method, n in chosen)], lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path) -> None:
+    """Write tables.md, claims.md, summary.md and four plots beside the results.csv and study.yaml in ``folder``.
+
+    Raises:
+        InputError: study.yaml or results.csv is missing, or is not what a study leaves.
+    """
+    study = read_study(folder)
+    for name, lines in (("tables", tables), ("claims", claims), ("summary", summary)):
+        with models.written_whole(folder / f"{name}.md") as unfinished:
+            Path(unfinished).write_text("\n".join(lines(study)) + "\n", encoding="utf-8")
+    plots = {"epochs": draw_epochs, "family": draw_family, "ablations": draw_ablations, "cost": draw_cost}
+    for name, draw in plots.items():
+        with models.written_whole(folder / f"{name}.png") as unfinished:
+            draw(study).savefig(unfinished, format="png", dpi=150, metadata={"Software": None})
+
+
+def main(argv: Sequence[str]) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path, help="where results.csv and study.yaml are, e.g. results/cpu")
+    args = p.parse_args(argv)
+    try:
+        write(args.folder)
+    except (models.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
