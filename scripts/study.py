@@ -36,6 +36,7 @@ from configuration import Parser
 from models import InputError, read_json, written_whole
 from options import at_least, positive
 from run import main as run_main
+from scripts import study_report
 from scripts.study_plan import WEIGHTS, Run, Study, order_of, read_study
 from utils import StopSignals
 
@@ -448,8 +449,6 @@ def work(args: argparse.Namespace, deadline: float) -> int:
     if status:
         print(f"{done} of {len(runner.chosen)} runs are done; the same command continues", flush=True)
     elif all(map(runner.is_done, study.all_runs)):
-        from scripts import study_report
-
         study_report.write(results)
         print(f"all {done} runs are done: {results}", flush=True)
     else:
@@ -468,4 +467,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before the first run, when there is nothing to keep
+        sys.exit(128 + signal.SIGINT)

@@ -12,11 +12,12 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import models
-from build import CHANNELS, input_size_of
+from build import CHANNELS, build_model, create_sized, input_size_of
 from configuration import Parser, about, arguments_of, check_kind, parse_options
-from datasets import build_dataset
+from datasets import build_dataset, split
 from models import InputError
 from options import option_parser
+from scripts.study_results import read_report
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +28,7 @@ EVALUATED, START = 10_000, 10**10  # about the images of an evaluation, and the 
 SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
 INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what they are before training
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # places and speed
+WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WEIGHTS = ("model.safetensors", "learngene.safetensors")  # what of a run others may refer to
 
 NUMBER, LIST, TEXT, MAP = (int, float), (list,), (str,), (dict,)
@@ -102,7 +104,7 @@ class Run:
                 options[name] = options[name].replace(f"{{{reference}}}", str(root / run.folder))
         options |= {"epochs": self.epochs, "seed": self.seed, "output-dir": str(root / self.folder)}
         options |= {} if lr is None else {"lr": lr}
-        return arguments_of(option_parser(Parser), options, f"runs, {self.group.name}")
+        return arguments_of(option_parser(Parser), options, "options")
 
     def __str__(self) -> str:
         what = f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
@@ -165,6 +167,7 @@ def read_study(path: Path) -> Study:
             with about(f"runs, {name}"):
                 study.groups[name] = read_group(str(name), entry, study)
         check_names(study)
+        read_report(content, {group.method for group in study.groups.values()}, study.data)
         plan(study)
     return study
 
@@ -411,20 +414,24 @@ def checked_options(run: Run) -> argparse.Namespace:
         InputError: main.py would refuse them.
     """
     args = parse_options(run.arguments(Path("output"), run.lr))
-    check_kind(args)
-    for name in (args.src_arch, args.tgt_arch, args.des_arch, args.model):
-        if name and (name != args.model or models.follows_grammar(name)):
-            models.parse_arch(name)
+    kind = check_kind(args)
+    args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
+    if kind == "descend":
+        models.parse_arch(args.des_arch or args.model)
+    else:
+        with torch.device("meta"):  # the weights that it may start from are not there yet
+            build_model(argparse.Namespace(**vars(args) | WITHOUT_FILES), kind, 1, None)
     return args
 
 
 def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
     """Of a run: images seen, MACs of its training, and about what it costs in all."""
-    images, classes = size_of_data(args.data_set, args.data_path, args.inat_category)
-    images = args.train_images or images - (args.holdout or 0)
+    labels, classes = labels_of(args.data_set, args.data_path, args.inat_category)
+    images = len(split(labels, args.train_images, args.holdout)[0])
+    if args.batch_size > images:
+        raise InputError(f"batch-size {args.batch_size} is more than the {images} training images")
     seen = args.epochs * (images // args.batch_size * args.batch_size)
-    name = args.tgt_arch or args.des_arch or args.model
-    size = args.input_size or input_size_of(args, name)
+    name, size = args.tgt_arch or args.des_arch or args.model, args.input_size
     forward = macs_of(name, size, classes)
     taught = macs_of(args.teacher_model, size, classes) if args.distillation_type != "none" else 0
     macs = seen * (FORWARD_AND_BACKWARD * forward + taught)
@@ -432,10 +439,10 @@ def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 @lru_cache
-def size_of_data(name: str, path: str | None, category: str) -> tuple[int, int]:
-    """The number of training images, and of their classes."""
+def labels_of(name: str, path: str | None, category: str) -> tuple[Sequence[int], int]:
+    """The labels of the training images, and the number of classes."""
     dataset, classes = build_dataset(name, path, True, None, category)
-    return len(dataset), len(classes)
+    return dataset.targets, len(classes)
 
 
 @lru_cache
@@ -447,5 +454,5 @@ def macs_of(name: str, size: int, classes: int) -> int:
     if models.follows_grammar(name):
         return replace(models.parse_arch(name), img_size=size).macs(classes, CHANNELS)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        models.create_model(name, num_classes=classes).eval()(torch.empty(1, CHANNELS, size, size))
+        create_sized(name, classes, size).eval()(torch.empty(1, CHANNELS, size, size))
     return counter.get_total_flops() // 2
