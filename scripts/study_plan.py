@@ -416,8 +416,9 @@ def checked_options(run: Run) -> argparse.Namespace:
     args = parse_options(run.arguments(Path("output"), run.lr))
     kind = check_kind(args)
     args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
-    if kind == "descend":
-        models.parse_arch(args.des_arch or args.model)
+    name = args.des_arch or args.model
+    if kind == "descend" or (kind == "plain" and models.follows_grammar(name)):
+        models.parse_arch(name)  # every name stands for a ViT
     else:
         with torch.device("meta"):  # the weights that it may start from are not there yet
             build_model(argparse.Namespace(**vars(args) | WITHOUT_FILES), kind, 1, None)
@@ -426,8 +427,7 @@ def checked_options(run: Run) -> argparse.Namespace:
 
 def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
     """Of a run: images seen, MACs of its training, and about what it costs in all."""
-    labels, classes = labels_of(args.data_set, args.data_path, args.inat_category)
-    images = len(split(labels, args.train_images, args.holdout)[0])
+    images, classes = size_of_data(args.data_set, args.data_path, args.inat_category, args.train_images, args.holdout)
     if args.batch_size > images:
         raise InputError(f"batch-size {args.batch_size} is more than the {images} training images")
     seen = args.epochs * (images // args.batch_size * args.batch_size)
@@ -439,8 +439,17 @@ def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 @lru_cache
+def size_of_data(
+    name: str, path: str | None, category: str, train_images: int | None, holdout: int | None
+) -> tuple[int, int]:
+    """The number of images to train on, and of their classes."""
+    labels, classes = labels_of(name, path, category)
+    return len(split(labels, train_images, holdout)[0]), classes
+
+
+@lru_cache
 def labels_of(name: str, path: str | None, category: str) -> tuple[Sequence[int], int]:
-    """The labels of the training images, and the number of classes."""
+    """The labels of all training images, and the number of classes."""
     dataset, classes = build_dataset(name, path, True, None, category)
     return dataset.targets, len(classes)
 
