@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from study_results import NONE, Study, after, in_units, table
+from scripts.study_results import NONE, Study, after, in_short, in_units, table
 
 AS_LITTLE = 1.1  # a rival stores as little as a learngene if it stores at most this times as much
 FEWER = 10  # times, of claim 4
@@ -41,13 +41,13 @@ def missing(gaps: Sequence[str]) -> list[str]:
     return ["", f"Missing: {'; '.join(gaps)}."] if gaps else []
 
 
-def gap(study: Study, method: str, data: str, epochs: int) -> list[str]:
-    """What is missing of a method, in words; nothing where it has all sizes."""
+def gap(study: Study, method: str, data: str, epochs: int, sizes: Sequence[str]) -> list[str]:
+    """What is missing of a method, in words; nothing where it has all the sizes."""
     there = study.sizes_of(method, data, epochs)
-    sizes = [size for size in study.sizes if size not in there]
-    if not sizes:
+    left = [size for size in sizes if size not in there]
+    if not left:
         return []
-    return [f"{method} on {data}, {after(epochs)}, " + (f"at {', '.join(sizes)}" if there else "at every size")]
+    return [f"{method} on {data}, {after(epochs)}, at {'every size' if left == list(sizes) else ', '.join(left)}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,16 +55,17 @@ def gap(study: Study, method: str, data: str, epochs: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def against_scratch(study: Study, method: str, data: str | None, candidates: Sequence[int], longest: int) -> Answer:
+def against_scratch(study: Study, method: str, data: str, candidates: Sequence[int], longest: int) -> Answer:
     """Is a Des-Net after one of the numbers of epochs ``candidates`` better than a ViT after ``longest`` from scratch?
 
     The last of the candidates has to be there before the answer is no. Of several, each size takes the best.
     """
-    if data is None:
-        return Answer(in_words(None), ["Missing: a second data set."])
     scratch = study.report.scratch
+    sizes = study.sizes_for([method], data)
+    if not sizes:
+        return Answer(in_words(None), [f"Missing: {method} on {data}."])
     verdicts, lines, margins, won, pairs = [], [], {}, 0, 0
-    for size in study.sizes:
+    for size in sizes:
         ours = {epochs: study.mean(method, data, size, epochs) for epochs in candidates}
         ours = {epochs: mean for epochs, mean in ours.items() if mean is not None}
         theirs = study.mean(scratch, data, size, longest)
@@ -93,7 +94,7 @@ def against_scratch(study: Study, method: str, data: str | None, candidates: Seq
         )
     text += table(["size", "epochs", method, f"{scratch}, {longest}", "margin", "seeds that win"], lines)
     verdict = every(verdicts)
-    gaps = gap(study, method, data, candidates[-1]) + gap(study, scratch, data, longest)
+    gaps = gap(study, method, data, candidates[-1], sizes) + gap(study, scratch, data, longest, sizes)
     return Answer(in_words(verdict), text + (missing(gaps) if verdict is None else []))
 
 
@@ -102,6 +103,8 @@ def claim_1(study: Study, method: str) -> Answer:
 
 
 def claim_2(study: Study, method: str) -> Answer:
+    if study.report.second is None:
+        return Answer(in_words(None), ["Missing: a second data set."])
     return against_scratch(study, method, study.report.second, range(1, 11), 300)
 
 
@@ -138,11 +141,10 @@ def comparison_table(study: Study, comparisons: Sequence[Comparison], unit: int)
     """One line per comparison; what the second method stores is in multiples of ``unit``."""
     lines = []
     for c in comparisons:
-        sizes = ", ".join(c.sizes) if len(c.sizes) < len(study.sizes) else f"all {len(c.sizes)}"
         means = [f"{c.mean_a:.1f}", f"{c.mean_b:.1f}", f"{c.mean_a - c.mean_b:+.1f}"] if c.sizes else [NONE] * 3
         stored = study.stored(c.b)
         relative = NONE if stored is None else f"{stored / unit:.2f} ×"
-        lines.append([f"{c.a} > {c.b}", in_words(c.verdict), *means, relative, sizes or NONE])
+        lines.append([f"{c.a} > {c.b}", in_words(c.verdict), *means, relative, in_short(c.sizes, study.sizes)])
     header = ["claim", "holds", "mean of the first", "of the second", "margin", "the second stores", "sizes of both"]
     return table(header, lines)
 
@@ -151,25 +153,27 @@ def claim_3(study: Study, method: str) -> Answer:
     linear, rivals, first = study.report.linear, study.report.rivals, study.report.first
     if linear is None or not rivals:
         return Answer(in_words(None), ["Missing: a linear method and rivals in the study's report."])
+    gaps = [
+        text
+        for name in (method, linear, *rivals)
+        for text in gap(study, name, first, 0, study.sizes_for([name], first))
+    ]
     unit = study.stored(method)
     if unit is None:
-        return Answer(in_words(None), missing(gap(study, method, first, 0))[1:])
+        return Answer(in_words(None), missing(gaps)[1:])
     stored = {rival: study.stored(rival) for rival in rivals}
     small = [rival for rival, count in stored.items() if count is not None and count <= AS_LITTLE * unit]
     large = [rival for rival, count in stored.items() if count is not None and count > AS_LITTLE * unit]
     needed = [compare(study, method, linear)]
     needed += [compare(study, a, b) for b in small for a in (linear, method)]
-    gaps = gap(study, method, first, 0)
-    gaps += [f"{name} before training" for name in (linear, *rivals) if not study.sizes_of(name, first, 0)]
     verdict = every([*(c.verdict for c in needed), None if gaps else True])
     lines = [f"Rivals that store at most {AS_LITTLE} × the {unit:,} parameters of {method}:\n"]
     lines += comparison_table(study, needed, unit)
-    if not small:
-        lines += ["", "No rival stores as little."]
     if large:
         lines += ["", "Rivals that store more, which the answer does not count:\n"]
         lines += comparison_table(study, [compare(study, method, rival) for rival in large], unit)
-    return Answer(in_words(verdict), lines + (missing(gaps) if verdict is None else []))
+    answer = in_words(verdict) + ("" if small or gaps else ", but no rival stores as little")
+    return Answer(answer, lines + (missing(gaps) if verdict is None else []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def claim_3(study: Study, method: str) -> Answer:
 
 
 def claim_4(study: Study, method: str) -> Answer:
-    each = {size: study.parameters(size) for size in study.sizes}
+    each = {size: study.parameters(size) for size in study.sizes_for([method], study.report.first)}
     stored = study.stored(method)
     gaps = [f"a ViT of {size}" for size, count in each.items() if count is None]
     if stored is None:
@@ -196,12 +200,11 @@ def claim_4(study: Study, method: str) -> Answer:
 
 
 def family_macs(study: Study, method: str, sizes: Sequence[str], epochs: int) -> float | None:
-    """Stage 1, once, and training every size: mean over seeds. None where one of these has not run."""
+    """Stage 1, once, if it is not from scratch, and training every size. None where one of these has not run."""
     costs = [study.macs(method, study.report.first, size, epochs) for size in sizes]
-    stage_1 = study.stage_1(method)
-    if None in costs or not stage_1:
-        return None
-    return statistics.mean(row.macs for row in stage_1.values()) + sum(costs)
+    if method != study.report.scratch:
+        costs.append(study.stage_1_macs(method))
+    return None if None in costs else sum(costs)
 
 
 @dataclass(frozen=True)
@@ -240,35 +243,42 @@ def cost_ratio(study: Study, method: str, epochs: int) -> tuple[list[bool | None
     """
     first, scratch = study.report.first, study.report.scratch
     lengths = [n for n in study.epochs([scratch], first) if n > 0]
-    each = [alone(study, method, size, epochs, lengths) for size in study.sizes]
-    family = family_macs(study, method, study.sizes, epochs)
+    sizes = study.sizes_for([method], first)
+    each = [alone(study, method, size, epochs, lengths) for size in sizes]
+    family = family_macs(study, method, sizes, epochs)
     if family is None or None in each:
-        gaps = [] if study.stage_1(method) else [f"stage 1 of {method}"]
-        gaps += gap(study, method, first, epochs)
-        gaps += [text for n in lengths or [100] for text in gap(study, scratch, first, n)]
+        gaps = [] if study.stage_1_macs(method) else [f"stage 1 of {method}"]
+        gaps += gap(study, method, first, epochs, sizes)
+        gaps += [text for n in lengths or [100] for text in gap(study, scratch, first, n, sizes)]
         return [None, None], missing(gaps)[1:]
     bound = "" if all(one.reached for one in each) else "≥ "
-    total, at_least = sum(one.macs for one in each), sum(one.at_least for one in each)
-    verdicts, lines = [], []
-    for name, cost in (("not counted", family), ("counted", family + study.teacher_macs())):
-        ratio = total / cost
-        verdicts.append(True if ratio >= CHEAPER else None if bound else False)
-        lines.append([name, bound + in_units(total), in_units(cost), f"{bound}{ratio:.2f} ×", in_words(verdicts[-1])])
-    tried = ", ".join(map(str, lengths))
+    total, teacher = sum(one.macs for one in each), study.teacher_macs()
+    verdicts, lines, gaps = [], [], []
+    for name, cost in (("not counted", family), ("counted", None if teacher is None else family + teacher)):
+        numbers = [bound + in_units(total), in_units(cost), NONE if cost is None else f"{bound}{total / cost:.2f} ×"]
+        verdict = None
+        if cost is None:
+            gaps.append("the training of the teacher")
+        elif total >= CHEAPER * cost or not bound:
+            verdict = total >= CHEAPER * cost
+        else:
+            gaps = [f"runs from scratch of more than {lengths[-1]} epochs, where these are less accurate"]
+        verdicts.append(verdict)
+        lines.append([name, *numbers, in_words(verdict)])
     text = table(["training of the teacher", "one by one, MACs", f"{method}, MACs", "ratio", "holds"], lines)
-    text += [
-        "",
-        f"From scratch {tried} epochs were tried; the longest that are not enough cost {in_units(at_least)}:\n",
-    ]
-    text += table(
-        ["size", method, "from scratch", "epochs", "MACs"],
-        [
-            [one.size, f"{one.wanted:.1f}", f"{one.accuracy:.1f}", *(("" if one.reached else "≥ ") + x for x in texts)]
-            for one in each
-            for texts in [(str(one.epochs), in_units(one.macs))]
-        ],
-    )
-    return verdicts, text
+    return verdicts, [*text, *missing(gaps), "", *alone_table(each, method, lengths)]
+
+
+def alone_table(each: Sequence[Alone], method: str, lengths: Sequence[int]) -> list[str]:
+    """What is counted of each size, and how much less it might be with a number of epochs between those tried."""
+    lines = []
+    for one in each:
+        bound = "" if one.reached else "≥ "
+        line = [one.size, f"{one.wanted:.1f}", f"{one.accuracy:.1f}"]
+        lines.append([*line, f"{bound}{one.epochs}", bound + in_units(one.macs)])
+    tried, at_least = ", ".join(map(str, lengths)), in_units(sum(one.at_least for one in each))
+    text = f"From scratch {tried} epochs were tried; the longest that are not enough cost {at_least}:\n"
+    return [text, *table(["size", method, "from scratch", "epochs", "MACs"], lines)]
 
 
 def claim_5(study: Study, method: str) -> Answer:

@@ -3,12 +3,13 @@
 import statistics
 from collections.abc import Sequence
 
+from scripts.study_claims import family_macs
+from scripts.study_results import NONE, Study, after, in_short, spread
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
-from study_claims import family_macs
-from study_results import Study, after, spread
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 LEARNGENES = ("#0072b2", "#d55e00")
@@ -57,45 +58,41 @@ def legend(figure: Figure, entries: dict[str, dict], columns: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def three_of(study: Study) -> list[str]:
-    """The smallest, a middle and the largest size of those that most methods have."""
+def three_of(study: Study, data: str) -> list[str]:
+    """The smallest, a middle and the largest size for a data set; in the middle one that the linear method has, if any."""
     report = study.report
-    shared = study.sizes_with(report.linear, report.first) if report.linear else []
-    there = [size for size in study.sizes if study.parameters(size)]
-    by_parameters = sorted(there, key=study.parameters)
-    few = sorted(shared, key=study.parameters)
-    chosen = {*by_parameters[:1], *few[len(few) // 2 : len(few) // 2 + 1], *by_parameters[-1:]}
-    if len(chosen) < 3:
-        chosen |= set(by_parameters[len(by_parameters) // 2 :][:1])
-    return sorted(chosen, key=study.parameters)
+    there = sorted(study.sizes_for(report.methods, data), key=lambda size: study.parameters(size) or 0)
+    linear = [size for size in there[1:-1] if report.linear and size in study.sizes_for([report.linear], data)]
+    middle = linear or there[1:-1]
+    return [*there[:1], *middle[len(middle) // 2 :][:1], *there[1:][-1:]]
 
 
 def draw_epochs(study: Study) -> Figure:
     """Accuracy over epochs of training, of up to three sizes, one row of axes for each data set."""
-    report = study.report
-    data_sets = [data for data in (report.first, report.second) if data]
-    sizes = three_of(study) or study.sizes[:1]
-    figure = Figure(figsize=(9, 2.6 * len(data_sets) + 0.8), layout="constrained")
-    grid = figure.subplots(len(data_sets), len(sizes), sharex=True, sharey="row", squeeze=False)
+    sizes = {data: three_of(study, data) for data in (study.report.first, study.report.second) if data}
+    figure = Figure(figsize=(9, 2.8 * len(sizes) + 0.8), layout="constrained")
+    grid = figure.subplots(len(sizes), max(map(len, sizes.values())), sharey="row", squeeze=False)
     shown: dict[str, dict] = {}
-    for row, data in zip(grid, data_sets, strict=True):
-        for axes, size in zip(row, sizes, strict=True):
+    for row, data in zip(grid, sizes, strict=True):
+        for axes in row[len(sizes[data]) :]:
+            axes.set_axis_off()
+        for axes, size in zip(row, sizes[data], strict=False):
             shown |= draw_size(axes, study, data, size)
+            axes.set_title(f"{data}, {size}", fontsize=10)
             tidy(axes)
-        row[0].set_ylabel(f"{data}\ntest accuracy, %")
-    for axes, size in zip(grid[0], sizes, strict=True):
-        axes.set_title(f"{size}, {study.parameters(size) or 0:,} parameters", fontsize=10)
+        row[0].set_ylabel("test accuracy, %")
     for axes in grid[-1]:
         axes.set_xlabel("epochs of training")
-    legend(figure, {m: shown[m] for m in styles(study) if m in shown}, columns=min(4, max(1, len(shown))))
+    legend(figure, {m: shown[m] for m in styles(study) if m in shown}, columns=4)
     return figure
 
 
 def draw_size(axes: Axes, study: Study, data: str, size: str) -> dict[str, dict]:
     """All methods at one size. Returns the styles of those that have any runs."""
     shown = {}
-    lengths = study.epochs(study.report.methods, data)
-    for method, style in styles(study).items():
+    chosen = styles(study)
+    lengths = study.epochs(chosen, data)
+    for method, style in reversed(chosen.items()):  # the learngenes on top
         points = [(n, [*study.accuracies(method, data, size, n).values()]) for n in lengths]
         if any(values for _, values in points):
             shown[method] = style
@@ -117,12 +114,11 @@ def draw_family(study: Study) -> Figure:
     report = study.report
     lengths = study.epochs([report.scratch], report.first)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    descended = [*report.learngenes, *([report.linear] if report.linear else [])]
+    both = figure.subplots(1, 2)
     places = {size: count / 1e3 for size in study.sizes if (count := study.parameters(size))}
     entries = {}
     for axes, epochs in zip(both, (0, 1), strict=True):
-        for method in descended:
+        for method in report.descended:
             points = [(x, [*study.accuracies(method, report.first, s, epochs).values()]) for s, x in places.items()]
             entries[method] = styles(study)[method] | {"linestyle": "none"}
             draw_points(axes, points, **entries[method])
@@ -131,16 +127,19 @@ def draw_family(study: Study) -> Figure:
             style = styles(study)[report.scratch] | {"linestyle": "none", "markerfacecolor": "white"}
             entries[f"{report.scratch}, {after(lengths[-1])}"] = style
             draw_points(axes, [(x, [*run.values()]) for x, run in runs], **style)
-        for size, x in places.items():
-            axes.annotate(size, (x, 0), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                          rotation=90, ha="center", va="bottom", fontsize=7, color="#8a8a8a")  # fmt: skip
-        axes.set_title(f"learngenes: {after(epochs)}", fontsize=10)
+        axes.set_title(
+            "learngenes before training" if epochs == 0 else f"learngenes after {after(epochs)}", fontsize=10
+        )
         axes.set_xlabel("parameters, thousands")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.xaxis.set_minor_locator(NullLocator())
         tidy(axes)
+        names = axes.secondary_xaxis("top")
+        names.xaxis.set_minor_locator(NullLocator())
+        names.set_xticks([*places.values()], [*places], rotation=90, fontsize=8)
+        names.spines["top"].set_visible(False)
     both[0].set_ylabel(f"{report.first}: test accuracy, %")
     legend(figure, entries, columns=len(entries))
     return figure
@@ -155,19 +154,18 @@ def draw_ablations(study: Study) -> Figure:
     """Mean accuracy of variants of a learngene before training and after 1 epoch."""
     first = study.report.first
     methods = list(dict.fromkeys([*study.report.learngenes, *study.report.ablations]))
-    figure = Figure(figsize=(9, 0.9 + 0.36 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(9, 1.1 + 0.34 * len(methods)), layout="constrained")
     axes = figure.subplots()
-    for epochs, colour, face in ((0, LEARNGENES[0], "white"), (1, LEARNGENES[0], LEARNGENES[0])):
+    for epochs, face in ((0, "white"), (1, LEARNGENES[0])):
         sizes = study.shared_sizes(methods, first, epochs)
+        style = dict(color=LEARNGENES[0], marker="o", linestyle="none", markerfacecolor=face, markersize=7)
         for y, method in enumerate(methods):
             values = [*study.over_sizes(method, first, sizes, epochs).values()]
             if values:
-                axes.errorbar(statistics.mean(values), y, xerr=spread(values), color=colour, marker="o", capsize=2,
-                              markerfacecolor=face, markersize=7)  # fmt: skip
-        label = f"{after(epochs)}, mean of {', '.join(sizes) if len(sizes) < len(study.sizes) else 'all sizes'}"
-        axes.plot([], [], "o", color=colour, markerfacecolor=face, label=label)
+                axes.errorbar(statistics.mean(values), y, xerr=spread(values), capsize=2, **style)
+        axes.plot([], [], label=f"{after(epochs)}, mean of {in_short(sizes, study.sizes)}", **style)
     axes.set_yticks(range(len(methods)), methods)
-    axes.invert_yaxis()
+    axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_xlabel(f"{first}: test accuracy, %")
     tidy(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -184,7 +182,7 @@ def draw_cost(study: Study) -> Figure:
     report = study.report
     families = {f"all {len(study.sizes)} sizes": study.sizes}
     if report.linear:
-        sizes = study.sizes_with(report.linear, report.first)
+        sizes = study.sizes_for([report.linear], report.first)
         if 0 < len(sizes) < len(study.sizes):
             families[f"the {len(sizes)} sizes that {report.linear} has"] = sizes
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -193,34 +191,43 @@ def draw_cost(study: Study) -> Figure:
     for axes, (title, sizes) in zip(row, families.items(), strict=True):
         entries |= draw_costs(axes, study, sizes)
         axes.set_title(title, fontsize=10)
+        axes.margins(x=0.1)
         axes.set_xscale("log")
-        axes.set_xlabel("training of all of them, MACs")
+        axes.set_xlabel("training of the whole family, MACs")
         tidy(axes)
     row[0].set_ylabel(f"{report.first}: mean test accuracy, %")
-    legend(figure, entries, columns=max(1, len(entries)))
+    lengths = [str(n) for n in study.epochs(report.descended, report.first) if n > 0]
+    figure.suptitle(
+        f"from learngenes: before training (hollow), after {', '.join(lengths) or NONE} epochs", fontsize=11
+    )
+    order = [*styles(study), *entries]
+    legend(figure, dict(sorted(entries.items(), key=lambda entry: order.index(entry[0]))), columns=5)
     return figure
 
 
 def draw_costs(axes: Axes, study: Study, sizes: Sequence[str]) -> dict[str, dict]:
-    """Each method after each number of epochs. Returns the styles of those that have run."""
+    """Each method after each number of epochs. Returns the entries of the legend."""
     report = study.report
-    shown = {}
-    for method in [*report.learngenes, *([report.linear] if report.linear else []), report.scratch]:
+    entries = {}
+    for method in (*report.descended, report.scratch):
         points = []
         for n in study.epochs([method], report.first):
             values = [*study.over_sizes(method, report.first, sizes, n).values()]
-            if method == report.scratch:
-                macs = [study.macs(method, report.first, size, n) for size in sizes]
-                cost = None if None in macs else sum(macs)
-            else:
-                cost = family_macs(study, method, sizes, n)
-            if values and cost:
-                points.append((cost, values, n))
+            macs = family_macs(study, method, sizes, n)
+            if values and macs:
+                points.append((n, macs, values))
         if not points:
             continue
-        shown[method] = styles(study)[method]
-        draw_points(axes, [(x, values) for x, values, _ in points], **shown[method])
-        for x, values, n in points:
-            axes.annotate(str(n), (x, statistics.mean(values)), (6, -9), textcoords="offset points", fontsize=8,
-                          color=shown[method]["color"])  # fmt: skip
-    return shown
+        style = entries[method] = styles(study)[method]
+        draw_points(axes, [(macs, values) for _, macs, values in points], **style)
+        places = [(macs, statistics.mean(values)) for _, macs, values in points]
+        for (n, _, _), place in zip(points, places, strict=True):
+            if n == 0:
+                axes.plot(*place, markerfacecolor="white", markersize=5, zorder=5, **style)
+            elif method == report.scratch:
+                axes.annotate(after(n), place, (7, -10), textcoords="offset points", fontsize=9, color=style["color"])
+        if method != report.scratch and (teacher := study.teacher_macs()):
+            dotted = dict(linestyle=":", linewidth=1.2)
+            axes.plot([x + teacher for x, _ in places], [y for _, y in places], color=style["color"], **dotted)
+            entries["with the teacher's training"] = dict(color="black", **dotted)
+    return entries

@@ -8,7 +8,6 @@ scripts/study_report.py results/cpu
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-
-from study_claims import claims, family_macs
-from study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
-from study_results import NONE, Study, after, cell, in_units, read_study, table
+from scripts.study_claims import claims, family_macs
+from scripts.study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
+from scripts.study_results import NONE, Study, after, cell, in_short, in_units, read_study, table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
@@ -29,22 +27,22 @@ from study_results import NONE, Study, after, cell, in_units, read_study, table
 def columns(study: Study, data: str) -> list[tuple[str, int]]:
     """Methods and numbers of epochs of the main table; where nothing has run yet, those of the papers' claims."""
     report = study.report
-    descended = [*report.learngenes, *([report.linear] if report.linear else [])]
-    few = study.epochs(descended, data) or [0, 1, 10]
+    few = study.epochs(report.descended, data) or [0, 1, 10]
     many = [n for n in study.epochs([report.scratch], data) if n > 0] or [1, 10, 100]
-    return [(method, n) for method in descended for n in few] + [(report.scratch, n) for n in many]
+    return [(method, n) for method in report.descended for n in few] + [(report.scratch, n) for n in many]
 
 
 def main_table(study: Study, data: str) -> list[str]:
     """Accuracy per size, and means over all sizes and over those of the linear method."""
     chosen, seeds = columns(study, data), len(study.seeds)
+    everything = study.sizes_for([method for method, _ in chosen], data)
     lines = [
-        [size, *(cell(study.accuracies(m, data, size, n).values(), seeds) for m, n in chosen)] for size in study.sizes
+        [size, *(cell(study.accuracies(m, data, size, n).values(), seeds) for m, n in chosen)] for size in everything
     ]
-    groups = {f"mean of all {len(study.sizes)}": study.sizes}
+    groups = {f"mean of all {len(everything)}": everything}
     if study.report.linear:
-        sizes = study.sizes_with(study.report.linear, data)
-        if 0 < len(sizes) < len(study.sizes):
+        sizes = study.sizes_for([study.report.linear], data)
+        if 0 < len(sizes) < len(everything):
             groups[f"mean of the {len(sizes)} of {study.report.linear}"] = sizes
     for name, sizes in groups.items():
         means = (cell(study.over_sizes(m, data, sizes, n).values(), seeds) for m, n in chosen)
@@ -55,9 +53,8 @@ def main_table(study: Study, data: str) -> list[str]:
 def untrained_table(study: Study) -> list[str]:
     """Accuracy before training, per method and size, and what the method stores."""
     report = study.report
-    methods = [*report.learngenes, *([report.linear] if report.linear else []), *report.rivals]
     lines = []
-    for method in dict.fromkeys(methods):
+    for method in dict.fromkeys([*report.descended, *report.rivals]):
         own = study.sizes_of(method, report.first, 0)
         stored = study.stored(method)
         mean = cell(study.over_sizes(method, report.first, own, 0).values(), len(study.seeds))
@@ -70,15 +67,15 @@ def untrained_table(study: Study) -> list[str]:
 
 def variants_table(study: Study, methods: Sequence[str]) -> list[str]:
     """Mean accuracy of variants of a learngene over the sizes that all of those that have run have."""
-    methods = list(dict.fromkeys([*study.report.learngenes, *methods]))
-    first = study.report.first
-    epochs = study.epochs(methods, first) or [0, 1]
+    learngenes, first = study.report.learngenes, study.report.first
+    epochs = study.epochs({*methods} - {*learngenes}, first) or [0, 1]
+    methods = list(dict.fromkeys([*learngenes, *methods]))
     sizes = {n: study.shared_sizes(methods, first, n) for n in epochs}
     lines = [
         [m, *(cell(study.over_sizes(m, first, sizes[n], n).values(), len(study.seeds)) for n in epochs)]
         for m in methods
     ]
-    of = "; ".join(f"{after(n)}: {', '.join(sizes[n]) or NONE}" for n in epochs)
+    of = "; ".join(f"{after(n)}: {in_short(sizes[n], study.sizes)}" for n in epochs)
     return [*table(["method", *map(after, epochs)], lines), "", f"Means over the sizes that all of them have: {of}."]
 
 
@@ -86,14 +83,12 @@ def cost_table(study: Study) -> list[str]:
     """What the family of each learngene costs and stores, and the same sizes one by one."""
     report = study.report
     first = report.first
-    methods = [*report.learngenes, *([report.linear] if report.linear else [])]
     lines = []
-    for method in methods:
-        sizes = study.sizes_with(method, first)
-        runs = study.stage_1(method).values()
-        stage_1 = statistics.mean(row.macs for row in runs) if runs else None
-        total = family_macs(study, method, sizes, 1) if sizes else None
-        lines.append([method, str(len(sizes)), in_units(stage_1), in_units(study.teacher_macs() or None)])
+    for method in report.descended:
+        sizes = study.sizes_for([method], first)
+        stage_1 = study.stage_1_macs(method)
+        total = family_macs(study, method, sizes, 1)
+        lines.append([method, str(len(sizes)), in_units(stage_1), in_units(study.teacher_macs())])
         lines[-1] += [NONE if None in (total, stage_1) else in_units(total - stage_1), in_units(total)]
         lines[-1] += storage(study, study.stored(method), sizes)
     for n in (n for n in study.epochs([report.scratch], first) if n > 0):
@@ -108,9 +103,10 @@ def cost_table(study: Study) -> list[str]:
 
 def storage(study: Study, stored: int | None, sizes: Sequence[str]) -> list[str]:
     """Parameters stored, those of all ViTs, and how many times more these are."""
-    if stored is None or not sizes:
+    each = [study.parameters(size) for size in sizes]
+    if stored is None or None in each:
         return [NONE] * 3
-    total = sum(study.parameters(size) for size in sizes)
+    total = sum(each)
     return [f"{stored:,}", f"{total:,}", f"{total / stored:.1f} ×"]
 
 

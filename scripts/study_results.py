@@ -30,10 +30,14 @@ class Report:
     widths: Sequence[str] = ()
 
     @property
+    def descended(self) -> list[str]:
+        """The methods with a stage 1 whose families are compared."""
+        return [*self.learngenes, *([self.linear] if self.linear else [])]
+
+    @property
     def methods(self) -> list[str]:
         """All of them, each once."""
-        linear = [self.linear] if self.linear else []
-        names = [*self.learngenes, *linear, self.scratch, *self.rivals, *self.ablations, *self.widths]
+        names = [*self.descended, self.scratch, *self.rivals, *self.ablations, *self.widths]
         return list(dict.fromkeys(names))
 
 
@@ -95,7 +99,6 @@ class Row:
     macs: float  # of this run's training
     parameters: int  # of the network of this run
     stored_parameters: int  # to make the whole family
-    seconds: float  # of this run
 
 
 OF_VITS = ("accuracy", "stored_parameters")  # a teacher and stage 1 may leave these empty
@@ -140,6 +143,7 @@ class Study:
     sizes: list[str]
     seeds: list[int]
     report: Report
+    planned: dict[tuple[str, str], set[str]]  # the sizes that a method is to make for a data set
     rows: list[Row]
     _runs: dict[tuple, dict[int, Row]] = field(default_factory=dict, init=False)  # what `runs` looks up
 
@@ -158,14 +162,15 @@ class Study:
         """The ViTs of one size, by their seeds."""
         return self._runs.get(("vit", method, data, size, epochs), {})
 
-    def stage_1(self, method: str) -> dict[int, Row]:
-        """The runs of a method's stage 1 on the first data set, by their seeds."""
-        return self._runs.get(("stage1", method, self.report.first, ""), {})
+    def stage_1_macs(self, method: str) -> float | None:
+        """Of a method's stage 1 on the first data set: mean over seeds."""
+        runs = self._runs.get(("stage1", method, self.report.first, ""), {}).values()
+        return statistics.mean(row.macs for row in runs) if runs else None
 
-    def teacher_macs(self) -> float:
+    def teacher_macs(self) -> float | None:
         """Of training all teachers of the first data set, each once: mean over seeds."""
         teachers = [runs for key, runs in self._runs.items() if key[0] == "teacher" and key[2] == self.report.first]
-        return sum(statistics.mean(row.macs for row in runs.values()) for runs in teachers)
+        return sum(statistics.mean(row.macs for row in runs.values()) for runs in teachers) if teachers else None
 
     def accuracies(self, method: str, data: str, size: str, epochs: int) -> dict[int, float]:
         return {seed: row.accuracy for seed, row in self.runs(method, data, size, epochs).items()}
@@ -194,10 +199,10 @@ class Study:
     def sizes_of(self, method: str, data: str, epochs: int) -> list[str]:
         return [size for size in self.sizes if self.runs(method, data, size, epochs)]
 
-    def sizes_with(self, method: str, data: str) -> list[str]:
-        """The sizes that a method has after some number of epochs."""
-        found = {r.size for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, data)}
-        return [size for size in self.sizes if size in found]
+    def sizes_for(self, methods: Iterable[str], data: str) -> list[str]:
+        """The sizes that one of the methods is to make for a data set."""
+        planned = set().union(*(self.planned.get((method, data), ()) for method in methods))
+        return [size for size in self.sizes if size in planned]
 
     def shared_sizes(self, methods: Iterable[str], data: str, epochs: int) -> list[str]:
         """The sizes that all those methods have that have any."""
@@ -236,13 +241,19 @@ def read_study(folder: Path) -> Study:
             raise InputError(
                 f"{folder / 'results.csv'}: size {row.size!r:.100} is none of study.yaml's: {', '.join(sizes)}"
             )
-    methods = {r.method for r in rows}
-    methods |= {g.get("method", name) if isinstance(g, Mapping) else name for name, g in content["runs"].items()}
+    planned: dict[tuple[str, str], set[str]] = {}
+    for name, group in content["runs"].items():
+        if not isinstance(group, Mapping):
+            raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
+        if group.get("kind") == "vit":
+            key = (group.get("method", name), group.get("data"))
+            planned.setdefault(key, set()).update(group.get("sizes", sizes))
+    methods = {method for method, _ in planned}
     try:
         report = read_report(content, methods, content["data"].keys())
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Study(str(content.get("study", folder.name)), sizes, content["seeds"], report, rows)
+    return Study(str(content.get("study", folder.name)), sizes, content["seeds"], report, planned, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +278,11 @@ def cell(values: Collection[float], seeds: int) -> str:
 
 def after(epochs: int) -> str:
     return "before training" if epochs == 0 else "1 epoch" if epochs == 1 else f"{epochs} epochs"
+
+
+def in_short(sizes: Sequence[str], of: Sequence[str]) -> str:
+    """Names of sizes, or that it is all of them."""
+    return f"all {len(of)} sizes" if len(sizes) == len(of) else ", ".join(sizes) or NONE
 
 
 def in_units(value: float | None) -> str:
