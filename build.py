@@ -26,8 +26,8 @@ from datasets import (
     build_dataset,
     build_transform,
     collate,
+    divide,
     leave_signals_to_main,
-    split,
 )
 from images import faster
 from models import InputError
@@ -368,7 +368,7 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
             f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
     if args.train_images or args.holdout:
-        to_train, held_out = split(train.targets, args.train_images, args.holdout)
+        to_train, held_out = divide(train.targets, args.train_images, args.holdout)
         train, test = Subset(train, to_train), Subset(test, held_out) if args.holdout else test
     return train, test, classes, augment
 

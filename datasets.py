@@ -402,11 +402,11 @@ def build_dataset(
     return dataset, classes
 
 
-def split(labels: Sequence[int], train: int | None, holdout: int | None) -> tuple[list[int], list[int]]:
+def divide(labels: Sequence[int], train: int | None, holdout: int | None) -> tuple[list[int], list[int]]:
     """The images to train, ``train`` of them or all that are left, and ``holdout`` others or none, in ascending order.
 
     They are the beginning and the end of one order that the labels alone determine: runs of every seed see the same
-    images, and more of them include those of fewer. Each class has its share of both.
+    images, and more images include those of fewer. Each class has its share of both.
 
     Args:
         labels: of all images, 0 … classes − 1.
@@ -415,8 +415,9 @@ def split(labels: Sequence[int], train: int | None, holdout: int | None) -> tupl
         InputError: there are not so many images.
     """
     if (train or 1) + (holdout or 0) > len(labels):
-        asked = " and ".join(f"--{name} {n}" for name, n in (("train-images", train), ("holdout", holdout)) if n)
-        raise InputError(f"{asked} cannot be had of {len(labels)} training images, each of which is in one part alone")
+        wanted = [f"--holdout {holdout}"] * (holdout is not None)
+        wanted.append(f"--train-images {train}" if train else "one image to train")
+        raise InputError(f"{' and '.join(wanted)}: more than the {len(labels)} training images of the data set")
     shuffled = np.random.RandomState(0).permutation(len(labels))  # whose numbers NumPy never changes
     of_shuffled = np.asarray(labels)[shuffled]
     grouped, sizes = np.argsort(of_shuffled, kind="stable"), np.bincount(of_shuffled)

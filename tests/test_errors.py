@@ -73,6 +73,19 @@ CASES = {
     ),
     "batch": Case(f"{PLAIN} --batch-size 2000", ("--batch-size 2000", "1437")),
     "batch_of_two": Case(f"{PLAIN} --batch-size 1000", ("--batch-size 1000", "1437", "2 process"), (2,)),
+    "train_images": Case(f"{PLAIN} --train-images 1438", ("--train-images 1438", "1437 training images"), BOTH),
+    "train_images_0": Case(f"{PLAIN} --train-images 0", ("--train-images", "0 is too small")),
+    "train_images_of_shards": Case(
+        f"{FOLDER} --data-set WDS --data-path FILES --train-images 9", ("--train-images", "--data-set WDS")
+    ),
+    "holdout": Case(
+        f"{PLAIN} --train-images 1000 --holdout 438", ("--holdout 438", "--train-images 1000", "1437 training images")
+    ),
+    "holdout_of_all": Case(f"{PLAIN} --holdout 1437", ("--holdout 1437", "one image to train", "1437")),
+    "holdout_of_shards": Case(
+        f"{FOLDER} --data-set WDS --data-path FILES --holdout 9", ("--holdout", "--data-set WDS")
+    ),
+    "eval_interval": Case(f"{PLAIN} --eval-interval 0", ("--eval-interval", "0 is too small")),
     "odd_batch": Case(f"{PLAIN} --batch-size 25", ("--batch-size 25", "odd", "--mixup", "--cutmix"), BOTH),
     "output": Case(f"{PLAIN} --output-dir FILES/text.txt/run", ("--output-dir", "text.txt"), BOTH),
     "output_is_file": Case(f"{PLAIN} --output-dir FILES/text.txt", ("--output-dir", "text.txt")),
