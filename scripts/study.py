@@ -220,18 +220,20 @@ class Runner:
         Returns:
             The exit status.
         """
-        order = TopologicalSorter({run: run.after for run in self.chosen})
+        left = {run for run in self.chosen if not all(map(self.is_done, {run, *run.after}))}
+        order = TopologicalSorter({run: run.after & left for run in left})
         order.prepare()
         ranks, ready, status = self.ranks(), [], 0
         with StopSignals() as signals:
             try:
                 while order.is_active() and not status:
-                    ready = self.start_ready([*ready, *order.get_ready()], ranks, order)
+                    late = OUT_OF_TIME if time.monotonic() > deadline else 0
+                    status = 128 + signals.noted if signals.noted else late
+                    if status == 0:
+                        ready = self.start_ready([*ready, *order.get_ready()], ranks, order)
                     for ended in self.ended():
-                        status = status or self.finish(ended)
-                        order.done(*[ended.run] * (not status))
-                    status = status or (128 + signals.noted if signals.noted else 0)
-                    status = status or (OUT_OF_TIME if time.monotonic() > deadline else 0)
+                        status = self.finish(ended) or status
+                        order.done(*[ended.run] * self.is_done(ended.run))
             finally:
                 self.stop()
         return status

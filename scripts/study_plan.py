@@ -14,7 +14,7 @@ from pathlib import Path
 import models
 from build import CHANNELS, build_model, create_sized, input_size_of
 from configuration import Parser, about, arguments_of, check_kind, parse_options
-from datasets import build_dataset, split
+from datasets import build_dataset, divide
 from models import InputError
 from options import option_parser
 from scripts.study_results import read_report
@@ -444,7 +444,7 @@ def size_of_data(
 ) -> tuple[int, int]:
     """The number of images to train on, and of their classes."""
     labels, classes = labels_of(name, path, category)
-    return len(split(labels, train_images, holdout)[0]), classes
+    return len(divide(labels, train_images, holdout)[0]), classes
 
 
 @lru_cache

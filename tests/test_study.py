@@ -40,7 +40,7 @@ runs:
     epochs: 2
     lr: [1.0e-9, 3e-3]
     tuning: {epochs: 1}
-    options: {src-arch: deit_nano_patch8_16_L1_H1, tgt-arch: deit_nano_patch8_16_L2_H2, distillation-type: soft,
+    options: {src-arch: deit_nano_patch8_16_L2_H1, tgt-arch: deit_nano_patch8_16_L4_H2, distillation-type: soft,
       teacher-model: test_resnet, teacher-path: "{teacher}/model.safetensors"}
   LeTs:
     kind: vit
@@ -110,11 +110,14 @@ def run(folder: Path, *options: str, stop_after: str | None = None) -> Piece:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Done:
-    """The study, done in four calls, the last of which finds nothing to do."""
+    """The study, done in three calls: one that fails, one that is stopped, and one that ends."""
     folder = tmp_path_factory.mktemp("study")
+    grown = "  grown: {kind: vit, data: DIGITS, seeds: [0], epochs: [1], lr: 1.0e-3, sizes: [L2-H2], options: {model: "
+    grown += '"{arch}", init: weight_selection, init-path: "{scratch/L1-H1/1}/model.safetensors"}}\nreport'
+    (folder / "study.yaml").write_text(STUDY.replace("report", grown))
+    failed = run(folder, "--only", "grown")
     (folder / "study.yaml").write_text(STUDY)
-    pieces = [run(folder, stop_after="[2/10]"), run(folder, "--minutes", "0.00001"), run(folder, "--jobs", "2")]
-    return Done(folder, [*pieces, run(folder)])
+    return Done(folder, [failed, run(folder, stop_after="[3/10]"), run(folder, "--jobs", "2")])
 
 
 @pytest.fixture
@@ -137,16 +140,30 @@ def run_here(monkeypatch, capfd) -> Callable[..., Piece]:
     return run_here
 
 
-def test_pieces_together_do_every_run_once(done):
-    assert [piece.code for piece in done.pieces] == [128 + signal.SIGTERM, 3, 0, 0], done.pieces
+def test_pieces_together_do_every_run_once(done, copy, run_here):
+    assert [piece.code for piece in done.pieces] == [1, 128 + signal.SIGTERM, 0], done.pieces
     lines = [line for piece in done.pieces for line in piece.stdout.splitlines() if line.startswith("[")]
-    matches = [re.match(r"\[(\d+)/10\] (.*): \d+\.\d\d %, \d+ s(; about \d+ min left)?$", line) for line in lines]
+    matches = [re.match(r"\[(\d+)/\d+\] (.*): \d+\.\d\d %, \d+ s(; about \d+ min left)?$", line) for line in lines]
     assert all(matches), lines
     assert sorted(match[2] for match in matches) == RUNS
     assert [int(match[1]) for match in matches] == list(range(1, 11))
-    for piece, last in zip(done.pieces[:2], lines, strict=False):
-        assert re.search(r"^\d of 10 runs are done; the same command continues$", piece.stdout, re.MULTILINE), last
-    assert done.pieces[-1].stdout == "all 10 runs are done: results/tiny\n"
+    for piece, count in zip(done.pieces[:2], ("1 of 2", r"\d of 10"), strict=True):
+        assert re.search(rf"^{count} runs are done; the same command continues$", piece.stdout, re.MULTILINE)
+    assert done.pieces[-1].stdout.endswith("all 10 runs are done: results/tiny\n")
+    assert run_here(copy.folder, "--minutes", "1e-9") == Piece(0, "all 10 runs are done: results/tiny\n", "")
+
+
+def test_a_run_that_fails(done):
+    stderr = done.pieces[0].stderr
+    assert "error: grown L2-H2 seed 0, 1 epoch has failed with status 2, see output/study/tiny/runs/" in stderr
+    assert "weight selection needs a larger ViT" in stderr
+
+
+def test_no_time_left(copy, run_here):
+    shutil.rmtree(copy.root / "runs/scratch/L1-H1")
+    piece = run_here(copy.folder, "--minutes", "1e-9")
+    assert piece == Piece(3, "9 of 10 runs are done; the same command continues\n", "")
+    assert len([*csv.DictReader((copy.results / "results.csv").open())]) == 9
 
 
 def test_runs_are_those_of_the_file(done):
@@ -185,13 +202,13 @@ def test_table(done):
     runs += [("teacher", "teacher", "", "1", "0"), ("weight selection", "vit", "L1-H1", "0", "0")]
     assert sorted(rows) == sorted(runs)
 
-    small, large = (models.parse_arch(f"deit_nano_patch8_16_{name}") for name in ("L1_H1", "L2_H2"))
+    small, large, aux = (models.parse_arch(f"deit_nano_patch8_16_{name}") for name in ("L1_H1", "L2_H2", "L4_H2"))
     with FlopCounterMode(display=False) as counter:
         models.create_model("test_resnet", num_classes=10).eval()(torch.zeros(1, 3, 16, 16))
     teacher = counter.get_total_flops() // 2
     macs = {
         ("LeTs", "vit", "1"): 320 * 3 * small.macs(10),
-        ("LeTs", "stage1", "2"): 640 * (3 * large.macs(10) + teacher),
+        ("LeTs", "stage1", "2"): 640 * (3 * aux.macs(10) + teacher),
         ("teacher", "teacher", "1"): 320 * 3 * teacher,
     }
     gene = sum(t.numel() for t in load_file(done.root / "runs/LeTs_stage_1/2/0/learngene.safetensors").values())
@@ -261,17 +278,6 @@ def test_what_was_made_from_another_run(copy, run_here):
     assert "runs/LeTs/L1-H1/1/1 holds LeTs L1-H1 seed 1, 1 epoch, made from another run of LeTs stage 1" in piece.stderr
 
 
-def test_a_run_that_fails(copy):
-    larger = "  grown: {kind: vit, data: DIGITS, seeds: [0], epochs: [1], lr: 1.0e-3, sizes: [L2-H2], options: {model: "
-    larger += '"{arch}", init: weight_selection, init-path: "{scratch/L1-H1/1}/model.safetensors"}}\nreport'
-    (copy.folder / "study.yaml").write_text(STUDY.replace("report", larger))
-    piece = run(copy.folder)
-    assert piece.code == 1
-    assert "error: grown L2-H2 seed 0, 1 epoch has failed with status 2, see output/study/tiny/runs/" in piece.stderr
-    assert "weight selection needs a larger ViT" in piece.stderr
-    assert "10 of 11 runs are done" in piece.stdout
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -282,7 +288,11 @@ def test_a_run_that_fails(copy):
         ("L2-H2: deit_nano_patch8_16_L2_H2", "L2-H2: deit_nano_L2_H2", "sizes, L2-H2: unknown architecture"),
         ("kind: stage1", "kind: stage 1", "runs, LeTs stage 1: kind is stage 1: expected teacher, stage1, vit"),
         ("data: DIGITS\n    sizes", "data: FMNIST\n    sizes", "runs, LeTs: data is FMNIST: expected DIGITS"),
-        ("sizes: [L1-H1]", "sizes: [L1-H2]", "runs, LeTs: size L1-H2 is not among sizes; the nearest names are L1-H1"),
+        (
+            "sizes: [L1-H1]",
+            "sizes: [L1-H2]",
+            "runs, LeTs: size L1-H2 is not among sizes; the nearest names are",
+        ),
         ("method: LeTs\n", "sizes: [L1-H1]\n", "runs, LeTs stage 1: sizes are those of ViTs: expected none"),
         ("epochs: [0, 1]", "epochs: [1, -1]", "runs, LeTs: epochs are [1, -1]: expected different whole numbers"),
         ("epochs: 2", "epochs: [2, 3]", "runs, LeTs stage 1: epochs are [2, 3]: expected one number above 0"),
@@ -293,8 +303,8 @@ def test_a_run_that_fails(copy):
         ("lr: scratch", "lr: LeTs stage 1", "runs, LeTs: lr is that of LeTs stage 1, which has none for 1 epochs"),
         ("lr: scratch", "lr: [1, a]", "runs, LeTs: lr is [1, 'a']: expected numbers"),
         ("tuning: {seed: 100, size: L2-H2, holdout: 200}", "", "for which tuning needs a seed and a holdout"),
-        ("holdout: 200", "holdout: 2000", "--train-images 320 and --holdout 2000 cannot be had of 1437 training"),
-        ("{scratch/L2-H2/1}", "{scratch/L2-H2/3}", "scratch has no run of size L2-H2, 3 epochs, seed 0"),
+        ("holdout: 200", "holdout: 2000", "--holdout 2000 and --train-images 320: more than the 1437 training images"),
+        ("{scratch/L2-H2/1}", "{scratch/L2-H2/3}", "scratch has no run of size L2-H2, 3 epochs and seed 0"),
         ("{scratch/L2-H2/1}", "{scratch/L2-H2}", "{scratch/L2-H2}: expected {scratch}, or {scratch/SIZE/EPOCHS}"),
         ("{teacher}/model.safe", "{teecher}/model.safe", "refers to teecher, which is no group; the nearest names"),
         ("{teacher}/model.safetensors", "{teacher}/checkpoint.pth", "expected model.safetensors or learngene.safet"),
@@ -307,8 +317,8 @@ def test_a_run_that_fails(copy):
         ("batch-size: 64", "lr: 0.1", "options: lr is not an option here: it is set for every run"),
         ("batch-size: 64", "group-size: 64", "runs, teacher: --group_size needs --src-arch and --tgt-arch"),
         (
-            "tgt-arch: deit_nano_patch8_16_L2_H2",
-            "tgt-arch: deit_nano_patch4_16_L2_H2",
+            "tgt-arch: deit_nano_patch8_16_L4_H2",
+            "tgt-arch: deit_nano_patch4_16_L4_H2",
             "runs, LeTs stage 1: --src-arch",
         ),
         ("first: DIGITS", "first: FMNIST", "report names the data set 'FMNIST'"),
