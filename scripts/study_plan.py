@@ -31,7 +31,7 @@ NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WEIGHTS = ("model.safetensors", "learngene.safetensors")  # what of a run others may refer to
 
-NUMBER, LIST, TEXT, MAP = (int, float), (list,), (str,), (dict,)
+LIST, TEXT, MAP = (list,), (str,), (dict,)
 STUDY_KEYS = {"study": TEXT, "sizes": MAP, "seeds": LIST, "options": MAP, "data": MAP, "tuning": MAP, "runs": MAP}
 STUDY_KEYS |= {"report": MAP}
 GROUP_KEYS = {"kind": TEXT, "method": TEXT, "data": TEXT, "sizes": LIST, "seeds": LIST, "epochs": (int, list)}
@@ -216,8 +216,6 @@ def read_group(name: str, entry: object, study: Study) -> Group:
     options = named_options(entry.get("options", {}), "options")
     tuning = entry.get("tuning", {})
     check_keys(tuning, {"epochs": (int,), "size": TEXT, "options": MAP}, "tuning")
-    if tuning.get("size", "") not in ("", *study.sizes):
-        raise InputError(f"tuning: size {tuning['size']} is not among sizes")
     epochs = entry.get("epochs")
     epochs = epochs if isinstance(epochs, list) else [epochs]
     check_numbers(epochs, "epochs")
@@ -309,9 +307,12 @@ def plan(study: Study) -> None:
 
 def grids_of(group: Group, study: Study) -> dict[tuple, list[Run]]:
     """The runs that choose the learning rate for each number of epochs; they need not train for as many."""
-    size = group.tuning.get("size", study.tuning.get("size", "")) if group.kind == "vit" else ""
-    if group.kind == "vit" and not size:
-        raise InputError(f"runs, {group.name}: lr is to be tuned, for which tuning has no size")
+    size = group.tuning.get("size", study.tuning.get("size")) if group.kind == "vit" else ""
+    if size not in group.sizes:
+        raise InputError(
+            f"runs, {group.name}: lr is to be tuned at size {size}: expected one of its sizes, {', '.join(group.sizes)}, "
+            "under tuning"
+        )
     if not {"seed", "holdout"} <= study.tuning.keys():
         raise InputError(f"runs, {group.name}: lr is to be tuned, for which tuning needs a seed and a holdout")
     seed, most = study.tuning["seed"], group.tuning.get("epochs", max(group.epochs))

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import ENVIRONMENT, SECONDS, TESTS
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -240,6 +241,13 @@ def test_what_is_kept(done):
     assert not [*done.root.rglob("*checkpoint*")]
 
 
+def test_one_process_at_a_time(copy, run_here):
+    with FileLock(copy.root / ".lock"):
+        piece = run_here(copy.folder)
+    message = "error: output/study/tiny is used by another process of this study: wait for it, or stop it\n"
+    assert piece == Piece(2, "", message)
+
+
 def test_list_and_only(done, copy, run_here):
     shutil.rmtree(copy.root / "runs/scratch")
     everything = run_here(copy.folder, "--list")
@@ -303,6 +311,7 @@ def test_what_was_made_from_another_run(copy, run_here):
         ("lr: scratch", "lr: LeTs stage 1", "runs, LeTs: lr is that of LeTs stage 1, which has none for 1 epochs"),
         ("lr: scratch", "lr: [1, a]", "runs, LeTs: lr is [1, 'a']: expected numbers"),
         ("tuning: {seed: 100, size: L2-H2, holdout: 200}", "", "for which tuning needs a seed and a holdout"),
+        ("lr: scratch", "lr: [1, 2]", "runs, LeTs: lr is to be tuned at size L2-H2: expected one of its sizes, L1-H1"),
         ("holdout: 200", "holdout: 2000", "--holdout 2000 and --train-images 320: more than the 1437 training images"),
         ("{scratch/L2-H2/1}", "{scratch/L2-H2/3}", "scratch has no run of size L2-H2, 3 epochs and seed 0"),
         ("{scratch/L2-H2/1}", "{scratch/L2-H2}", "{scratch/L2-H2}: expected {scratch}, or {scratch/SIZE/EPOCHS}"),
