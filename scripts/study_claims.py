@@ -303,10 +303,15 @@ def claims(study: Study) -> list[str]:
     functions = (claim_1, claim_2, claim_3, claim_4, claim_5)
     answers = [[function(study, method) for method in learngenes] for function in functions]
     lines = [f"# What the study “{study.name}” says about the papers' claims", ""]
+    if left := study.unfinished():
+        lines += [
+            f"The study is not finished: {left} of {len(study.planned)} ViTs are to come. Answers may change.",
+            "",
+        ]
     lines += [
-        f"Accuracies are test top-1 in %, after the last epoch, mean over seeds ({len(study.seeds)}: "
-        f"{', '.join(map(str, study.seeds))}, where a run has fewer over these). MACs are of training alone: "
-        "3 × a forward pass for each image, 1 × for the teacher; choosing learning rates is not counted.\n"
+        "Accuracies are test top-1 in %, after the last epoch, mean over the seeds "
+        f"{', '.join(map(str, study.seeds))}, or those of them that have run. MACs are of training alone: 3 × a "
+        "forward pass for each image, 1 × for the teacher; choosing learning rates is not counted.\n"
     ]
     overview = zip(CLAIMS, answers, strict=True)
     lines += table(

@@ -59,7 +59,7 @@ def legend(figure: Figure, entries: dict[str, dict], columns: int) -> None:
 
 
 def three_of(study: Study, data: str) -> list[str]:
-    """The smallest, a middle and the largest size for a data set; in the middle one that the linear method has, if any."""
+    """The smallest, a middle and the largest size for a data set; the middle one is of the linear method, if it can."""
     report = study.report
     there = sorted(study.sizes_for(report.methods, data), key=lambda size: study.parameters(size) or 0)
     linear = [size for size in there[1:-1] if report.linear and size in study.sizes_for([report.linear], data)]

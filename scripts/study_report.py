@@ -27,9 +27,10 @@ from scripts.study_results import NONE, Study, after, cell, in_short, in_units, 
 def columns(study: Study, data: str) -> list[tuple[str, int]]:
     """Methods and numbers of epochs of the main table; where nothing has run yet, those of the papers' claims."""
     report = study.report
-    few = study.epochs(report.descended, data) or [0, 1, 10]
+    descended = [m for m in report.descended if m in report.learngenes or study.sizes_for([m], data)]
+    few = study.epochs(descended, data) or [0, 1, 10]
     many = [n for n in study.epochs([report.scratch], data) if n > 0] or [1, 10, 100]
-    return [(method, n) for method in report.descended for n in few] + [(report.scratch, n) for n in many]
+    return [(method, n) for method in descended for n in few] + [(report.scratch, n) for n in many]
 
 
 def main_table(study: Study, data: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What a study has measured: its results.csv, and the parts of its study.yaml that say what to compare."""
 
 import csv
+import itertools
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -143,7 +144,7 @@ class Study:
     sizes: list[str]
     seeds: list[int]
     report: Report
-    planned: dict[tuple[str, str], set[str]]  # the sizes that a method is to make for a data set
+    planned: set[tuple[str, str, str, int, int]]  # all ViTs: method, data set, size, number of epochs, seed
     rows: list[Row]
     _runs: dict[tuple, dict[int, Row]] = field(default_factory=dict, init=False)  # what `runs` looks up
 
@@ -201,8 +202,13 @@ class Study:
 
     def sizes_for(self, methods: Iterable[str], data: str) -> list[str]:
         """The sizes that one of the methods is to make for a data set."""
-        planned = set().union(*(self.planned.get((method, data), ()) for method in methods))
+        methods = set(methods)
+        planned = {size for method, data_set, size, _, _ in self.planned if method in methods and data_set == data}
         return [size for size in self.sizes if size in planned]
+
+    def unfinished(self) -> int:
+        """How many of the planned ViTs have not run."""
+        return len(self.planned - {(r.method, r.data, r.size, r.epochs, r.seed) for r in self.rows})
 
     def shared_sizes(self, methods: Iterable[str], data: str, epochs: int) -> list[str]:
         """The sizes that all those methods have that have any."""
@@ -219,6 +225,27 @@ class Study:
         first = self.report.first
         found = {r.stored_parameters for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, first)}
         return sum(found) if found else None
+
+
+def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, int]]:
+    """`Study.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none.
+
+    Of a group's keys, those that it does not have are the study's.
+    """
+    planned = set()
+    for name, group in content["runs"].items():
+        if not isinstance(group, Mapping):
+            raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
+        if group.get("kind") != "vit":
+            continue
+        lists = {key: group.get(key, content.get(key)) for key in ("sizes", "epochs", "seeds")}
+        if isinstance(lists["epochs"], int):
+            lists["epochs"] = [lists["epochs"]]
+        for key, value in lists.items():
+            if not isinstance(value, list | dict):
+                raise InputError(f"{path}: {name!s:.100} has the {key} {value!r:.100}: expected a list")
+        planned |= {(group.get("method", name), group.get("data"), *vit) for vit in itertools.product(*lists.values())}
+    return planned
 
 
 def read_study(folder: Path) -> Study:
@@ -241,14 +268,8 @@ def read_study(folder: Path) -> Study:
             raise InputError(
                 f"{folder / 'results.csv'}: size {row.size!r:.100} is none of study.yaml's: {', '.join(sizes)}"
             )
-    planned: dict[tuple[str, str], set[str]] = {}
-    for name, group in content["runs"].items():
-        if not isinstance(group, Mapping):
-            raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
-        if group.get("kind") == "vit":
-            key = (group.get("method", name), group.get("data"))
-            planned.setdefault(key, set()).update(group.get("sizes", sizes))
-    methods = {method for method, _ in planned}
+    planned = planned_vits(content, path)
+    methods = {group.get("method", name) for name, group in content["runs"].items()}
     try:
         report = read_report(content, methods, content["data"].keys())
     except InputError as error:
