@@ -310,8 +310,8 @@ def grids_of(group: Group, study: Study) -> dict[tuple, list[Run]]:
     size = group.tuning.get("size", study.tuning.get("size")) if group.kind == "vit" else ""
     if size not in group.sizes:
         raise InputError(
-            f"runs, {group.name}: lr is to be tuned at size {size}: expected one of its sizes, {', '.join(group.sizes)}, "
-            "under tuning"
+            f"runs, {group.name}: lr is to be tuned at size {size}: expected one of its sizes, "
+            f"{', '.join(group.sizes)}, under tuning"
         )
     if not {"seed", "holdout"} <= study.tuning.keys():
         raise InputError(f"runs, {group.name}: lr is to be tuned, for which tuning needs a seed and a holdout")
