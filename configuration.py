@@ -71,18 +71,21 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
         content = models.read_yaml(file) or {}
     if not isinstance(content, dict):
         raise InputError(f"--config {path} holds a {type(content).__name__}: expected lines of 'option: value'")
+    return arguments_of(parser, content, f"--config {path}")
+
+
+def arguments_of(parser: Parser, options: dict, source: str) -> list[str]:
+    """Plain data {option: value} as the command line that says the same; messages begin with ``source``."""
     arguments = []
-    for key, value in content.items():
+    for key, value in options.items():
         option = "--" + str(key).replace("_", "-")
         action = parser._option_string_actions.get(option)
         if action is None or option in ("--config", "--help"):
-            raise InputError(
-                f"--config {path}: unknown key {key}{models.nearest(option, parser._option_string_actions)}"
-            )
+            raise InputError(f"{source}: unknown key {key}{models.nearest(option, parser._option_string_actions)}")
         plain = not any(isinstance(v, (list, dict)) for v in (value if isinstance(value, list) else ()))
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
-                raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected true or false")
+                raise InputError(f"{source}: {key} is {reprlib.repr(value)}, expected true or false")
             if value or isinstance(action, argparse.BooleanOptionalAction):
                 arguments.append(option if value else "--no-" + option[2:])
         elif isinstance(value, list) and plain and action.nargs is not None:
@@ -90,7 +93,7 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
         elif isinstance(value, list) and plain and action.type in (whole_numbers, parts):
             arguments.append(f"{option}={','.join(map(str, value))}")
         elif isinstance(value, (list, dict, bool)):
-            raise InputError(f"--config {path}: {key} is {reprlib.repr(value)}, expected a single value")
+            raise InputError(f"{source}: {key} is {reprlib.repr(value)}, expected a single value")
         elif value is not None:
             arguments.append(f"{option}={value}")
     return arguments
