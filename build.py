@@ -142,22 +142,27 @@ def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: mod
 
 
 def train_descendants(aux_net: models.LeTs, args: argparse.Namespace) -> None:
-    """Have Des-Nets trained beside the Aux-Net: of all depths and heads that are given, or those from its learngene's.
+    """Have Des-Nets trained beside the Aux-Net, or alone.
 
     Raises:
         InputError: the learngene makes no Des-Nets of these sizes, or no so many.
     """
     if args.compile:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
-    src, tgt = aux_net.src, aux_net.arch
     with about(f"--descendants {args.descendants}"):
-        archs = [
-            replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
-            for depth in args.descendant_depths or range(src.depth, tgt.depth + 1)
-            for heads in args.descendant_heads or range(src.num_heads, tgt.num_heads + 1)
-            if (depth, heads) != (tgt.depth, tgt.num_heads)
-        ]
-        aux_net.train_descendants(archs, args.descendants, args.descendant_sandwich)
+        alone = args.descendant_weight == 1
+        aux_net.train_descendants(descendants_of(args), args.descendants, args.descendant_sandwich, alone)
+
+
+def descendants_of(args: argparse.Namespace) -> list[models.ViTArch]:
+    """The sizes that stage 1 draws descendants from."""
+    src, tgt = (replace(models.parse_arch(name), img_size=args.input_size) for name in (args.src_arch, args.tgt_arch))
+    return [
+        replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
+        for depth in args.descendant_depths or range(src.depth, tgt.depth + 1)
+        for heads in args.descendant_heads or range(src.num_heads, tgt.num_heads + 1)
+        if (depth, heads) != (tgt.depth, tgt.num_heads)
+    ]
 
 
 def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:

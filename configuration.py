@@ -138,6 +138,8 @@ def check_kind(args: argparse.Namespace) -> str:
                 raise InputError(
                     f"--descendants is missing: --{option} says which are trained beside the Aux-Net, and how"
                 )
+    if args.descendant_loss == "aux" and args.descendant_weight == 1:
+        raise InputError("--descendant-weight 1 leaves out the Aux-Net, from which --descendant-loss aux learns")
     if args.teacher_cache and args.distillation_type == "none":
         raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
     if args.teacher_cache_top and not args.teacher_cache:

@@ -40,8 +40,9 @@ class DistillationLoss(nn.Module):
 class FamilyLoss(nn.Module):
     """(1 − w) · loss of the Aux-Net + w · mean loss of the descendants that are trained beside it.
 
-    ``teacher``: descendants have the Aux-Net's criterion. ``aux``: they are distilled softly from the Aux-Net, as the
-    narrower ones of slimmable networks are from the widest (Yu and Huang, ICCV 2019, "inplace distillation").
+    With w = 1 there is no Aux-Net. ``teacher``: descendants have the Aux-Net's criterion. ``aux``: they are distilled
+    softly from the Aux-Net, as the narrower ones of slimmable networks are from the widest (Yu and Huang, ICCV 2019,
+    "inplace distillation").
     """
 
     def __init__(self, criterion: DistillationLoss, learn_from: str, weight: float):
@@ -52,7 +53,9 @@ class FamilyLoss(nn.Module):
         self.from_aux = DistillationLoss(criterion.base_criterion, "soft", alpha=1.0, tau=criterion.tau)
 
     def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-        """The loss of ``logits`` (1 + descendants, batch, classes), the Aux-Net's first."""
+        """The loss of ``logits`` (1 + descendants, batch, classes), the Aux-Net's first unless w = 1."""
+        if self.weight == 1:
+            return torch.stack([self.criterion(own, targets, teacher_logits) for own in logits]).mean()
         aux, *descendants = logits
         criterion, taught = self.criterion, teacher_logits
         if self.learn_from == "aux":

@@ -12,7 +12,7 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
 RIVALS = ("weight_selection", "stacking", "interpolation")
-DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
+DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
 DESCENDANTS_LEARN_FROM = ("teacher", "aux")
@@ -129,7 +129,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     )
     g.add_argument("--descendant-heads", type=whole_numbers, help="… and heads; default: from the learngene's up")
     g.add_argument("--descendant-sandwich", action=flag, default=False, help="… one of them always the smallest")
-    g.add_argument("--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss")
+    g.add_argument(
+        "--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss; 1: without the Aux-Net"
+    )
     g.add_argument(
         "--descendant-loss",
         default="teacher",

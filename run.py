@@ -447,9 +447,14 @@ def roll_back(run: Run, error: NotFiniteError) -> None:
 
 
 def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them."""
+    """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them.
+
+    Where descendants are trained without their Aux-Net, it is that of the largest of them.
+    """
     utils.share_buffers(model)
-    if isinstance(model, models.AuxNet):
+    if isinstance(model, models.LeTs) and model.alone:
+        model = models.Learngene.of(model).descend(model.descendants[-1]).eval()
+    elif isinstance(model, models.AuxNet):
         model = model.to_vit()
     if run.args.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
         model = copy.deepcopy(model).to(run.device)  # the average stays where it is

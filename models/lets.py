@@ -37,7 +37,7 @@ from .selection import choose_rows, rows_of_heads
 from .vit import InputError, ViTArch
 
 MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
-DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "rand", "rand_softmax")
+DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
 DEPTH_STRATEGIES = ("default", "even", "first", "last")
@@ -291,7 +291,7 @@ class LeTs(AuxNet):
         self._plan(tgt.depth, self.layers())
         self._compute_with_factors(self.vit)
         self.descendants: list[ViTArch] = []
-        self.per_step, self.sandwich = 0, False
+        self.per_step, self.sandwich, self.alone = 0, False, False
 
     def _plan(self, depth: int, layers: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> None:
         """Keep the plan of ViTs of this ``depth``."""
@@ -321,12 +321,15 @@ class LeTs(AuxNet):
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), self.plan_of(self.arch.depth))
 
-    def train_descendants(self, archs: Sequence[ViTArch], per_step: int, sandwich: bool = False) -> None:
+    def train_descendants(
+        self, archs: Sequence[ViTArch], per_step: int, sandwich: bool = False, alone: bool = False
+    ) -> None:
         """Train Des-Nets beside the Aux-Net, all of them functions of the same learngene.
 
         Args:
             archs: the sizes that are drawn from, each step others.
             per_step: how many are drawn, without repetition.
+            alone: without the Aux-Net, which costs more than most of them.
             sandwich: one of them is always the smallest (Yu and Huang, "Universally Slimmable Networks and Improved
                 Training Techniques", ICCV 2019, where the Aux-Net is the other end).
 
@@ -339,21 +342,23 @@ class LeTs(AuxNet):
             self._plan(arch.depth, layers_of(self.config, arch), self.g.device)
             self._compute_with_factors(self.add_vit(arch))
         self.descendants = sorted(archs, key=lambda arch: arch.macs(self.num_classes, self.in_chans))
-        self.per_step, self.sandwich = per_step, sandwich
+        self.per_step, self.sandwich, self.alone = per_step, sandwich, alone
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes); in training with descendants (1 + per step, batch, classes), its own first."""
+        """Logits (batch, classes); in training with descendants (1 + per step, batch, classes), its own first.
+
+        Where descendants are trained alone, (per step, batch, classes).
+        """
         if not self.training:  # the very weights of a Des-Net of these sizes
             return super().forward(images)
         p = dict(self.named_parameters())
-        logits = self._run(p, self.arch, images)
         if not self.descendants:
-            return logits
+            return self._run(p, self.arch, images)
         # drawn by the generator that a step's number seeds, so that a run that was interrupted draws the same
         drawn = self.descendants[: self.sandwich]
         drawn += random.sample(self.descendants[self.sandwich :], self.per_step - self.sandwich)
-        narrow = {arch: select_width(p, arch.width, self.src.head_dim) for arch in drawn}
-        return torch.stack([logits, *(self._run(narrow[arch], arch, images) for arch in drawn)])
+        vits = drawn if self.alone else [self.arch, *drawn]
+        return torch.stack([self._run(select_width(p, v.width, self.src.head_dim), v, images) for v in vits])
 
     def _run(self, p: dict[str, Tensor], arch: ViTArch, images: Tensor) -> Tensor:
         """Logits (batch, classes) of the ViT of ``arch`` sizes that expands from ``p``."""
@@ -454,17 +459,19 @@ def init_depth(rows: Sequence[int], scheme: str, noise: float = 0.03, group_size
     """Depth coefficients (8, rows, group_size); each row sums to 1. ``rows`` are numbered by their first Aux layer.
 
     ``stackbert``: row r takes layer r mod group_size of its group. ``stackbert_noisy``: the same over noise in
-    (0, ``noise``), over the sum. ``rand``: uniform in (0, 1), over the sum. ``rand_softmax``: the softmax of that
-    noise.
+    (0, ``noise``), over the sum. ``alternate_noisy``: the same with the rows counted one by one, so that those of two
+    layers, whose numbers r are even, do not all take the first of a pair. ``rand``: uniform in (0, 1), over the sum.
+    ``rand_softmax``: the softmax of that noise.
     """
     shape = (len(MODULES), len(rows), group_size)
     if scheme == "rand":
         g = torch.rand(shape)
     elif scheme == "rand_softmax":
         return torch.rand(shape).softmax(-1)
-    elif scheme in ("stackbert", "stackbert_noisy"):
-        g = torch.rand(shape) * (noise if scheme == "stackbert_noisy" else 0)
-        g[:, range(len(rows)), [r % group_size for r in rows]] = 1.0
+    elif scheme in ("stackbert", "stackbert_noisy", "alternate_noisy"):
+        g = torch.rand(shape) * (0 if scheme == "stackbert" else noise)
+        taken = range(len(rows)) if scheme == "alternate_noisy" else rows
+        g[:, range(len(rows)), [r % group_size for r in taken]] = 1.0
     else:
         raise InputError(
             f"unknown initialisation {scheme!r} of depth coefficients: expected {', '.join(DEPTH_SCHEMES)}"

@@ -49,7 +49,20 @@ LATE = ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.bac
 LATE += ("sklearn.datasets", "sklearn.model_selection")
 STOPPED = {128 + number for number in StopSignals.NUMBERS} | {-signal.SIGTERM}  # exit statuses
 OUT_OF_TIME = 3  # exit status
-COLUMNS = ("study", "kind", "method", "data", "size", "seed", "epochs", "lr", "accuracy", "images_seen", "macs")
+COLUMNS = (
+    "study",
+    "group",
+    "kind",
+    "method",
+    "data",
+    "size",
+    "seed",
+    "epochs",
+    "lr",
+    "accuracy",
+    "images_seen",
+    "macs",
+)
 COLUMNS += ("parameters", "stored_parameters", "seconds", "device")
 TUNING_COLUMNS = ("group", "epochs", "lr", "held_out_accuracy", "chosen", "at_edge")
 
@@ -336,6 +349,7 @@ def rows_of(runner: Runner) -> Iterable[dict]:
         stored = [runner.records[of].result["stored"] for of in run.stored or [run]]
         row = {
             "study": runner.study.name,
+            "group": group.name,
             "kind": group.kind,
             "method": group.method,
             "data": group.data,

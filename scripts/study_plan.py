@@ -12,7 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import models
-from build import CHANNELS, build_model, create_sized, input_size_of
+from build import CHANNELS, build_model, create_sized, descendants_of, input_size_of
 from configuration import Parser, about, arguments_of, check_kind, parse_options
 from datasets import build_dataset, divide
 from models import InputError
@@ -434,9 +434,19 @@ def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
     seen = args.epochs * (images // args.batch_size * args.batch_size)
     name, size = args.tgt_arch or args.des_arch or args.model, args.input_size
     forward = macs_of(name, size, classes)
+    if args.descendants:  # alone or beside the Aux-Net
+        forward = descendant_macs(args, classes) + forward * (args.descendant_weight < 1)
     taught = macs_of(args.teacher_model, size, classes) if args.distillation_type != "none" else 0
     macs = seen * (FORWARD_AND_BACKWARD * forward + taught)
     return seen, macs, macs + EVALUATED * forward + START
+
+
+def descendant_macs(args: argparse.Namespace, classes: int) -> int:
+    """Multiply-accumulates of the descendants of a step of stage 1 that an image passes through, in the mean."""
+    macs = sorted(arch.macs(classes, CHANNELS) for arch in descendants_of(args))
+    smallest = macs[: args.descendant_sandwich]
+    others = macs[args.descendant_sandwich :]
+    return round(sum(smallest) + (args.descendants - len(smallest)) * sum(others) / max(1, len(others)))
 
 
 @lru_cache

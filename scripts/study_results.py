@@ -90,6 +90,7 @@ def read_report(content: Mapping, methods: Collection[str], data: Collection[str
 class Row:
     """One run of the study, or one network before its training."""
 
+    group: str  # of runs in the study's YAML file
     kind: str  # teacher, stage1 or vit
     method: str
     data: str
@@ -150,10 +151,10 @@ class Study:
 
     def __post_init__(self):
         for row in self.rows:
-            epochs = (row.epochs,) if row.kind == "vit" else ()
-            of_seeds = self._runs.setdefault((row.kind, row.method, row.data, row.size, *epochs), {})
+            which = (row.size, row.epochs) if row.kind == "vit" else (row.group,)
+            of_seeds = self._runs.setdefault((row.kind, row.method, row.data, *which), {})
             if row.seed in of_seeds:
-                what = " ".join(filter(None, (row.kind, row.method, row.data, row.size)))
+                what = " ".join(filter(None, (row.group, row.kind, row.method, row.data, row.size)))
                 raise InputError(
                     f"results.csv has two rows for {what}, {row.epochs} epochs, seed {row.seed}: expected one"
                 )
@@ -164,14 +165,20 @@ class Study:
         return self._runs.get(("vit", method, data, size, epochs), {})
 
     def stage_1_macs(self, method: str) -> float | None:
-        """Of a method's stage 1 on the first data set: mean over seeds."""
-        runs = self._runs.get(("stage1", method, self.report.first, ""), {}).values()
-        return statistics.mean(row.macs for row in runs) if runs else None
+        """Of a method's stage 1 on the first data set, all its groups together: mean over seeds."""
+        return self._macs_of_groups("stage1", method)
 
     def teacher_macs(self) -> float | None:
         """Of training all teachers of the first data set, each once: mean over seeds."""
-        teachers = [runs for key, runs in self._runs.items() if key[0] == "teacher" and key[2] == self.report.first]
-        return sum(statistics.mean(row.macs for row in runs.values()) for runs in teachers) if teachers else None
+        return self._macs_of_groups("teacher")
+
+    def _macs_of_groups(self, kind: str, method: str | None = None) -> float | None:
+        groups = [
+            runs
+            for key, runs in self._runs.items()
+            if key[0] == kind and method in (None, key[1]) and key[2] == self.report.first
+        ]
+        return sum(statistics.mean(row.macs for row in runs.values()) for runs in groups) if groups else None
 
     def accuracies(self, method: str, data: str, size: str, epochs: int) -> dict[int, float]:
         return {seed: row.accuracy for seed, row in self.runs(method, data, size, epochs).items()}

@@ -1,9 +1,11 @@
 """Des-Nets that are trained beside the Aux-Net in stage 1."""
 
+import json
 import random
 from pathlib import Path
 
 import models
+from datasets import build_dataset, build_transform
 from losses import DistillationLoss, FamilyLoss
 from models import InputError
 
@@ -17,13 +19,15 @@ SHORT = "--data-set DIGITS --batch-size 256 --num-workers 0 --cache-data --epoch
 SIZES = ("L2_H1", "L2_H2", "L3_H3", "L4_H1")
 
 
-def aux_net(per_step: int, sandwich: bool = False, **kwargs: object) -> models.LeTs:
+def aux_net(per_step: int, sandwich: bool = False, alone: bool = False, **kwargs: object) -> models.LeTs:
     torch.manual_seed(0)
     aux = models.create_aux_net("deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H3", num_classes=10, **kwargs)
     with torch.no_grad():  # so that no two descendants are alike
         for parameter in aux.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    aux.train_descendants([models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES], per_step, sandwich)
+    aux.train_descendants(
+        [models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES], per_step, sandwich, alone
+    )
     return aux.train()
 
 
@@ -64,6 +68,18 @@ def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradi
     assert all((gradient > 0).any() for gradient in gradients.values())
 
 
+def test_descendants_alone_leave_the_aux_net_out():
+    images = torch.randn(2, 3, 16, 16)
+    beside, alone = aux_net(4), aux_net(4, alone=True)
+    random.seed(0)
+    both = beside(images)
+    random.seed(0)
+    assert torch.equal(alone(images), both[1:])
+    loss = DistillationLoss(nn.CrossEntropyLoss(), "none", alpha=0.0, tau=1.0)
+    expected = torch.stack([loss(logits, torch.arange(2)) for logits in both[1:]]).mean()
+    torch.testing.assert_close(FamilyLoss(loss, "teacher", weight=1.0)(both[1:], torch.arange(2)), expected)
+
+
 @pytest.mark.parametrize("learn_from", ["teacher", "aux"])
 def test_the_loss_is_shared(learn_from):
     logits, teacher = torch.randn(3, 5, 7, requires_grad=True), torch.randn(5, 7)
@@ -75,6 +91,13 @@ def test_the_loss_is_shared(learn_from):
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The test images, and their labels."""
+    transform = build_transform("DIGITS", is_train=False, input_size=16)
+    images, labels = zip(*build_dataset("DIGITS", None, False, transform)[0], strict=True)
+    return torch.stack(images), torch.tensor(labels)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +115,10 @@ def outcomes(tmp_path_factory) -> tuple[Path, dict]:
         "whole, other schedule": run(f"{to}/whole2 --sched step --decay-epochs 100"),
         "continued": run(f"{to}/cut --resume auto --sched step --decay-epochs 100"),
         "two": run(f"{to}/two --batch-size 128", processes=2),
+        "alone": run(
+            f"{sampled} --descendant-weight 1 --trans-init-scheme alternate_noisy rand --output-dir {folder}/alone"
+        ),
+        "alone, from the Aux-Net": run(f"{sampled} --descendant-weight 1 --descendant-loss aux"),
         "too wide": run(f"{LETS} --descendants 1 --descendant-heads 4"),
         "too many": run(f"{LETS} --descendants 9 --descendant-depths 2 --descendant-heads 1,2"),
         "compiled": run(f"{LETS} --descendants 1 --compile"),
@@ -104,15 +131,26 @@ def outcomes(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_runs_with_descendants_train_and_continue_exactly(outcomes):
     folder, results = outcomes
-    for name in ("whole", "begun", "continued", "two", "whole, other schedule"):
+    for name in ("whole", "begun", "continued", "two", "whole, other schedule", "alone"):
         assert set(results[name].codes) == {0}, results[name].stderr
     assert_same_result(folder / "cut", folder / "whole2")
     assert models.load_learngene(folder / "whole" / "learngene.safetensors").options["descendants"] == 2
 
 
+def test_descendants_alone_are_evaluated_by_the_largest(outcomes):
+    folder, _ = outcomes
+    gene = models.load_learngene(folder / "alone" / "learngene.safetensors")
+    vit, (images, labels) = gene.descend("deit_nano_patch8_16_L3_H3").eval(), digits()
+    accuracy = 100 * (vit(images).argmax(1) == labels).double().mean().item()
+    assert json.loads((folder / "alone" / "log.txt").read_text().splitlines()[-1])["test_acc1"] == pytest.approx(
+        accuracy
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
+        ("alone, from the Aux-Net", "--descendant-weight 1 leaves out the Aux-Net"),
         ("too wide", "--descendants 1: the Des-Net has width 128"),
         ("too many", "--descendants 9: 9 descendants in a step, of 2 sizes"),
         ("compiled", "--compile needs the same sizes in every step"),
