@@ -578,7 +578,8 @@ def select_depth(
     if how == "even":
         coeff = [rows[l * len(rows) // depth] for l in range(depth)]
     elif times == 0 and how not in ("first", "last"):
-        coeff = [rows[round(i)] for i in torch.linspace(0, len(rows) - 1, depth, dtype=torch.float64).tolist()]
+        places = torch.linspace(0, len(rows) - 1, depth, dtype=torch.float64, device="cpu")
+        coeff = [rows[round(place)] for place in places.tolist()]
     else:
         first = {"first": 0, "last": len(rows) - rest}.get(how, (len(rows) - rest) // 2)
         coeff = [row for i, row in enumerate(rows) for _ in range(times + (first <= i < first + rest))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scripts.study_results import NONE, Study, after, in_short, in_units, table
 
-AS_LITTLE = 1.1  # a rival stores as little as a learngene if it stores at most this times as much
+AS_LITTLE = 1.1  # a rival stores as little if it stores at most this times what the larger of two learngenes does
 FEWER = 10  # times, of claim 4
 CHEAPER = 2  # times, of claim 5
 
@@ -162,12 +162,13 @@ def claim_3(study: Study, method: str) -> Answer:
     if unit is None:
         return Answer(in_words(None), missing(gaps)[1:])
     stored = {rival: study.stored(rival) for rival in rivals}
-    small = [rival for rival, count in stored.items() if count is not None and count <= AS_LITTLE * unit]
-    large = [rival for rival, count in stored.items() if count is not None and count > AS_LITTLE * unit]
+    little = AS_LITTLE * max(unit, study.stored(linear) or 0)
+    small = [rival for rival, count in stored.items() if count is not None and count <= little]
+    large = [rival for rival, count in stored.items() if count is not None and count > little]
     needed = [compare(study, method, linear)]
     needed += [compare(study, a, b) for b in small for a in (linear, method)]
     verdict = every([*(c.verdict for c in needed), None if gaps else True])
-    lines = [f"Rivals that store at most {AS_LITTLE} × the {unit:,} parameters of {method}:\n"]
+    lines = [f"{method} stores {unit:,} parameters. Rivals that store at most {little:,.0f}:\n"]
     lines += comparison_table(study, needed, unit)
     if large:
         lines += ["", "Rivals that store more, which the answer does not count:\n"]

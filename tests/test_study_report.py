@@ -11,7 +11,20 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, SECONDS
 
-COLUMNS = ["study", "kind", "method", "data", "size", "seed", "epochs", "lr", "accuracy", "images_seen", "macs"]
+COLUMNS = [
+    "study",
+    "group",
+    "kind",
+    "method",
+    "data",
+    "size",
+    "seed",
+    "epochs",
+    "lr",
+    "accuracy",
+    "images_seen",
+    "macs",
+]
 COLUMNS += ["parameters", "stored_parameters", "seconds", "device"]
 PARAMETERS = {"small": 10_000, "large": 30_000}
 MACS = {"small": 100, "large": 300}  # of one epoch
@@ -72,6 +85,7 @@ def rows(changes: dict | None = None) -> list[dict]:
 
     def add(kind: str, method: str, data: str, size: str, seed: int, epochs: int, **numbers) -> None:
         what = dict(kind=kind, method=method, data=data, size=size, seed=seed, epochs=epochs)
+        what["group"] = numbers.pop("group", method)
         found.append(dict(study="tiny", lr="", images_seen=0, seconds=1.0, device="cpu, 1 thread") | what | numbers)
 
     add("teacher", "teacher", "A", "", 0, 8, accuracy=90, macs=20_000, parameters=500, stored_parameters="")
@@ -79,6 +93,8 @@ def rows(changes: dict | None = None) -> list[dict]:
         for seed in (0, 1):
             stage_1 = dict(macs=macs + 100 * seed - 50, parameters=600, stored_parameters=STORED[method])
             add("stage1", method, "A", "", seed, 50, accuracy="", **stage_1)
+    for seed in (0, 1):  # what the second learngene starts from
+        add("stage1", "LeTs+", "A", "", seed, 50, group="small ViT", macs=10, parameters=9, stored_parameters=9)
     for (method, data, epochs), both in (VITS | (changes or {})).items():
         for size, accuracies in zip(PARAMETERS, both, strict=True):
             vit = dict(macs=MACS[size] * epochs, parameters=PARAMETERS[size])
@@ -264,7 +280,7 @@ ERRORS = {
     "unknown key": (rows, dict(rival=["frugal"]), "unknown key 'rival'"),
     "no list": (rows, dict(learngenes="LeTs"), "learngenes is 'LeTs': expected names in a list"),
     "unknown size": (lambda: [*rows(), rows()[-1] | {"size": "huge"}], {}, "size 'huge' is none of study.yaml's"),
-    "two rows": (lambda: [*rows(), rows()[-1]], {}, "two rows for vit scratch B large, 300 epochs, seed 1"),
+    "two rows": (lambda: [*rows(), rows()[-1]], {}, "two rows for scratch vit scratch B large, 300 epochs, seed 1"),
     "no number": (lambda: [*rows(), rows()[-1] | {"accuracy": "high"}], {}, "accuracy is 'high': expected a number"),
 }
 
@@ -284,7 +300,7 @@ def test_results_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_study(tmp_path, [])
     (tmp_path / "results.csv").write_text("method,accuracy\n")
     assert study_report.main([str(tmp_path)]) == 2
-    assert "has no column kind" in capsys.readouterr().err
+    assert "has no column group" in capsys.readouterr().err
     (tmp_path / "results.csv").unlink()
     assert study_report.main([str(tmp_path)]) == 2
     assert "results.csv cannot be read" in capsys.readouterr().err
