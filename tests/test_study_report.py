@@ -25,7 +25,7 @@ COLUMNS = [
     "images_seen",
     "macs",
 ]
-COLUMNS += ["parameters", "stored_parameters", "seconds", "device"]
+COLUMNS += ["macs", "parameters", "stored_parameters", "seconds", "device"]
 PARAMETERS = {"small": 10_000, "large": 30_000}
 MACS = {"small": 100, "large": 300}  # of one epoch
 REPORT = {
