@@ -1,10 +1,13 @@
 """Des-Nets that are trained beside the Aux-Net in stage 1."""
 
+import argparse
 import json
 import random
 from pathlib import Path
 
 import models
+from build import descendants_of
+from configuration import parse_options
 from datasets import build_dataset, build_transform
 from losses import DistillationLoss, FamilyLoss
 from models import InputError
@@ -78,6 +81,29 @@ def test_descendants_alone_leave_the_aux_net_out():
     loss = DistillationLoss(nn.CrossEntropyLoss(), "none", alpha=0.0, tau=1.0)
     expected = torch.stack([loss(logits, torch.arange(2)) for logits in both[1:]]).mean()
     torch.testing.assert_close(FamilyLoss(loss, "teacher", weight=1.0)(both[1:], torch.arange(2)), expected)
+
+
+def test_alternating_rows_give_back_the_vit_that_the_learngene_starts_from():
+    src, tgt = "deit_nano_patch8_16_L4_H1", "deit_nano_patch8_16_L8_H3"
+    vit, images = models.create_model(src, num_classes=10).eval(), torch.randn(2, 3, 16, 16)
+    aux = models.create_aux_net(src, tgt, num_classes=10, init_scheme=("alternate_noisy", "rand"), init_noise=(0, 0))
+    aux.start_from(vit.state_dict())
+    torch.testing.assert_close(models.Learngene.of(aux).descend(src).eval()(images), vit(images))
+
+
+def test_the_improved_recipe_is_the_published_one_but_for_what_it_says():
+    published, improved = (
+        vars(parse_options(["--config", f"/configs/{name}.yaml"])) for name in ("conf_train_aux_lets", "lets_plus_aux")
+    )
+    differing = {name for name in published if published[name] != improved[name]} - {"config", "output_dir"}
+    assert differing == {
+        *("src_path", "trans_init_scheme", "descendants", "descendant_depths", "descendant_heads"),
+        "descendant_weight",
+    }
+    aux = models.create_aux_net(improved["src_arch"], improved["tgt_arch"], num_classes=10)
+    sizes = descendants_of(argparse.Namespace(**improved | {"input_size": 224}))
+    aux.train_descendants(sizes, improved["descendants"], alone=True)
+    assert (len(aux.descendants), str(aux.descendants[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
 
 
 @pytest.mark.parametrize("learn_from", ["teacher", "aux"])
