@@ -167,7 +167,8 @@ def read_study(path: Path) -> Study:
             with about(f"runs, {name}"):
                 study.groups[name] = read_group(str(name), entry, study)
         check_names(study)
-        read_report(content, {group.method for group in study.groups.values()}, study.data)
+        if "report" in content:
+            read_report(content, {group.method for group in study.groups.values()}, study.data)
         plan(study)
     return study
 

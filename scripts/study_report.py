@@ -66,6 +66,20 @@ def untrained_table(study: Study) -> list[str]:
     return table(["method", "stored parameters", "mean of its sizes", *study.sizes], lines)
 
 
+def rivals_table(study: Study, data: str) -> list[str]:
+    """Accuracy of every rival over its own sizes, and of learngenes and scratch over the same."""
+    report = study.report
+    compared = [*report.learngenes, report.scratch]
+    epochs = study.epochs([*compared, *report.rivals], data)
+    lines = []
+    for rival in report.rivals:
+        sizes = study.sizes_for([rival], data)
+        for method in [rival, *compared] if sizes else []:
+            means = (cell(study.over_sizes(method, data, sizes, n).values(), len(study.seeds)) for n in epochs)
+            lines.append([in_short(sizes, study.sizes) if method == rival else "", method, *means])
+    return table(["mean over", "method", *map(after, epochs)], lines)
+
+
 def variants_table(study: Study, methods: Sequence[str]) -> list[str]:
     """Mean accuracy of variants of a learngene over the sizes that all of those that have run have."""
     learngenes, first = study.report.learngenes, study.report.first
@@ -118,6 +132,9 @@ def tables(study: Study) -> list[str]:
     if report.second:
         sections[f"{report.second}: accuracy"] = main_table(study, report.second)
     sections[f"{report.first}, before training"] = untrained_table(study)
+    if report.rivals:
+        for data in filter(None, (report.first, report.second)):
+            sections[f"{data}: rivals"] = rivals_table(study, data)
     if report.ablations:
         sections[f"{report.first}: ablations"] = variants_table(study, report.ablations)
     if report.widths:
@@ -132,6 +149,20 @@ def tables(study: Study) -> list[str]:
     for title, section in sections.items():
         lines += ["", f"## {title}", "", *section]
     return lines
+
+
+def trials(study: Study) -> list[str]:
+    """The lines of tables.md of a study without a report: all methods, in the order of its file."""
+    lines = [f"# Results of the study “{study.name}”", ""]
+    methods = dict.fromkeys((row.data, row.method, row.epochs) for row in study.rows if row.kind == "vit")
+    seeds, rows = len(study.seeds), []
+    for data, method, epochs in methods:
+        sizes = study.sizes_of(method, data, epochs)
+        mean = cell(study.over_sizes(method, data, sizes, epochs).values(), seeds)
+        each = (cell(study.accuracies(method, data, size, epochs).values(), seeds) for size in study.sizes)
+        cost = in_units(study.macs_of_groups("stage1", method=method))
+        rows.append([method, data, after(epochs), cost, mean, *each])
+    return [*lines, *table(["method", "data", "after", "stage 1, MACs", "mean", *study.sizes], rows)]
 
 
 def summary(study: Study) -> list[str]:
@@ -157,15 +188,18 @@ def summary(study: Study) -> list[str]:
 def write(folder: Path) -> None:
     """Write tables.md, claims.md, summary.md and four plots beside the results.csv and study.yaml in ``folder``.
 
+    Of a study that does not say what to compare, under ``report``, tables.md alone.
+
     Raises:
         InputError: study.yaml or results.csv is missing, or is not what a study leaves.
     """
     study = read_study(folder)
-    for name, lines in (("tables", tables), ("claims", claims), ("summary", summary)):
+    texts = {"tables": tables, "claims": claims, "summary": summary} if study.report else {"tables": trials}
+    for name, lines in texts.items():
         with models.written_whole(folder / f"{name}.md") as unfinished:
             Path(unfinished).write_text("\n".join(lines(study)) + "\n", encoding="utf-8")
     plots = {"epochs": draw_epochs, "family": draw_family, "ablations": draw_ablations, "cost": draw_cost}
-    for name, draw in plots.items():
+    for name, draw in plots.items() if study.report else ():
         with models.written_whole(folder / f"{name}.png") as unfinished:
             draw(study).savefig(unfinished, format="png", dpi=150, metadata={"Software": None})
 

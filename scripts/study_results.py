@@ -144,7 +144,7 @@ class Study:
     name: str
     sizes: list[str]
     seeds: list[int]
-    report: Report
+    report: Report | None
     planned: set[tuple[str, str, str, int, int]]  # all ViTs: method, data set, size, number of epochs, seed
     rows: list[Row]
     _runs: dict[tuple, dict[int, Row]] = field(default_factory=dict, init=False)  # what `runs` looks up
@@ -166,17 +166,18 @@ class Study:
 
     def stage_1_macs(self, method: str) -> float | None:
         """Of a method's stage 1 on the first data set, all its groups together: mean over seeds."""
-        return self._macs_of_groups("stage1", method)
+        return self.macs_of_groups("stage1", self.report.first, method)
 
     def teacher_macs(self) -> float | None:
         """Of training all teachers of the first data set, each once: mean over seeds."""
-        return self._macs_of_groups("teacher")
+        return self.macs_of_groups("teacher", self.report.first)
 
-    def _macs_of_groups(self, kind: str, method: str | None = None) -> float | None:
+    def macs_of_groups(self, kind: str, data: str | None = None, method: str | None = None) -> float | None:
+        """Of all groups of a kind, perhaps of one data set or method, together: means over seeds."""
         groups = [
             runs
             for key, runs in self._runs.items()
-            if key[0] == kind and method in (None, key[1]) and key[2] == self.report.first
+            if key[0] == kind and method in (None, key[1]) and data in (None, key[2])
         ]
         return sum(statistics.mean(row.macs for row in runs.values()) for runs in groups) if groups else None
 
@@ -278,7 +279,7 @@ def read_study(folder: Path) -> Study:
     planned = planned_vits(content, path)
     methods = {group.get("method", name) for name, group in content["runs"].items()}
     try:
-        report = read_report(content, methods, content["data"].keys())
+        report = read_report(content, methods, content["data"].keys()) if "report" in content else None
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return Study(str(content.get("study", folder.name)), sizes, content["seeds"], report, planned, rows)

@@ -243,6 +243,10 @@ def test_tables(folder: Path):
     untrained = cells(text, "## A, before training")
     assert untrained["LeTs+"] == ["5,000", "55.0 ± 0.0, 2 sizes", "60.0 ± 0.0", "50.0 ± 0.0"]
     assert untrained["wasteful"] == ["30,000", "58.0 (1), 2 sizes", "58.0 (1)", "58.0 (1)"]
+    rivals = [line.strip("| ").split(" | ") for line in text[text.index("## A: rivals") :].splitlines()[4:8]]
+    assert rivals[0][:3] == ["all 2 sizes", "frugal", "25.0 ± 0.0"]
+    assert rivals[1] == ["LeTs", "56.5 ± 2.1", "76.5 ± 2.1", "–", "–"]
+    assert rivals[3] == ["scratch", "–", "30.5 ± 0.0", "60.5 ± 0.0", "75.5 ± 0.7"]
     ablations = cells(text, "## A: ablations")
     assert (ablations["LeTs"], ablations["LeTs+"]) == (["61.0 ± 1.4"], ["50.0 ± 0.0"])
     assert ablations["LeTs without teacher"] == ["42.0 ± 2.8"]
@@ -272,6 +276,17 @@ def test_study_that_has_only_begun(count: int, tmp_path: Path):
     assert {answer for line in answers((tmp_path / "claims.md").read_text()) for answer in line} == {"not answered"}
     assert "LeTs+, 1 epoch" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "cost.png").stat().st_size > 0
+
+
+def test_study_that_says_nothing_of_a_report_gets_one_table(tmp_path: Path):
+    write_study(tmp_path, rows())
+    study = {key: value for key, value in STUDY.items() if key != "report"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    study_report.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "study.yaml", "tables.md"}
+    first = cells((tmp_path / "tables.md").read_text())
+    assert first["frugal"] == ["A", "before training", "–", "25.0 ± 0.0", "20.0 ± 0.0", "30.0 ± 0.0"]
+    assert first["TLEG"][2] == "5 k"
 
 
 ERRORS = {
