@@ -287,20 +287,12 @@ class LeTs(AuxNet):
                 **{a: init_depth(rows, depth_scheme, depth_noise, group_size) for a in "gh"},
             }
         )
-        self._plan_layers: dict[int, list[int]] = {}
-        self._plan(tgt.depth, self.layers())
+        plan = depth_plan(self.layers(), len(rows), n // group_size)
+        self.register_buffer("_select", plan.select, persistent=False)
+        self._plan_layers = plan.layers
         self._compute_with_factors(self.vit)
         self.descendants: list[ViTArch] = []
         self.per_step, self.sandwich, self.alone = 0, False, False
-
-    def _plan(self, depth: int, layers: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> None:
-        """Keep the plan of ViTs of this ``depth``."""
-        plan = depth_plan(layers, self.g.shape[1], self.src.depth // self.group_size, device)
-        self.register_buffer(f"_select_{depth}", plan.select, persistent=False)
-        self._plan_layers[depth] = plan.layers
-
-    def plan_of(self, depth: int) -> DepthPlan:
-        return DepthPlan(self.get_buffer(f"_select_{depth}"), self._plan_layers[depth])
 
     def _compute_with_factors(self, vit: VisionTransformer) -> None:
         for block in vit.blocks:
@@ -319,7 +311,7 @@ class LeTs(AuxNet):
         return [(i // layers_per_group, i // self.layers_per_row) for i in range(self.arch.depth)]
 
     def expand(self) -> dict[str, Tensor]:
-        return expand(dict(self.named_parameters()), self.plan_of(self.arch.depth))
+        return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
 
     def train_descendants(
         self, archs: Sequence[ViTArch], per_step: int, sandwich: bool = False, alone: bool = False
@@ -338,9 +330,12 @@ class LeTs(AuxNet):
         """
         if not 1 <= per_step <= len(archs):
             raise InputError(f"{per_step} descendants in a step, of {len(archs)} sizes: expected 1 to {len(archs)}")
+        self._descendant_layers: dict[int, list[int]] = {}  # by depth
         for arch in archs:
-            self._plan(arch.depth, layers_of(self.config, arch), self.g.device)
             self._compute_with_factors(self.add_vit(arch))
+            plan = depth_plan(layers_of(self.config, arch), self.g.shape[1], self.src.depth // self.group_size)
+            self.register_buffer(f"_select_{arch.depth}", plan.select.to(self.g.device), persistent=False)
+            self._descendant_layers[arch.depth] = plan.layers
         self.descendants = sorted(archs, key=lambda arch: arch.macs(self.num_classes, self.in_chans))
         self.per_step, self.sandwich, self.alone = per_step, sandwich, alone
 
@@ -352,20 +347,25 @@ class LeTs(AuxNet):
         if not self.training:  # the very weights of a Des-Net of these sizes
             return super().forward(images)
         p = dict(self.named_parameters())
+        own = DepthPlan(self._select, self._plan_layers)
         if not self.descendants:
-            return self._run(p, self.arch, images)
+            return self._run(p, self.vit, own, images)
         # drawn by the generator that a step's number seeds, so that a run that was interrupted draws the same
         drawn = self.descendants[: self.sandwich]
         drawn += random.sample(self.descendants[self.sandwich :], self.per_step - self.sandwich)
-        vits = drawn if self.alone else [self.arch, *drawn]
-        return torch.stack([self._run(select_width(p, v.width, self.src.head_dim), v, images) for v in vits])
+        logits = [] if self.alone else [self._run(p, self.vit, own, images)]
+        for arch in drawn:
+            plan = DepthPlan(self.get_buffer(f"_select_{arch.depth}"), self._descendant_layers[arch.depth])
+            narrow = select_width(p, arch.width, self.src.head_dim)
+            logits.append(self._run(narrow, self.vits[arch], plan, images))
+        return torch.stack(logits)
 
-    def _run(self, p: dict[str, Tensor], arch: ViTArch, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of the ViT of ``arch`` sizes that expands from ``p``."""
-        weights = expand(p, self.plan_of(arch.depth), widen_embedding=False)
-        for l in range(arch.depth):
+    def _run(self, p: dict[str, Tensor], vit: VisionTransformer, plan: DepthPlan, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of ``vit`` with the weights that expand from ``p``."""
+        weights = expand(p, plan, widen_embedding=False)
+        for l in range(len(plan.layers)):
             weights.update(dict.fromkeys(keys(READING + WRITING, "E", layer=l), p["E"]))  # torch 2.6 compiles no |=
-        return functional_call(self.vits[arch], weights, (images,))
+        return functional_call(vit, weights, (images,))
 
     def coefficients(self) -> dict[str, float]:
         """The depth coefficients of the weights, g, each under a name."""

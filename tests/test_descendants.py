@@ -50,6 +50,15 @@ def test_descendants_in_training_are_those_of_the_learngene(expansion):
     assert aux.eval()(images).shape == (3, 10)
 
 
+def test_descendants_of_the_aux_nets_depth_leave_its_own_plan_alone():
+    src, tgt, images = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L10_H2", torch.randn(2, 3, 16, 16)
+    aux = models.create_aux_net(src, tgt, num_classes=10, layers_per_row=4)  # of whose rows the last has two layers
+    expected = aux.eval()(images)
+    aux.train_descendants([models.parse_arch("deit_nano_patch8_16_L10_H1")], 1)
+    torch.testing.assert_close(aux.eval()(images), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(aux.train()(images)[0], expected, atol=1e-5, rtol=0)
+
+
 def test_each_step_draws_anew_and_a_sandwich_keeps_the_smallest():
     aux, images = aux_net(2, sandwich=True), torch.randn(2, 3, 16, 16)
     smallest = models.Learngene.of(aux).descend("deit_nano_patch8_16_L2_H1")(images)
