@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import models
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -342,3 +344,19 @@ def test_studies_that_cannot_work_are_refused_before_anything_runs(tmp_path, run
     assert piece.stderr.startswith("error: study.yaml: ")
     assert piece.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "trials"])
+def test_the_studies_of_this_project_are_ready(name, tmp_path, run_here):
+    images = np.zeros((60_000, 28, 28), dtype=np.uint8)
+    for part, count in (("train", 60_000), ("t10k", 10)):
+        labels = np.arange(count) % 10
+        for kind, content in (("images-idx3", images[:count]), ("labels-idx1", labels.astype(np.uint8))):
+            magic = bytes([0, 0, 8, content.ndim]) + struct.pack(f">{content.ndim}I", *content.shape)
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(magic + content.tobytes())
+    text = (TESTS.parent / "configs" / f"study_{name}.yaml").read_text()
+    assert "data-path: /usr/share/datasets/fashion-mnist" in text
+    (tmp_path / "study.yaml").write_text(text.replace("/usr/share/datasets/fashion-mnist", str(tmp_path)))
+    piece = run_here(tmp_path, "--list")
+    assert (piece.code, piece.stderr) == (0, "")
+    assert re.search(r"^\d+ runs, \S+ MACs$", piece.stdout, re.MULTILINE)
