@@ -149,19 +149,19 @@ def train_descendants(aux_net: models.LeTs, args: argparse.Namespace) -> None:
     """
     if args.compile:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
-    with about(f"--descendants {args.descendants}"):
-        alone = args.descendant_weight == 1
+    alone = args.descendant_weight == 1
+    with about(f"--descendants {args.descendants}, of --descendant-depths and --descendant-heads"):
         aux_net.train_descendants(descendants_of(args), args.descendants, args.descendant_sandwich, alone)
 
 
 def descendants_of(args: argparse.Namespace) -> list[models.ViTArch]:
-    """The sizes that stage 1 draws descendants from."""
+    """The sizes that stage 1 draws descendants from; the Aux-Net's own if it is not trained anyway."""
     src, tgt = (replace(models.parse_arch(name), img_size=args.input_size) for name in (args.src_arch, args.tgt_arch))
     return [
         replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
-        for depth in args.descendant_depths or range(src.depth, tgt.depth + 1)
-        for heads in args.descendant_heads or range(src.num_heads, tgt.num_heads + 1)
-        if (depth, heads) != (tgt.depth, tgt.num_heads)
+        for depth in sorted(set(args.descendant_depths or range(src.depth, tgt.depth + 1)))
+        for heads in sorted(set(args.descendant_heads or range(src.num_heads, tgt.num_heads + 1)))
+        if (depth, heads) != (tgt.depth, tgt.num_heads) or args.descendant_weight == 1
     ]
 
 

@@ -329,10 +329,11 @@ class LeTs(AuxNet):
             InputError: there are fewer sizes than ``per_step``, or the learngene makes no Des-Nets of one of them.
         """
         if not 1 <= per_step <= len(archs):
-            raise InputError(f"{per_step} descendants in a step, of {len(archs)} sizes: expected 1 to {len(archs)}")
+            raise InputError(f"{per_step} descendants in a step of {len(archs)} sizes: expected no more than there are")
         self._descendant_layers: dict[int, list[int]] = {}  # by depth
         for arch in archs:
-            self._compute_with_factors(self.add_vit(arch))
+            if arch != self.arch:
+                self._compute_with_factors(self.add_vit(arch))
             plan = depth_plan(layers_of(self.config, arch), self.g.shape[1], self.src.depth // self.group_size)
             self.register_buffer(f"_select_{arch.depth}", plan.select.to(self.g.device), persistent=False)
             self._descendant_layers[arch.depth] = plan.layers

@@ -64,7 +64,7 @@ COLUMNS = (
     "macs",
 )
 COLUMNS += ("parameters", "stored_parameters", "seconds", "device")
-TUNING_COLUMNS = ("group", "epochs", "lr", "held_out_accuracy", "chosen", "at_edge")
+TUNING_COLUMNS = ("group", "epochs", "tuned_by_epochs", "lr", "held_out_accuracy", "chosen", "at_edge")
 
 
 def be_main(arguments: list[str], output: Path, threads: int) -> None:
@@ -130,6 +130,12 @@ def result_of(folder: Path) -> dict:
         "stored": stored,
         "sha256": models.sha256(weights),
     }
+
+
+def not_finite(folder: Path) -> str | None:
+    """What main.py has said of numbers that were not finite, if that has ended it."""
+    printed = (folder / "output.txt").read_text(errors="replace").splitlines()
+    return next((line for line in printed[-3:] if line.startswith("error: ") and "finite" in line), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +299,10 @@ class Runner:
         run, folder, record = ended.run, self.root / ended.run.folder, self.records[ended.run]
         seconds, code = time.monotonic() - ended.start, ended.process.exitcode
         record.seconds, record.device = record.seconds + seconds, self.device_of(run)
-        if code == 0:
+        if run.tuning and code == 1 and (reason := not_finite(folder)):
+            record.result, code = {"accuracy": 0.0}, 0  # a learning rate that is not chosen
+            print(f"{run}: {reason}", flush=True)
+        elif code == 0:
             record.result = result_of(folder)
             for checkpoint in [*folder.glob("checkpoint*.pth"), *folder.glob("best_checkpoint.pth")]:
                 checkpoint.unlink()
@@ -335,11 +344,16 @@ def write_results(runner: Runner, results: Path, config: Path) -> None:
     for run in filter(runner.is_done, runner.study.runs.values()):
         (results / run.folder).mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "args.yaml"):
-            shutil.copyfile(runner.root / run.folder / name, results / run.folder / name)
+            copy_whole(runner.root / run.folder / name, results / run.folder / name)
     results.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(config, results / "study.yaml")
+    copy_whole(config, results / "study.yaml")
     write_csv(results / "results.csv", COLUMNS, rows_of(runner))
     write_csv(results / "tuning.csv", TUNING_COLUMNS, tuning_rows(runner))
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    with written_whole(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def rows_of(runner: Runner) -> Iterable[dict]:
@@ -381,6 +395,7 @@ def tuning_rows(runner: Runner) -> Iterable[dict]:
             yield {
                 "group": name,
                 "epochs": epochs,
+                "tuned_by_epochs": run.epochs,
                 "lr": run.lr,
                 "held_out_accuracy": runner.records[run].result["accuracy"],
                 "chosen": "yes" if chosen else "",

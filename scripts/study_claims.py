@@ -150,9 +150,10 @@ def comparison_table(study: Study, comparisons: Sequence[Comparison], unit: int)
 
 
 def claim_3(study: Study, method: str) -> Answer:
-    linear, rivals, first = study.report.linear, study.report.rivals, study.report.first
+    linear, first = study.report.linear, study.report.first
+    rivals = [rival for rival in study.report.rivals if study.is_planned(rival, first, 0)]
     if linear is None or not rivals:
-        return Answer(in_words(None), ["Missing: a linear method and rivals in the study's report."])
+        return Answer(in_words(None), ["Missing: a linear method, and rivals before training."])
     gaps = [
         text
         for name in (method, linear, *rivals)

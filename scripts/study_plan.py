@@ -17,6 +17,7 @@ from configuration import Parser, about, arguments_of, check_kind, parse_options
 from datasets import build_dataset, divide
 from models import InputError
 from options import option_parser
+from run import is_address
 from scripts.study_results import read_report
 
 import torch
@@ -28,6 +29,7 @@ EVALUATED, START = 10_000, 10**10  # about the images of an evaluation, and the 
 SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
 INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what they are before training
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # places and speed
+FILES = ("finetune", "init-path", "load-gene", "src-path", "teacher-path")  # options that name one
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WEIGHTS = ("model.safetensors", "learngene.safetensors")  # what of a run others may refer to
 
@@ -417,6 +419,10 @@ def checked_options(run: Run) -> argparse.Namespace:
     """
     args = parse_options(run.arguments(Path("output"), run.lr))
     kind = check_kind(args)
+    for option in FILES:  # references are checked elsewhere
+        file = run.options.get(option)
+        if isinstance(file, str) and "{" not in file and not is_address(file) and not Path(file).exists():
+            raise InputError(f"{option} is {file}, which is not there: expected a file, or a reference to a group")
     args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
     name = args.des_arch or args.model
     if kind == "descend" or (kind == "plain" and models.follows_grammar(name)):

@@ -154,6 +154,7 @@ def tables(study: Study) -> list[str]:
 def trials(study: Study) -> list[str]:
     """The lines of tables.md of a study without a report: all methods, in the order of its file."""
     lines = [f"# Results of the study “{study.name}”", ""]
+    lines += ["Accuracy in %. MACs are those of a method's own stage 1, without what that starts from.", ""]
     methods = dict.fromkeys((row.data, row.method, row.epochs) for row in study.rows if row.kind == "vit")
     seeds, rows = len(study.seeds), []
     for data, method, epochs in methods:

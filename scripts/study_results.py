@@ -214,6 +214,10 @@ class Study:
         planned = {size for method, data_set, size, _, _ in self.planned if method in methods and data_set == data}
         return [size for size in self.sizes if size in planned]
 
+    def is_planned(self, method: str, data: str, epochs: int) -> bool:
+        """Whether the method is to make ViTs that are trained for so many epochs."""
+        return any((row[0], row[1], row[3]) == (method, data, epochs) for row in self.planned)
+
     def unfinished(self) -> int:
         """How many of the planned ViTs have not run."""
         return len(self.planned - {(r.method, r.data, r.size, r.epochs, r.seed) for r in self.rows})

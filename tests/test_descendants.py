@@ -80,6 +80,15 @@ def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradi
     assert all((gradient > 0).any() for gradient in gradients.values())
 
 
+def test_the_aux_net_can_be_one_of_those_that_are_trained_alone():
+    aux, images = aux_net(1), torch.randn(2, 3, 16, 16)
+    expected = aux(images)[0]
+    aux.train_descendants([aux.arch], 1, alone=True)
+    torch.testing.assert_close(aux(images)[0], expected, atol=1e-6, rtol=0)
+    aux.eval()
+    assert not any(vit.training for vit in aux.vits.values())
+
+
 def test_descendants_alone_leave_the_aux_net_out():
     images = torch.randn(2, 3, 16, 16)
     beside, alone = aux_net(4), aux_net(4, alone=True)
@@ -186,8 +195,11 @@ def test_descendants_alone_are_evaluated_by_the_largest(outcomes):
     ("name", "found"),
     [
         ("alone, from the Aux-Net", "--descendant-weight 1 leaves out the Aux-Net"),
-        ("too wide", "--descendants 1: the Des-Net has width 128"),
-        ("too many", "--descendants 9: 9 descendants in a step, of 2 sizes"),
+        ("too wide", "--descendants 1, of --descendant-depths and --descendant-heads: the Des-Net has width 128"),
+        (
+            "too many",
+            "--descendants 9, of --descendant-depths and --descendant-heads: 9 descendants in a step of 2 sizes",
+        ),
         ("compiled", "--compile needs the same sizes in every step"),
         ("TLEG", "--descendants needs --src-arch and --tgt-arch"),
         ("none", "--descendants is missing"),
@@ -201,5 +213,5 @@ def test_what_cannot_be_is_said_in_a_sentence(outcomes, name, found):
 
 
 def test_sizes_are_checked():
-    with pytest.raises(InputError, match="of 4 sizes"):
+    with pytest.raises(InputError, match="of 4 sizes: expected no more"):
         aux_net(5)

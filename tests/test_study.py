@@ -323,6 +323,7 @@ def test_what_was_made_from_another_run(copy, run_here):
         ("  LeTs:\n", "  LeTs_stage 1:\n", "'LeTs_stage 1' and 'LeTs stage 1' would have the same folder"),
         ("  LeTs:\n", "  LeTs/2:\n", "'LeTs/2' cannot be the name of a group"),
         ("model: test_resnet", "model: test_resnets", "runs, teacher: --model test_resnets: unknown model"),
+        ("{teacher}/model.safetensors", "nowhere.pth", "teacher-path is nowhere.pth, which is not there"),
         ("batch-size: 64", "batch-sice: 64", "unknown key batch-sice; the nearest names are --batch-size"),
         ("batch-size: 64", "batch-size: 640", "batch-size 640 is more than the 320 training images"),
         ("batch-size: 64", "lr: 0.1", "options: lr is not an option here: it is set for every run"),
@@ -355,6 +356,9 @@ def test_the_studies_of_this_project_are_ready(name, tmp_path, run_here):
             magic = bytes([0, 0, 8, content.ndim]) + struct.pack(f">{content.ndim}I", *content.shape)
             (tmp_path / f"{part}-{kind}-ubyte").write_bytes(magic + content.tobytes())
     text = (TESTS.parent / "configs" / f"study_{name}.yaml").read_text()
+    teacher = tmp_path / "output/study/cpu/runs/teacher/16/0/model.safetensors"  # which one study takes from another
+    teacher.parent.mkdir(parents=True)
+    teacher.touch()
     assert "data-path: /usr/share/datasets/fashion-mnist" in text
     (tmp_path / "study.yaml").write_text(text.replace("/usr/share/datasets/fashion-mnist", str(tmp_path)))
     piece = run_here(tmp_path, "--list")
