@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scripts.study_results import NONE, Study, after, in_short, in_units, table
+from scripts.study_results import NONE, Results, after, in_short, in_units, table
 
 AS_LITTLE = 1.1  # a rival stores as little if it stores at most this times what the larger of two learngenes does
 FEWER = 10  # times, of claim 4
@@ -41,7 +41,7 @@ def missing(gaps: Sequence[str]) -> list[str]:
     return ["", f"Missing: {'; '.join(gaps)}."] if gaps else []
 
 
-def gap(study: Study, method: str, data: str, epochs: int, sizes: Sequence[str]) -> list[str]:
+def gap(study: Results, method: str, data: str, epochs: int, sizes: Sequence[str]) -> list[str]:
     """What is missing of a method, in words; nothing where it has all the sizes."""
     there = study.sizes_of(method, data, epochs)
     left = [size for size in sizes if size not in there]
@@ -55,7 +55,7 @@ def gap(study: Study, method: str, data: str, epochs: int, sizes: Sequence[str])
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def against_scratch(study: Study, method: str, data: str, candidates: Sequence[int], longest: int) -> Answer:
+def against_scratch(study: Results, method: str, data: str, candidates: Sequence[int], longest: int) -> Answer:
     """Is a Des-Net after one of the numbers of epochs ``candidates`` better than a ViT after ``longest`` from scratch?
 
     The last of the candidates has to be there before the answer is no. Of several, each size takes the best.
@@ -98,11 +98,11 @@ def against_scratch(study: Study, method: str, data: str, candidates: Sequence[i
     return Answer(in_words(verdict), text + (missing(gaps) if verdict is None else []))
 
 
-def claim_1(study: Study, method: str) -> Answer:
+def claim_1(study: Results, method: str) -> Answer:
     return against_scratch(study, method, study.report.first, [1], 100)
 
 
-def claim_2(study: Study, method: str) -> Answer:
+def claim_2(study: Results, method: str) -> Answer:
     if study.report.second is None:
         return Answer(in_words(None), ["Missing: a second data set."])
     return against_scratch(study, method, study.report.second, range(1, 11), 300)
@@ -128,7 +128,7 @@ class Comparison:
         return self.mean_a > self.mean_b if self.sizes else None
 
 
-def compare(study: Study, a: str, b: str) -> Comparison:
+def compare(study: Results, a: str, b: str) -> Comparison:
     first = study.report.first
     sizes = [size for size in study.sizes_of(a, first, 0) if size in study.sizes_of(b, first, 0)]
     mean_a, mean_b = (
@@ -137,7 +137,7 @@ def compare(study: Study, a: str, b: str) -> Comparison:
     return Comparison(a, b, sizes, mean_a, mean_b)
 
 
-def comparison_table(study: Study, comparisons: Sequence[Comparison], unit: int) -> list[str]:
+def comparison_table(study: Results, comparisons: Sequence[Comparison], unit: int) -> list[str]:
     """One line per comparison; what the second method stores is in multiples of ``unit``."""
     lines = []
     for c in comparisons:
@@ -149,7 +149,7 @@ def comparison_table(study: Study, comparisons: Sequence[Comparison], unit: int)
     return table(header, lines)
 
 
-def claim_3(study: Study, method: str) -> Answer:
+def claim_3(study: Results, method: str) -> Answer:
     linear, first = study.report.linear, study.report.first
     rivals = [rival for rival in study.report.rivals if study.is_planned(rival, first, 0)]
     if linear is None or not rivals:
@@ -183,7 +183,7 @@ def claim_3(study: Study, method: str) -> Answer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claim_4(study: Study, method: str) -> Answer:
+def claim_4(study: Results, method: str) -> Answer:
     each = {size: study.parameters(size) for size in study.sizes_for([method], study.report.first)}
     stored = study.stored(method)
     gaps = [f"a ViT of {size}" for size, count in each.items() if count is None]
@@ -201,7 +201,7 @@ def claim_4(study: Study, method: str) -> Answer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def family_macs(study: Study, method: str, sizes: Sequence[str], epochs: int) -> float | None:
+def family_macs(study: Results, method: str, sizes: Sequence[str], epochs: int) -> float | None:
     """Stage 1, once, if it is not from scratch, and training every size. None where one of these has not run."""
     costs = [study.macs(method, study.report.first, size, epochs) for size in sizes]
     if method != study.report.scratch:
@@ -222,7 +222,7 @@ class Alone:
     reached: bool  # else no run from scratch is as accurate, and this is the longest
 
 
-def alone(study: Study, method: str, size: str, epochs: int, lengths: Sequence[int]) -> Alone | None:
+def alone(study: Results, method: str, size: str, epochs: int, lengths: Sequence[int]) -> Alone | None:
     """Of one size; None where a run has not been made."""
     first, scratch = study.report.first, study.report.scratch
     wanted = study.mean(method, first, size, epochs)
@@ -237,7 +237,7 @@ def alone(study: Study, method: str, size: str, epochs: int, lengths: Sequence[i
     return Alone(size, wanted, n, accuracy, macs, at_least, reached=False)
 
 
-def cost_ratio(study: Study, method: str, epochs: int) -> tuple[list[bool | None], list[str]]:
+def cost_ratio(study: Results, method: str, epochs: int) -> tuple[list[bool | None], list[str]]:
     """One by one against the family after ``epochs`` of each size, without and with the training of the teacher.
 
     Returns:
@@ -283,7 +283,7 @@ def alone_table(each: Sequence[Alone], method: str, lengths: Sequence[int]) -> l
     return [text, *table(["size", method, "from scratch", "epochs", "MACs"], lines)]
 
 
-def claim_5(study: Study, method: str) -> Answer:
+def claim_5(study: Results, method: str) -> Answer:
     (without, included), text = cost_ratio(study, method, 1)
     answer = in_words(without)
     if without != included:
@@ -299,7 +299,7 @@ def claim_5(study: Study, method: str) -> Answer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claims(study: Study) -> list[str]:
+def claims(study: Results) -> list[str]:
     """The lines of claims.md."""
     learngenes = study.report.learngenes
     functions = (claim_1, claim_2, claim_3, claim_4, claim_5)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from scripts.study_claims import family_macs
-from scripts.study_results import NONE, Study, after, in_short, spread
+from scripts.study_results import NONE, Results, after, in_short, spread
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = {"learngenes": "oD", "others": "vP<X>*"}
 
 
-def styles(study: Study) -> dict[str, dict[str, str]]:
+def styles(study: Results) -> dict[str, dict[str, str]]:
     """Colour and marker of each method, the same in all plots."""
     report = study.report
     found = {}
@@ -58,7 +58,7 @@ def legend(figure: Figure, entries: dict[str, dict], columns: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def three_of(study: Study, data: str) -> list[str]:
+def three_of(study: Results, data: str) -> list[str]:
     """The smallest, a middle and the largest size for a data set; the middle one is of the linear method, if it can."""
     report = study.report
     there = sorted(study.sizes_for(report.methods, data), key=lambda size: study.parameters(size) or 0)
@@ -67,7 +67,7 @@ def three_of(study: Study, data: str) -> list[str]:
     return [*there[:1], *middle[len(middle) // 2 :][:1], *there[1:][-1:]]
 
 
-def draw_epochs(study: Study) -> Figure:
+def draw_epochs(study: Results) -> Figure:
     """Accuracy over epochs of training, of up to three sizes, one row of axes for each data set."""
     sizes = {data: three_of(study, data) for data in (study.report.first, study.report.second) if data}
     figure = Figure(figsize=(9, 2.8 * len(sizes) + 0.8), layout="constrained")
@@ -87,7 +87,7 @@ def draw_epochs(study: Study) -> Figure:
     return figure
 
 
-def draw_size(axes: Axes, study: Study, data: str, size: str) -> dict[str, dict]:
+def draw_size(axes: Axes, study: Results, data: str, size: str) -> dict[str, dict]:
     """All methods at one size. Returns the styles of those that have any runs."""
     shown = {}
     chosen = styles(study)
@@ -109,7 +109,7 @@ def draw_size(axes: Axes, study: Study, data: str, size: str) -> dict[str, dict]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_family(study: Study) -> Figure:
+def draw_family(study: Results) -> Figure:
     """Accuracy against parameters, before training and after 1 epoch, with the longest training from scratch."""
     report = study.report
     lengths = study.epochs([report.scratch], report.first)
@@ -150,7 +150,7 @@ def draw_family(study: Study) -> Figure:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_ablations(study: Study) -> Figure:
+def draw_ablations(study: Results) -> Figure:
     """Mean accuracy of variants of a learngene before training and after 1 epoch."""
     first = study.report.first
     methods = list(dict.fromkeys([*study.report.learngenes, *study.report.ablations]))
@@ -177,7 +177,7 @@ def draw_ablations(study: Study) -> Figure:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_cost(study: Study) -> Figure:
+def draw_cost(study: Results) -> Figure:
     """Mean accuracy against the training cost of all sizes, and again of those sizes that the linear method has."""
     report = study.report
     families = {f"all {len(study.sizes)} sizes": study.sizes}
@@ -205,7 +205,7 @@ def draw_cost(study: Study) -> Figure:
     return figure
 
 
-def draw_costs(axes: Axes, study: Study, sizes: Sequence[str]) -> dict[str, dict]:
+def draw_costs(axes: Axes, study: Results, sizes: Sequence[str]) -> dict[str, dict]:
     """Each method after each number of epochs. Returns the entries of the legend."""
     report = study.report
     entries = {}

@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from scripts.study_claims import claims, family_macs
 from scripts.study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
-from scripts.study_results import NONE, Study, after, cell, in_short, in_units, read_study, table
+from scripts.study_results import NONE, Results, after, cell, in_short, in_units, read_results, table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def columns(study: Study, data: str) -> list[tuple[str, int]]:
+def columns(study: Results, data: str) -> list[tuple[str, int]]:
     """Methods and numbers of epochs of the main table; where nothing has run yet, those of the papers' claims."""
     report = study.report
     descended = [m for m in report.descended if m in report.learngenes or study.sizes_for([m], data)]
@@ -33,7 +33,7 @@ def columns(study: Study, data: str) -> list[tuple[str, int]]:
     return [(method, n) for method in descended for n in few] + [(report.scratch, n) for n in many]
 
 
-def main_table(study: Study, data: str) -> list[str]:
+def main_table(study: Results, data: str) -> list[str]:
     """Accuracy per size, and means over all sizes and over those of the linear method."""
     chosen, seeds = columns(study, data), len(study.seeds)
     everything = study.sizes_for([method for method, _ in chosen], data)
@@ -51,7 +51,7 @@ def main_table(study: Study, data: str) -> list[str]:
     return table(["size", *(f"{method}, {after(n)}" for method, n in chosen)], lines)
 
 
-def untrained_table(study: Study) -> list[str]:
+def untrained_table(study: Results) -> list[str]:
     """Accuracy before training, per method and size, and what the method stores."""
     report = study.report
     lines = []
@@ -66,7 +66,7 @@ def untrained_table(study: Study) -> list[str]:
     return table(["method", "stored parameters", "mean of its sizes", *study.sizes], lines)
 
 
-def rivals_table(study: Study, data: str) -> list[str]:
+def rivals_table(study: Results, data: str) -> list[str]:
     """Accuracy of every rival over its own sizes, and of learngenes and scratch over the same."""
     report = study.report
     compared = [*report.learngenes, report.scratch]
@@ -80,7 +80,7 @@ def rivals_table(study: Study, data: str) -> list[str]:
     return table(["mean over", "method", *map(after, epochs)], lines)
 
 
-def variants_table(study: Study, methods: Sequence[str]) -> list[str]:
+def variants_table(study: Results, methods: Sequence[str]) -> list[str]:
     """Mean accuracy of variants of a learngene over the sizes that all of those that have run have."""
     learngenes, first = study.report.learngenes, study.report.first
     epochs = study.epochs({*methods} - {*learngenes}, first) or [0, 1]
@@ -94,7 +94,7 @@ def variants_table(study: Study, methods: Sequence[str]) -> list[str]:
     return [*table(["method", *map(after, epochs)], lines), "", f"Means over the sizes that all of them have: {of}."]
 
 
-def cost_table(study: Study) -> list[str]:
+def cost_table(study: Results) -> list[str]:
     """What the family of each learngene costs and stores, and the same sizes one by one."""
     report = study.report
     first = report.first
@@ -116,7 +116,7 @@ def cost_table(study: Study) -> list[str]:
     return table(header, lines)
 
 
-def storage(study: Study, stored: int | None, sizes: Sequence[str]) -> list[str]:
+def storage(study: Results, stored: int | None, sizes: Sequence[str]) -> list[str]:
     """Parameters stored, those of all ViTs, and how many times more these are."""
     each = [study.parameters(size) for size in sizes]
     if stored is None or None in each:
@@ -125,7 +125,7 @@ def storage(study: Study, stored: int | None, sizes: Sequence[str]) -> list[str]
     return [f"{stored:,}", f"{total:,}", f"{total / stored:.1f} ×"]
 
 
-def tables(study: Study) -> list[str]:
+def tables(study: Results) -> list[str]:
     """The lines of tables.md."""
     report = study.report
     sections = {f"{report.first}: accuracy": main_table(study, report.first)}
@@ -151,7 +151,7 @@ def tables(study: Study) -> list[str]:
     return lines
 
 
-def trials(study: Study) -> list[str]:
+def trials(study: Results) -> list[str]:
     """The lines of tables.md of a study without a report: all methods, in the order of its file."""
     lines = [f"# Results of the study “{study.name}”", ""]
     lines += ["Accuracy in %. MACs are those of a method's own stage 1, without what that starts from.", ""]
@@ -166,7 +166,7 @@ def trials(study: Study) -> list[str]:
     return [*lines, *table(["method", "data", "after", "stage 1, MACs", "mean", *study.sizes], rows)]
 
 
-def summary(study: Study) -> list[str]:
+def summary(study: Results) -> list[str]:
     """The lines of summary.md, a table for a README: the last learngene first."""
     report = study.report
     chosen = [(method, n) for method in report.learngenes[::-1] for n in (0, 1)]
@@ -194,7 +194,7 @@ def write(folder: Path) -> None:
     Raises:
         InputError: study.yaml or results.csv is missing, or is not what a study leaves.
     """
-    study = read_study(folder)
+    study = read_results(folder)
     texts = {"tables": tables, "claims": claims, "summary": summary} if study.report else {"tables": trials}
     for name, lines in texts.items():
         with models.written_whole(folder / f"{name}.md") as unfinished:

@@ -138,7 +138,7 @@ def read_row(values: Mapping[str, str | None], where: str) -> Row:
 
 
 @dataclass(frozen=True)
-class Study:
+class Results:
     """The results of a study, and what its report is about."""
 
     name: str
@@ -240,7 +240,7 @@ class Study:
 
 
 def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, int]]:
-    """`Study.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none.
+    """`Results.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none.
 
     Of a group's keys, those that it does not have are the study's.
     """
@@ -260,7 +260,7 @@ def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, 
     return planned
 
 
-def read_study(folder: Path) -> Study:
+def read_results(folder: Path) -> Results:
     """The study whose results are in ``folder``.
 
     Raises:
@@ -286,7 +286,7 @@ def read_study(folder: Path) -> Study:
         report = read_report(content, methods, content["data"].keys()) if "report" in content else None
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Study(str(content.get("study", folder.name)), sizes, content["seeds"], report, planned, rows)
+    return Results(str(content.get("study", folder.name)), sizes, content["seeds"], report, planned, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
