@@ -134,8 +134,13 @@ def result_of(folder: Path) -> dict:
 
 def not_finite(folder: Path) -> str | None:
     """What main.py has said of numbers that were not finite, if that has ended it."""
-    printed = (folder / "output.txt").read_text(errors="replace").splitlines()
-    return next((line for line in printed[-3:] if line.startswith("error: ") and "finite" in line), None)
+    return next((line for line in last_printed(folder, 3) if line.startswith("error: ") and "finite" in line), None)
+
+
+def last_printed(folder: Path, lines: int) -> list[str]:
+    """The last lines of what a run has printed; none if it did not get that far."""
+    output = folder / "output.txt"
+    return output.read_text(errors="replace").splitlines()[-lines:] if output.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +185,8 @@ class Runner:
         """Processes that have imported everything already: forks of one that has done nothing else."""
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["run", "scripts.study_plan", *LATE])
+        # this script, too, or each process would import it again, and find what has been edited since
+        context.set_forkserver_preload(["__main__", "run", "scripts.study_plan", *LATE])
         return context
 
     @property
@@ -313,9 +319,8 @@ class Runner:
             result = f"{record.result['accuracy']:.2f} %, {record.seconds:.0f} s"
             print(f"[{done}/{len(self.chosen)}] {run}: {result}{self.time_left()}", flush=True)
         elif code not in STOPPED:
-            last = (folder / "output.txt").read_text(errors="replace").splitlines()[-20:]
             print(f"error: {run} has failed with status {code}, see {folder}/output.txt:", file=sys.stderr)
-            print("\n".join(last), file=sys.stderr, flush=True)
+            print("\n".join(last_printed(folder, 20)), file=sys.stderr, flush=True)
             return 1
         return 128 + signal.SIGTERM if code in STOPPED else 0
 
