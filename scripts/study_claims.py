@@ -86,6 +86,10 @@ def against_scratch(study: Results, method: str, data: str, candidates: Sequence
         verdicts.append(verdict)
         lines.append(line)
     text = []
+    if len(sizes) < len(study.sizes):
+        text.append(f"This data set has {len(sizes)} of the {len(study.sizes)} sizes.\n")
+    if len(candidates) > 1:
+        text.append("Of each size, the number of epochs with the highest mean accuracy counts.\n")
     if margins:
         least = min(margins, key=margins.__getitem__)
         text.append(
