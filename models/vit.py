@@ -22,6 +22,7 @@ from torch import Tensor, nn
 SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 MAX_DEPTH = 256  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
 AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a depth
+FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass: backward computes two products for each of its own
 
 GRAMMAR = (
     "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}[_L{depth}][_H{heads}], "

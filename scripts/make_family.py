@@ -36,7 +36,7 @@ from configuration import Parser, about, parse_options, recipe, with_dashes
 from datasets import DATA_SETS, SMALL, describe_classes
 from engine import evaluate
 from models import InputError, ViTArch, read_json
-from models.vit import MAX_DEPTH
+from models.vit import FORWARD_AND_BACKWARD, MAX_DEPTH
 from options import at_least
 from run import writable_folder
 from scripts.inspect_learngene import name_of
@@ -54,7 +54,6 @@ from tqdm import tqdm
 
 BATCHES = (1, 64)  # images at once whose latency is measured; the limit is on the first
 HELD_IN_MEMORY = 2**30  # bytes of test images that are decoded only once, for all models
-FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass
 # what main.py would do besides fine-tuning, or to one depth only
 NOT_FOR_A_FAMILY = ("src_arch", "tgt_arch", "init", "init_path", "finetune", "resume", "eval", "push_to_hub")
 NOT_FOR_A_FAMILY += ("mapping_layer", "mapping_layer_coeff")

@@ -49,21 +49,8 @@ LATE = ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.bac
 LATE += ("sklearn.datasets", "sklearn.model_selection")
 STOPPED = {128 + number for number in StopSignals.NUMBERS} | {-signal.SIGTERM}  # exit statuses
 OUT_OF_TIME = 3  # exit status
-COLUMNS = (
-    "study",
-    "group",
-    "kind",
-    "method",
-    "data",
-    "size",
-    "seed",
-    "epochs",
-    "lr",
-    "accuracy",
-    "images_seen",
-    "macs",
-)
-COLUMNS += ("parameters", "stored_parameters", "seconds", "device")
+COLUMNS = ("study", "group", "kind", "method", "data", "size", "seed", "epochs", "lr", "accuracy", "images_seen")
+COLUMNS += ("macs", "parameters", "stored_parameters", "seconds", "device")
 TUNING_COLUMNS = ("group", "epochs", "tuned_by_epochs", "lr", "held_out_accuracy", "chosen", "at_edge")
 
 

@@ -214,31 +214,53 @@ def family_macs(study: Results, method: str, sizes: Sequence[str], epochs: int) 
 
 
 @dataclass(frozen=True)
-class Alone:
-    """The cheapest training from scratch that is as accurate as a Des-Net, of one size."""
+class Trained:
+    """A training from scratch."""
 
-    size: str
-    wanted: float  # accuracy of the Des-Net
     epochs: int
     accuracy: float
     macs: float
-    at_least: float  # MACs of the longest training that is not enough
-    reached: bool  # else no run from scratch is as accurate, and this is the longest
+
+    def __str__(self) -> str:
+        return f"{after(self.epochs)}: {self.accuracy:.1f}"
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The training from scratch that makes a ViT of one size as accurate as a Des-Net, between two that were made."""
+
+    size: str
+    wanted: float  # accuracy of the Des-Net
+    short: Trained | None  # the longest that is not enough
+    enough: Trained | None  # the shortest that is; None: there is none
+
+    @property
+    def epochs(self) -> float:
+        """With accuracy linear in the logarithm of the epochs between the two; where nothing is enough, the longest."""
+        if self.short is None or self.enough is None:
+            return (self.short or self.enough).epochs
+        part = (self.wanted - self.short.accuracy) / (self.enough.accuracy - self.short.accuracy)
+        return self.short.epochs * (self.enough.epochs / self.short.epochs) ** part
+
+    @property
+    def macs(self) -> float:
+        of = self.short or self.enough
+        return of.macs / of.epochs * self.epochs
 
 
 def alone(study: Results, method: str, size: str, epochs: int, lengths: Sequence[int]) -> Alone | None:
     """Of one size; None where a run has not been made."""
     first, scratch = study.report.first, study.report.scratch
     wanted = study.mean(method, first, size, epochs)
-    runs = [(study.macs(scratch, first, size, n), study.mean(scratch, first, size, n), n) for n in lengths]
-    if wanted is None or not runs or any(macs is None for macs, _, _ in runs):
+    if wanted is None or not lengths or any(study.macs(scratch, first, size, n) is None for n in lengths):
         return None
-    at_least = 0.0
-    for macs, accuracy, n in sorted(runs):
-        if accuracy >= wanted:
-            return Alone(size, wanted, n, accuracy, macs, at_least, reached=True)
-        at_least = macs
-    return Alone(size, wanted, n, accuracy, macs, at_least, reached=False)
+    short = None
+    for n in sorted(lengths):
+        trained = Trained(n, study.mean(scratch, first, size, n), study.macs(scratch, first, size, n))
+        if trained.accuracy >= wanted:
+            return Alone(size, wanted, short, trained)
+        short = trained
+    return Alone(size, wanted, short, None)
 
 
 def cost_ratio(study: Results, method: str, epochs: int) -> tuple[list[bool | None], list[str]]:
@@ -257,7 +279,7 @@ def cost_ratio(study: Results, method: str, epochs: int) -> tuple[list[bool | No
         gaps += gap(study, method, first, epochs, sizes)
         gaps += [text for n in lengths or [100] for text in gap(study, scratch, first, n, sizes)]
         return [None, None], missing(gaps)[1:]
-    bound = "" if all(one.reached for one in each) else "≥ "
+    bound = "" if all(one.enough for one in each) else "≥ "
     total, teacher = sum(one.macs for one in each), study.teacher_macs()
     verdicts, lines, gaps = [], [], []
     for name, cost in (("not counted", family), ("counted", None if teacher is None else family + teacher)):
@@ -276,15 +298,17 @@ def cost_ratio(study: Results, method: str, epochs: int) -> tuple[list[bool | No
 
 
 def alone_table(each: Sequence[Alone], method: str, lengths: Sequence[int]) -> list[str]:
-    """What is counted of each size, and how much less it might be with a number of epochs between those tried."""
+    """What is counted of each size, and the two trainings that this lies between."""
     lines = []
     for one in each:
-        bound = "" if one.reached else "≥ "
-        line = [one.size, f"{one.wanted:.1f}", f"{one.accuracy:.1f}"]
-        lines.append([*line, f"{bound}{one.epochs}", bound + in_units(one.macs)])
-    tried, at_least = ", ".join(map(str, lengths)), in_units(sum(one.at_least for one in each))
-    text = f"From scratch {tried} epochs were tried; the longest that are not enough cost {at_least}:\n"
-    return [text, *table(["size", method, "from scratch", "epochs", "MACs"], lines)]
+        bound = "" if one.enough else "≥ "
+        line = [one.size, f"{one.wanted:.1f}", *(str(trained or NONE) for trained in (one.short, one.enough))]
+        lines.append([*line, f"{bound}{one.epochs:.0f}", bound + in_units(one.macs)])
+    text = (
+        f"From scratch {', '.join(map(str, lengths))} epochs were tried; between two of these, accuracy is taken to "
+        "grow linearly in the logarithm of the epochs.\n"
+    )
+    return [text, *table(["size", method, "from scratch, not enough", "enough", "epochs counted", "MACs"], lines)]
 
 
 def claim_5(study: Results, method: str) -> Answer:

@@ -16,6 +16,7 @@ from build import CHANNELS, build_model, create_sized, descendants_of, input_siz
 from configuration import Parser, about, arguments_of, check_kind, parse_options
 from datasets import build_dataset, divide
 from models import InputError
+from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from run import is_address
 from scripts.study_results import read_report
@@ -24,7 +25,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 KINDS = ("teacher", "stage1", "vit")
-FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass
 EVALUATED, START = 10_000, 10**10  # about the images of an evaluation, and the MACs that a run's beginning is worth
 SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
 INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what they are before training

@@ -30,7 +30,8 @@ def columns(study: Results, data: str) -> list[tuple[str, int]]:
     descended = [m for m in report.descended if m in report.learngenes or study.sizes_for([m], data)]
     few = study.epochs(descended, data) or [0, 1, 10]
     many = [n for n in study.epochs([report.scratch], data) if n > 0] or [1, 10, 100]
-    return [(method, n) for method in descended for n in few] + [(report.scratch, n) for n in many]
+    made = [(method, n) for method in descended for n in few if study.is_planned(method, data, n)]
+    return made + [(report.scratch, n) for n in many]
 
 
 def main_table(study: Results, data: str) -> list[str]:
@@ -95,25 +96,26 @@ def variants_table(study: Results, methods: Sequence[str]) -> list[str]:
 
 
 def cost_table(study: Results) -> list[str]:
-    """What the family of each learngene costs and stores, and the same sizes one by one."""
+    """What the family of each learngene, or of a variant with all sizes, costs and stores, and the same one by one."""
     report = study.report
     first = report.first
+    variants = [m for m in report.ablations if study.sizes_for([m], first) == study.sizes]
     lines = []
-    for method in report.descended:
+    for method in dict.fromkeys([*report.descended, *variants]):
         sizes = study.sizes_for([method], first)
         stage_1 = study.stage_1_macs(method)
         total = family_macs(study, method, sizes, 1)
-        lines.append([method, str(len(sizes)), in_units(stage_1), in_units(study.teacher_macs())])
+        lines.append([method, str(len(sizes)), in_units(stage_1)])
         lines[-1] += [NONE if None in (total, stage_1) else in_units(total - stage_1), in_units(total)]
         lines[-1] += storage(study, study.stored(method), sizes)
     for n in (n for n in study.epochs([report.scratch], first) if n > 0):
         sizes = study.sizes_of(report.scratch, first, n)
         total = sum(study.macs(report.scratch, first, size, n) for size in sizes)
-        lines.append([f"{report.scratch}, {after(n)}", str(len(sizes)), NONE, NONE, in_units(total), in_units(total)])
+        lines.append([f"{report.scratch}, {after(n)}", str(len(sizes)), NONE, in_units(total), in_units(total)])
         lines[-1] += storage(study, sum(study.parameters(size) for size in sizes), sizes)
-    header = ["method", "sizes", "stage 1, MACs", "the teacher's training, MACs", "Des-Nets, MACs"]
-    header += ["together without the teacher's, MACs", "stored parameters", "of all ViTs", "ratio"]
-    return table(header, lines)
+    header = ["method", "sizes", "stage 1, MACs", "ViTs, MACs", "together, MACs", "stored parameters", "of all ViTs"]
+    teacher = f"Training the teacher, which is not counted here, costs {in_units(study.teacher_macs())} MACs."
+    return [*table([*header, "ratio"], lines), "", teacher]
 
 
 def storage(study: Results, stored: int | None, sizes: Sequence[str]) -> list[str]:
