@@ -151,7 +151,7 @@ def train_descendants(aux_net: models.LeTs, args: argparse.Namespace) -> None:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
     alone = args.descendant_weight == 1
     with about(f"--descendants {args.descendants}, of --descendant-depths and --descendant-heads"):
-        aux_net.train_descendants(descendants_of(args), args.descendants, args.descendant_sandwich, alone)
+        aux_net.train_descendants(descendants_of(args), args.descendants, alone)
 
 
 def descendants_of(args: argparse.Namespace) -> list[models.ViTArch]:
@@ -463,7 +463,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
 def build_criterion(args: argparse.Namespace, base_criterion: nn.Module) -> DistillationLoss | FamilyLoss:
     """Distillation over the base criterion, of the Aux-Net alone or of its descendants, too."""
     criterion = DistillationLoss(base_criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    return FamilyLoss(criterion, args.descendant_loss, args.descendant_weight) if args.descendants else criterion
+    return FamilyLoss(criterion, args.descendant_weight) if args.descendants else criterion
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:

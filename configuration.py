@@ -109,8 +109,7 @@ OPTIONS_OF = {
     "lets": (
         (
             *("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
-            *("descendants", "descendant_depths", "descendant_heads", "descendant_sandwich"),
-            *("descendant_weight", "descendant_loss"),
+            *("descendants", "descendant_depths", "descendant_heads", "descendant_weight"),
         ),
         "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
     ),
@@ -138,8 +137,6 @@ def check_kind(args: argparse.Namespace) -> str:
                 raise InputError(
                     f"--descendants is missing: --{option} says which are trained beside the Aux-Net, and how"
                 )
-    if args.descendant_loss == "aux" and args.descendant_weight == 1:
-        raise InputError("--descendant-weight 1 leaves out the Aux-Net, from which --descendant-loss aux learns")
     if args.teacher_cache and args.distillation_type == "none":
         raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
     if args.teacher_cache_top and not args.teacher_cache:

@@ -1,6 +1,6 @@
 """The loss of stage 1: a base criterion, and distillation from a teacher."""
 
-from options import DESCENDANTS_LEARN_FROM, DISTILLATION_TYPES
+from options import DISTILLATION_TYPES
 
 import torch
 from torch import Tensor, nn
@@ -40,25 +40,16 @@ class DistillationLoss(nn.Module):
 class FamilyLoss(nn.Module):
     """(1 − w) · loss of the Aux-Net + w · mean loss of the descendants that are trained beside it.
 
-    With w = 1 there is no Aux-Net. ``teacher``: descendants have the Aux-Net's criterion. ``aux``: they are distilled
-    softly from the Aux-Net, as the narrower ones of slimmable networks are from the widest (Yu and Huang, ICCV 2019,
-    "inplace distillation").
+    With w = 1 there is no Aux-Net. All of them have the same criterion.
     """
 
-    def __init__(self, criterion: DistillationLoss, learn_from: str, weight: float):
+    def __init__(self, criterion: DistillationLoss, weight: float):
         super().__init__()
-        if learn_from not in DESCENDANTS_LEARN_FROM:
-            raise ValueError(f"unknown teacher {learn_from!r}: expected {' or '.join(DESCENDANTS_LEARN_FROM)}")
-        self.criterion, self.learn_from, self.weight = criterion, learn_from, weight
-        self.from_aux = DistillationLoss(criterion.base_criterion, "soft", alpha=1.0, tau=criterion.tau)
+        self.criterion, self.weight = criterion, weight
 
     def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` (1 + descendants, batch, classes), the Aux-Net's first unless w = 1."""
+        losses = torch.stack([self.criterion(own, targets, teacher_logits) for own in logits])
         if self.weight == 1:
-            return torch.stack([self.criterion(own, targets, teacher_logits) for own in logits]).mean()
-        aux, *descendants = logits
-        criterion, taught = self.criterion, teacher_logits
-        if self.learn_from == "aux":
-            criterion, taught = self.from_aux, aux.detach()
-        losses = torch.stack([criterion(descendant, targets, taught) for descendant in descendants])
-        return self.criterion(aux, targets, teacher_logits) * (1 - self.weight) + losses.mean() * self.weight
+            return losses.mean()
+        return losses[0] * (1 - self.weight) + losses[1:].mean() * self.weight

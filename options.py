@@ -15,7 +15,6 @@ RIVALS = ("weight_selection", "stacking", "interpolation")
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
-DESCENDANTS_LEARN_FROM = ("teacher", "aux")
 ON_NAN = ("stop", "skip", "rollback")
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
 
@@ -128,15 +127,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         "--descendant-depths", type=whole_numbers, help="… of these depths; default: from the learngene's up"
     )
     g.add_argument("--descendant-heads", type=whole_numbers, help="… and heads; default: from the learngene's up")
-    g.add_argument("--descendant-sandwich", action=flag, default=False, help="… one of them always the smallest")
     g.add_argument(
         "--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss; 1: without the Aux-Net"
-    )
-    g.add_argument(
-        "--descendant-loss",
-        default="teacher",
-        choices=DESCENDANTS_LEARN_FROM,
-        help="… whether they learn as the Aux-Net does, or from the Aux-Net",
     )
     g.add_argument("--finetune", help="start from the weights of a checkpoint; another head stays fresh")
     g.add_argument("--resume", help="continue from a checkpoint; auto: from the newest whole one in --output-dir")

@@ -292,7 +292,7 @@ class LeTs(AuxNet):
         self._plan_layers = plan.layers
         self._compute_with_factors(self.vit)
         self.descendants: list[ViTArch] = []
-        self.per_step, self.sandwich, self.alone = 0, False, False
+        self.per_step, self.alone = 0, False
 
     def _compute_with_factors(self, vit: VisionTransformer) -> None:
         for block in vit.blocks:
@@ -313,17 +313,13 @@ class LeTs(AuxNet):
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
 
-    def train_descendants(
-        self, archs: Sequence[ViTArch], per_step: int, sandwich: bool = False, alone: bool = False
-    ) -> None:
+    def train_descendants(self, archs: Sequence[ViTArch], per_step: int, alone: bool = False) -> None:
         """Train Des-Nets beside the Aux-Net, all of them functions of the same learngene.
 
         Args:
             archs: the sizes that are drawn from, each step others.
             per_step: how many are drawn, without repetition.
             alone: without the Aux-Net, which costs more than most of them.
-            sandwich: one of them is always the smallest (Yu and Huang, "Universally Slimmable Networks and Improved
-                Training Techniques", ICCV 2019, where the Aux-Net is the other end).
 
         Raises:
             InputError: there are fewer sizes than ``per_step``, or the learngene makes no Des-Nets of one of them.
@@ -338,7 +334,7 @@ class LeTs(AuxNet):
             self.register_buffer(f"_select_{arch.depth}", plan.select.to(self.g.device), persistent=False)
             self._descendant_layers[arch.depth] = plan.layers
         self.descendants = sorted(archs, key=lambda arch: arch.macs(self.num_classes, self.in_chans))
-        self.per_step, self.sandwich, self.alone = per_step, sandwich, alone
+        self.per_step, self.alone = per_step, alone
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes); in training with descendants (1 + per step, batch, classes), its own first.
@@ -352,8 +348,7 @@ class LeTs(AuxNet):
         if not self.descendants:
             return self._run(p, self.vit, own, images)
         # drawn by the generator that a step's number seeds, so that a run that was interrupted draws the same
-        drawn = self.descendants[: self.sandwich]
-        drawn += random.sample(self.descendants[self.sandwich :], self.per_step - self.sandwich)
+        drawn = random.sample(self.descendants, self.per_step)
         logits = [] if self.alone else [self._run(p, self.vit, own, images)]
         for arch in drawn:
             plan = DepthPlan(self.get_buffer(f"_select_{arch.depth}"), self._descendant_layers[arch.depth])

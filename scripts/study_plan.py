@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import mean
 
 import models
 from build import CHANNELS, build_model, create_sized, descendants_of, input_size_of
@@ -450,10 +451,7 @@ def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
 
 def descendant_macs(args: argparse.Namespace, classes: int) -> int:
     """Multiply-accumulates of the descendants of a step of stage 1 that an image passes through, in the mean."""
-    macs = sorted(arch.macs(classes, CHANNELS) for arch in descendants_of(args))
-    smallest = macs[: args.descendant_sandwich]
-    others = macs[args.descendant_sandwich :]
-    return round(sum(smallest) + (args.descendants - len(smallest)) * sum(others) / max(1, len(others)))
+    return round(args.descendants * mean(arch.macs(classes, CHANNELS) for arch in descendants_of(args)))
 
 
 @lru_cache
