@@ -188,6 +188,10 @@ class Runner:
     def is_done(self, run: Run) -> bool:
         return self.records[run] is not None and self.records[run].result is not None
 
+    def is_settled(self, run: Run) -> bool:
+        """Whether it is done, and so is all that it follows from, of which a folder may have been removed."""
+        return all(map(self.is_done, {run, *run.after}))
+
     def learning_rate(self, run: Run) -> float | None:
         """Given, or chosen: the one with the highest accuracy on the images held out; None if not known yet."""
         if not run.tuned_by or not all(self.is_done(tuning) for tuning in run.tuned_by):
@@ -232,7 +236,7 @@ class Runner:
         Returns:
             The exit status.
         """
-        left = {run for run in self.chosen if not all(map(self.is_done, {run, *run.after}))}
+        left = {run for run in self.chosen if not self.is_settled(run)}
         order = TopologicalSorter({run: run.after & left for run in left})
         order.prepare()
         ranks, ready, status = self.ranks(), [], 0
@@ -333,7 +337,7 @@ class Runner:
 
 def write_results(runner: Runner, results: Path, config: Path) -> None:
     """What is kept of the runs that are done: logs, options, and tables."""
-    for run in filter(runner.is_done, runner.study.runs.values()):
+    for run in filter(runner.is_settled, runner.study.runs.values()):
         (results / run.folder).mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "args.yaml"):
             copy_whole(runner.root / run.folder / name, results / run.folder / name)
@@ -350,7 +354,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 def rows_of(runner: Runner) -> Iterable[dict]:
     """A row for each run that is done, and one for what it was before training where the group asks for that."""
-    for run in filter(runner.is_done, runner.study.runs.values()):
+    for run in filter(runner.is_settled, runner.study.runs.values()):
         group, record = run.group, runner.records[run]
         stored = [runner.records[of].result["stored"] for of in run.stored or [run]]
         row = {

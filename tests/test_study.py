@@ -162,11 +162,12 @@ def test_a_run_that_fails(done):
     assert "weight selection needs a larger ViT" in stderr
 
 
-def test_no_time_left(copy, run_here):
-    shutil.rmtree(copy.root / "runs/scratch/L1-H1")
+@pytest.mark.parametrize(("removed", "rows"), [("L1-H1", 9), ("L2-H2", 8)])  # of which another was made
+def test_no_time_left(copy, run_here, removed, rows):
+    shutil.rmtree(copy.root / "runs/scratch" / removed)
     piece = run_here(copy.folder, "--minutes", "1e-9")
     assert piece == Piece(3, "9 of 10 runs are done; the same command continues\n", "")
-    assert len([*csv.DictReader((copy.results / "results.csv").open())]) == 9
+    assert len([*csv.DictReader((copy.results / "results.csv").open())]) == rows
 
 
 def test_runs_are_those_of_the_file(done):
