@@ -191,7 +191,7 @@ def draw_cost(study: Results) -> Figure:
     for axes, (title, sizes) in zip(row, families.items(), strict=True):
         entries |= draw_costs(axes, study, sizes)
         axes.set_title(title, fontsize=10)
-        axes.margins(x=0.1)
+        axes.margins(x=0.22)
         axes.set_xscale("log")
         axes.set_xlabel("training of the whole family, MACs")
         tidy(axes)
@@ -225,7 +225,8 @@ def draw_costs(axes: Axes, study: Results, sizes: Sequence[str]) -> dict[str, di
             if n == 0:
                 axes.plot(*place, markerfacecolor="white", markersize=5, zorder=5, **style)
             elif method == report.scratch:
-                axes.annotate(after(n), place, (7, -10), textcoords="offset points", fontsize=9, color=style["color"])
+                label = dict(ha="right", fontsize=9, color=style["color"])
+                axes.annotate(after(n), place, (-7, 4), textcoords="offset points", **label)
         if method != report.scratch and (teacher := study.teacher_macs()):
             dotted = dict(linestyle=":", linewidth=1.2)
             axes.plot([x + teacher for x, _ in places], [y for _, y in places], color=style["color"], **dotted)

@@ -1,6 +1,7 @@
 """scripts/study_report.py: its answers and tables are worked out by hand here, from a small study of two sizes."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from scripts.study import COLUMNS
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, SECONDS
+from conftest import ENVIRONMENT, SECONDS, TESTS
 
+RESULTS = TESTS.parent / "results"
 PARAMETERS = {"small": 10_000, "large": 30_000}
 MACS = {"small": 100, "large": 300}  # of one epoch
 REPORT = {
@@ -276,6 +278,27 @@ def test_study_that_says_nothing_of_a_report_gets_one_table(tmp_path: Path):
     first = cells((tmp_path / "tables.md").read_text())
     assert first["frugal"] == ["A", "before training", "–", "25.0 ± 0.0", "20.0 ± 0.0", "30.0 ± 0.0"]
     assert first["TLEG"][2] == "5 k"
+
+
+def test_the_results_of_this_project_are_what_was_measured(tmp_path: Path):
+    for folder in (RESULTS / "cpu", RESULTS / "trials"):
+        copy = tmp_path / folder.name
+        copy.mkdir()
+        for name in ("results.csv", "study.yaml"):
+            shutil.copy(folder / name, copy)
+        study_report.write(copy)
+        for path in copy.glob("*.md"):
+            assert path.read_text() == (folder / path.name).read_text(), path.name
+
+
+def test_the_documents_quote_the_results():
+    measured = {line for path in RESULTS.glob("*/*.md") for line in path.read_text().splitlines()}
+    readme = (RESULTS.parent / "README.md").read_text()
+    section = readme[readme.index("\n## Does it hold?\n") + 1 :]
+    for text in ((RESULTS / "README.md").read_text(), section[: section.index("\n## ")]):
+        quoted = [line for line in text.splitlines() if line.startswith("| ")]
+        assert quoted
+        assert not [line for line in quoted if line not in measured]
 
 
 ERRORS = {
