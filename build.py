@@ -221,13 +221,17 @@ def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.M
     if models.follows_grammar(name) or wants_size(name):
         kwargs["img_size"] = input_size
     try:
-        return models.create_model(name, num_classes=num_classes, **kwargs)
+        model = models.create_model(name, num_classes=num_classes, **kwargs)
+        if not models.follows_grammar(name):  # some say only when they see an image that they cannot take its size
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, CHANNELS, input_size, input_size))
+        return model.train()
     except InputError:
         raise
     except TypeError as error:
         raise InputError(f"{name} does not take one of {', '.join(kwargs)} (--drop, --drop-path): {error}") from error
-    except (AssertionError, ValueError) as error:
-        raise InputError(f"{name} cannot be made for --input-size {input_size}: {error}") from error
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be made for --input-size {input_size}: {models.in_a_line(error)}") from error
 
 
 def wants_size(name: str) -> bool:

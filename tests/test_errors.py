@@ -57,6 +57,7 @@ CASES = {
     "save_never": Case(f"{PLAIN} --save-every-minutes 0", ("--save-every-minutes", "0 is not above 0")),
     "device": Case(f"{PLAIN} --device nonsense", ("--device nonsense", "cpu", "cuda", "auto"), BOTH),
     "device_of_torch": Case(f"{PLAIN} --device meta", ("--device meta", "cpu", "cuda", "auto")),
+    "input_size": Case(f"{DIGITS} --model test_vit --input-size 97", ("--input-size 97", "patch size (16)")),
     "augmentation": Case(f"{PLAIN} --aa nonsense", ("--aa", "nonsense", "rand-m9-mstd0.5-inc1")),
     "seed": Case(f"{PLAIN} --seed -1", ("--seed", "-1")),
     "crop_ratio_0": Case(f"{PLAIN} --eval-crop-ratio 0 --input-size 72", ("--eval-crop-ratio", "0")),
