@@ -20,7 +20,7 @@ from models import InputError
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from run import is_address
-from scripts.study_results import read_report
+from scripts.study_results import lists_of, read_report
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -190,7 +190,7 @@ def check_keys(content: object, known: Mapping[str, tuple[type, ...]], where: st
         raise InputError(f"{where} has no {missing[0]}")
 
 
-def check_numbers(values: list, what: str) -> None:
+def check_numbers(values: list | None, what: str) -> None:
     if not values or len(set(values)) < len(values) or not all(type(value) is int and value >= 0 for value in values):
         raise InputError(f"{what} are {values}: expected different whole numbers")
 
@@ -207,7 +207,8 @@ def named_options(options: object, where: str) -> dict:
 
 def read_group(name: str, entry: object, study: Study) -> Group:
     check_keys(entry, GROUP_KEYS, "the group", needed=("kind", "data"))
-    kind, seeds, sizes = entry["kind"], entry.get("seeds", study.seeds), entry.get("sizes", list(study.sizes))
+    kind = entry["kind"]
+    sizes, epochs, seeds = lists_of(entry, vars(study)).values()
     if kind not in KINDS:
         raise InputError(f"kind is {kind}: expected {', '.join(KINDS)}")
     if entry["data"] not in study.data:
@@ -220,8 +221,6 @@ def read_group(name: str, entry: object, study: Study) -> Group:
     options = named_options(entry.get("options", {}), "options")
     tuning = entry.get("tuning", {})
     check_keys(tuning, {"epochs": (int,), "size": TEXT, "options": MAP}, "tuning")
-    epochs = entry.get("epochs")
-    epochs = epochs if isinstance(epochs, list) else [epochs]
     check_numbers(epochs, "epochs")
     if kind != "vit" and (len(epochs) > 1 or not epochs[0]):
         raise InputError(f"epochs are {epochs}: expected one number above 0 for kind {kind}")
@@ -478,6 +477,8 @@ def macs_of(name: str, size: int, classes: int) -> int:
     """
     if models.follows_grammar(name):
         return replace(models.parse_arch(name), img_size=size).macs(classes, CHANNELS)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        create_sized(name, classes, size).eval()(torch.empty(1, CHANNELS, size, size))
+    with torch.device("meta"):
+        model, image = create_sized(name, classes, size).eval(), torch.empty(1, CHANNELS, size, size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(image)
     return counter.get_total_flops() // 2

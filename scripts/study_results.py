@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import models
 from models import InputError
@@ -239,20 +240,23 @@ class Results:
         return sum(found) if found else None
 
 
-def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, int]]:
-    """`Results.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none.
+def lists_of(group: Mapping, study: Mapping) -> dict[str, Any]:
+    """Sizes, numbers of epochs and seeds of a group's runs: the study's where it has none of its own."""
+    lists = {key: group.get(key, study.get(key)) for key in ("sizes", "epochs", "seeds")}
+    if isinstance(lists["epochs"], int):
+        lists["epochs"] = [lists["epochs"]]
+    return lists
 
-    Of a group's keys, those that it does not have are the study's.
-    """
+
+def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, int]]:
+    """`Results.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none."""
     planned = set()
     for name, group in content["runs"].items():
         if not isinstance(group, Mapping):
             raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
         if group.get("kind") != "vit":
             continue
-        lists = {key: group.get(key, content.get(key)) for key in ("sizes", "epochs", "seeds")}
-        if isinstance(lists["epochs"], int):
-            lists["epochs"] = [lists["epochs"]]
+        lists = lists_of(group, content)
         for key, value in lists.items():
             if not isinstance(value, list | dict):
                 raise InputError(f"{path}: {name!s:.100} has the {key} {value!r:.100}: expected a list")
