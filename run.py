@@ -86,6 +86,7 @@ class Run:
     progress: utils.Progress | None = None
     earlier: list[dict] = field(default_factory=list)  # epochs that the checkpoint has on record
     checkpoint: Path | None = None  # the newest of this run, as far as the main process knows
+    schedule_lag: int = 1  # DeiT steps the schedule after each epoch; 0 for a run begun when this program did not
     rollbacks: int = 0  # since that one
 
     @property
@@ -100,6 +101,13 @@ class Run:
     @property
     def epochs_done(self) -> float:
         return self.epoch + self.position.steps / max(1, self.steps)
+
+    def set_learning_rate(self) -> None:
+        """Epoch e trains at s(max(e − 1, 0)) of the schedule s, as in the published programs.
+
+        The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
+        """
+        self.scheduler.step(max(self.epoch - self.schedule_lag, 0))
 
 
 def set_up(args: argparse.Namespace) -> Run:
@@ -154,8 +162,7 @@ def set_up(args: argparse.Namespace) -> Run:
     )
     if args.resume:
         resume(run)
-    # The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
-    run.scheduler.step(run.epoch)
+    run.set_learning_rate()
     if args.push_to_hub and run.epoch >= args.epochs > 0:
         raise InputError(f"--push-to-hub: nothing is left to train or upload, epoch {run.epoch} has been reached")
     if output_dir is not None and not args.eval:
@@ -204,6 +211,7 @@ def resume(run: Run) -> None:
             raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
         run.epoch = content["epoch"] + 1
         run.position = position_in(content, run)
+        run.schedule_lag = schedule_lag_in(content)
         log = content["log"] if "log" in content else read_log(run.args.output_dir)
         run.earlier = [line for line in log if line["epoch"] < run.epoch]
         if not all(type(value) in (int, float) for line in run.earlier for value in (*line.values(), accuracy(line))):
@@ -233,6 +241,14 @@ def position_in(content: Mapping, run: Run) -> Position:
         )
     own = (saved["loss"], saved["counted"]) if utils.is_main() else (0.0, 0.0)
     return Position(images // (run.args.batch_size * utils.world_size()), images, *map(float, own))
+
+
+def schedule_lag_in(content: Mapping) -> int:
+    """`Run.schedule_lag` of the run that wrote a checkpoint; before it was recorded, this program had none."""
+    lag = content.get("schedule_lag", 1 if models.is_published(content) else 0)
+    if type(lag) is not int or lag not in (0, 1):
+        raise InputError(f"schedule_lag is {str(lag)[:50]!r}, expected 0 or 1")
+    return lag
 
 
 def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resume") -> None:
@@ -335,7 +351,7 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
         model = torch.compile(model)
     saving = Saving(run, signals)
     while run.epoch < args.epochs:
-        run.scheduler.step(run.epoch)
+        run.set_learning_rate()
         run.train_loader.sampler.set_position(run.epoch, run.position.images)
         if isinstance(run.teacher, TeacherCache):
             run.teacher.set_position(run.epoch, run.position.images)
@@ -485,6 +501,7 @@ def write_checkpoint(run: Run) -> None:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.scheduler.state_dict(),
+        "schedule_lag": run.schedule_lag,
         "epoch": run.epoch - 1,
         "position": position,
         "scaler": run.scaler.state_dict(),

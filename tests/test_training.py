@@ -423,10 +423,10 @@ def test_schedule_follows_the_options_of_the_resumed_run(tmp_path):
     """More --epochs on resuming stretch the cosine; the options of the first run do not stick."""
     common = ["--data-set", "DIGITS", "--model", "deit_nano_patch8_16_L2_H1", "--warmup-epochs", "0", "--unscale-lr"]
     run = set_up(parse_options([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)]))
-    run.epoch = 1
+    run.epoch = 2
     write_checkpoint(run)
     more = ["--epochs", "4", "--lr", "2e-3", "--min-lr", "0", "--resume", str(tmp_path / "checkpoint.pth")]
     resumed = set_up(parse_options([*common, *more]))
-    assert resumed.epoch == 1
-    expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2
+    assert resumed.epoch == 2
+    expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2  # epoch 2 trains at s(1)
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
