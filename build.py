@@ -40,7 +40,7 @@ from utils import say
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model_in_modules
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
@@ -48,6 +48,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+VIT_MODULES = {"vision_transformer", "deit"}  # of timm, in which --drop has DeiT's meaning
 CHANNELS = 3  # of every data set here; grey images are made so
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +219,8 @@ def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.M
         InputError: the model does not take an option that differs from its default, or not this size of image.
     """
     kwargs = {key: value for key, value in kwargs.items() if value}
+    if "drop_rate" in kwargs and not models.follows_grammar(name) and is_model_in_modules(name, VIT_MODULES):
+        kwargs |= models.dropout_rates(kwargs.pop("drop_rate"))
     if models.follows_grammar(name) or wants_size(name):
         kwargs["img_size"] = input_size
     try:
@@ -263,14 +266,17 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
 
 def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:
     """Weights of another implementation, resolution or number of channels, fitted to ``model`` by timm's functions."""
+    weights = models.rename_levit(weights, model)
     module = sys.modules[type(model).__module__]
     filter_fn = getattr(module, "checkpoint_filter_fn", getattr(module, "_filter_fn", None))
     first = as_list(model.pretrained_cfg.get("first_conv"))
     positions, kernels = weights.get("pos_embed"), {name: weights.get(f"{name}.weight") for name in first}
     if filter_fn is not None:
         try:
-            takes_model = len(inspect.signature(filter_fn).parameters) > 1  # as most, but not all of timm's do
-            weights = filter_fn(weights, model) if takes_model else filter_fn(weights)
+            parameters = inspect.signature(filter_fn).parameters
+            layer_scale = {"adapt_layer_scale": True} if "adapt_layer_scale" in parameters else {}  # as in DeiT III
+            takes_model = len(parameters) > 1  # as most, but not all of timm's do
+            weights = filter_fn(weights, model, **layer_scale) if takes_model else filter_fn(weights)
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
             raise InputError(f"does not fit {type(model).__name__}: {models.in_a_line(e)}") from e
     if positions is not None and "pos_embed" in weights and positions.shape != weights["pos_embed"].shape:
@@ -454,7 +460,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
     mixup = Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
+        cutmix_minmax=args.cutmix_minmax and box_sides(args.cutmix_minmax, args.input_size),
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
@@ -462,6 +468,20 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
         num_classes=num_classes,
     )
     return mixup, SoftTargetCrossEntropy()
+
+
+def box_sides(minmax: Sequence[float], input_size: int) -> list[float]:
+    """``--cutmix-minmax`` for timm, which draws sides in pixels below the upper end: equal ends would leave it none.
+
+    Raises:
+        InputError: no box has such sides.
+    """
+    low, high = (int(share * input_size) for share in minmax)
+    if low > high or low >= input_size:
+        raise InputError(
+            f"--cutmix-minmax {minmax[0]:g} {minmax[1]:g}: expected MIN ≤ MAX, and MIN below the whole image"
+        )
+    return [(side + 0.5) / input_size for side in (low, max(high, low + 1))]
 
 
 def build_criterion(args: argparse.Namespace, base_criterion: nn.Module) -> DistillationLoss | FamilyLoss:

@@ -79,6 +79,15 @@ def positive(text: str) -> float:
     return value
 
 
+class OneOrTwo(argparse.Action):
+    """One number that stands for both of two, or two numbers."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"{len(values)} numbers are given, expected one or two")
+        setattr(namespace, self.dest, values * 2 if len(values) == 1 else values)
+
+
 def text_or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
@@ -115,7 +124,15 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         default=["stackbert_noisy", "rand"],
         help=f"D: {', '.join(DEPTH_SCHEMES)}; W: {', '.join(WIDTH_SCHEMES)}",
     )
-    g.add_argument("--trans-init-noise", nargs=2, type=float, metavar=("D", "W"), default=[0.03, 0.03])
+    g.add_argument(
+        "--trans-init-noise",
+        nargs="+",
+        type=float,
+        action=OneOrTwo,
+        metavar=("D", "W"),
+        default=[0.03, 0.03],
+        help="of the …_noisy schemes; one number is for both",
+    )
     g.add_argument(
         "--descendants",
         type=at_least(0),
@@ -185,14 +202,21 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--recount", type=at_least(1), default=1)
     g.add_argument("--mixup", type=float, default=0.8)
     g.add_argument("--cutmix", type=float, default=1.0)
-    g.add_argument("--cutmix-minmax", type=float, nargs=2)
+    g.add_argument(
+        "--cutmix-minmax",
+        nargs="+",
+        type=ratio(),
+        action=OneOrTwo,
+        metavar=("MIN", "MAX"),
+        help="sides of cutmix's boxes as shares of the image's, instead of --cutmix; one number for a fixed size",
+    )
     g.add_argument("--mixup-prob", type=ratio(), default=1.0)
     g.add_argument("--mixup-switch-prob", type=ratio(), default=0.5)
     g.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
     g.add_argument("--smoothing", type=ratio(below_one=True), default=0.1)
 
     g = p.add_argument_group("regularisation and averaging")
-    g.add_argument("--drop", type=ratio(), default=0.0)
+    g.add_argument("--drop", type=ratio(), default=0.0, help="dropout of a ViT's positions, projections and MLPs")
     g.add_argument("--drop-path", type=ratio(below_one=True), default=0.1)
     g.add_argument("--clip-grad", type=float)
     g.add_argument("--model-ema", action=flag, default=True)

@@ -27,6 +27,7 @@ from .directory import read_model, save_model
 from .hub import check_upload, model_card, upload
 from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
 from .published import fuse_qkv, is_published, published_moments, published_names
+from .levit import rename_levit
 from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, LeTs, mapping_or_default
 from .rivals import RIVALS, source_arch
 from .selection import WIDTH_SELECTIONS
@@ -38,6 +39,7 @@ from .vit import (
     ViTArch,
     adapt_channels,
     create_vit,
+    dropout_rates,
     follows_grammar,
     in_a_line,
     is_aux_name,
@@ -64,6 +66,7 @@ __all__ = [
     "create_aux_net",
     "create_model",
     "create_vit",
+    "dropout_rates",
     "fetch",
     "follows_grammar",
     "fuse_qkv",
@@ -83,6 +86,7 @@ __all__ = [
     "read_yaml",
     "receive",
     "remove_unfinished",
+    "rename_levit",
     "save_model",
     "save_published",
     "sha256",

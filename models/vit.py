@@ -140,8 +140,9 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
     """A plain timm ViT without class token: patches → blocks → mean over patches → ``fc_norm`` → head.
 
     Args:
-        kwargs: passed on to timm's ``VisionTransformer``, where ``num_classes``, ``in_chans``, ``drop_rate``,
-            ``drop_path_rate``, ``img_size`` and ``patch_size`` are the usual ones.
+        kwargs: passed on to timm's ``VisionTransformer``, where ``num_classes``, ``in_chans``, ``drop_path_rate``,
+            ``img_size`` and ``patch_size`` are the usual ones. ``drop_rate`` has the meaning of the published programs
+            (`dropout_rates`).
     """
     sizes = dict(
         img_size=arch.img_size,
@@ -153,7 +154,7 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
         global_pool="avg",
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    sizes.update(kwargs)
+    sizes.update(dropout_rates(kwargs.pop("drop_rate", 0.0)) | kwargs)
     pretrained_cfg = dict(
         input_size=(sizes.get("in_chans", 3), sizes["img_size"], sizes["img_size"]),
         num_classes=1000,
@@ -171,6 +172,14 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
         feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **sizes,
     )
+
+
+def dropout_rates(drop_rate: float) -> dict[str, float]:
+    """``drop_rate`` of a ViT in the published programs, in the words of timm ≥ 0.9, where it is that of the head alone.
+
+    It applies to the position embedding, the output of the attention's projection, and both layers of the MLP.
+    """
+    return dict(pos_drop_rate=drop_rate, proj_drop_rate=drop_rate)
 
 
 def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
