@@ -178,9 +178,8 @@ def test_descendants_alone_are_evaluated_by_the_largest(outcomes):
     gene = models.load_learngene(folder / "alone" / "learngene.safetensors")
     vit, (images, labels) = gene.descend("deit_nano_patch8_16_L3_H3").eval(), digits()
     accuracy = 100 * (vit(images).argmax(1) == labels).double().mean().item()
-    assert json.loads((folder / "alone" / "log.txt").read_text().splitlines()[-1])["test_acc1"] == pytest.approx(
-        accuracy
-    )
+    logged = json.loads((folder / "alone" / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+    assert logged == pytest.approx(accuracy, abs=1.01 * 100 / len(labels))  # one may lie on the border of two classes
 
 
 @pytest.mark.parametrize(

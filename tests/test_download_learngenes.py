@@ -35,7 +35,7 @@ DIGEST = hashlib.sha256(GENE).hexdigest()
 # ids of Google Drive
 FOLDER, INNER = "folder-that-everybody-may-see", "folder-inside-of-that-folder"
 SMALL, BASE = "file-of-the-small-learngene", "file-of-the-base-learngene-"
-SECONDS = 60  # a process that lasts longer hangs, and is ended
+SECONDS = 600  # a process that lasts longer hangs, and is ended
 
 
 class Outcome(NamedTuple):

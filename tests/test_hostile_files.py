@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save
 
 TESTS = Path(__file__).resolve().parent
 COUNT = 500
-SECONDS = 20  # after which a file counts as one that hangs its reader
+SECONDS = 120  # after which a file counts as one that hangs its reader
 HUGE = 2**40
 PLAIN = "--data-set DIGITS --model deit_nano_patch8_16_L2 --num-workers 0 --batch-size 64 --warmup-epochs 0"
 RUN_CONFIG = "model: deit_nano_patch8_16_L2\ndata-set: DIGITS\nlr: 5e-4\nmapping-layer: [0, 1]\npin-mem: true\n"

@@ -137,7 +137,8 @@ def test_the_numbers_of_the_table(gene, family):
         assert 2 * int(row["macs"]) == counter.get_total_flops()
         with torch.no_grad():
             right = (vit(images).argmax(1) == labels).sum().item()
-        assert float(row["accuracy_before"]) == pytest.approx(100 * right / len(labels))
+        one_image = 100 / len(labels)  # which may lie on the border of two classes
+        assert float(row["accuracy_before"]) == pytest.approx(right * one_image, abs=1.01 * one_image)
         assert row["accuracy_after"] == ""
         assert int(row["stored_parameters"]) == stored
         assert float(row["latency_ms_1"]) > 0

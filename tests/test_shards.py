@@ -27,7 +27,7 @@ from shards import Shard, ShardCache
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, MAIN, Outcome, Run, assert_same_result, run_many
+from conftest import COMPARABLE, ENVIRONMENT, MAIN, Outcome, Run, assert_same_result, run_many
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
@@ -366,7 +366,7 @@ def test_processes_need_few_shards_of_each_other(world_size, repeats):
 # ---------------------------------------------------------------------------------------------------------------------
 
 LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2 --device cpu --warmup-epochs 0"
-TRAIN = f"--data-set WDS {LETS} --epochs 2 --lr 5e-3 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 1"
+TRAIN = f"--data-set WDS {LETS} --epochs 2 --lr 5e-3 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 1 {COMPARABLE}"
 
 
 @pytest.fixture(scope="module")
@@ -394,8 +394,9 @@ def test_evaluation_is_that_of_the_folder(folder, sharded, capsys):
         options = [*LETS.split(), "--data-set", name, "--data-path", str(path), "--eval", "--num-workers", "0"]
         assert main.main(options) == 0
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    assert found[0]["test_acc1"] == found[1]["test_acc1"]
-    assert found[0]["test_loss"] == pytest.approx(found[1]["test_loss"], rel=1e-6)
+    one_image = 100 / COUNTS["val"]  # which may lie on the border of two classes
+    assert found[0]["test_acc1"] == pytest.approx(found[1]["test_acc1"], abs=1.01 * one_image)
+    assert found[0]["test_loss"] == pytest.approx(found[1]["test_loss"], rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,18 @@ from run import ROLLBACKS, find_checkpoint, set_up, train
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, MAIN, Outcome, Run, assert_same_result, free_port, run_main, run_many
+from conftest import (
+    COMPARABLE,
+    ENVIRONMENT,
+    MAIN,
+    SECONDS,
+    Outcome,
+    Run,
+    assert_same_result,
+    free_port,
+    run_main,
+    run_many,
+)
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -217,7 +228,7 @@ def test_auto_passes_over_damaged_checkpoints_and_starts_afresh_without_any(tmp_
 
 def options_of(folder: Path, processes: int) -> list[str]:
     """The same images in every step; mixup and drop-path, which each process draws, are off."""
-    common = f"{DIGITS} {LETS} --epochs 1 --lr 2e-3 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 1"
+    common = f"{DIGITS} {LETS} --epochs 1 --lr 2e-3 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 1 {COMPARABLE}"
     return [*common.split(), "--batch-size", str(64 // processes), "--output-dir", str(folder)]
 
 
@@ -518,7 +529,7 @@ def test_a_failing_process_brings_the_others_down_with_its_traceback_said_once(t
     (tmp_path / "failing.py").write_text(FAILING)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(tmp_path / "failing.py"), str(MAIN.parent)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1
     assert done.stderr.count("process 1 of 2 failed\nTraceback") == 1
     assert done.stderr.count("IndexError: list index out of range") == 1

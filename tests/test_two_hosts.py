@@ -116,7 +116,7 @@ def test_two_hosts_train_as_one(hosts, one_host, tmp_path):
 
 
 def test_each_host_says_that_it_has_lost_the_other(hosts, tmp_path):
-    options = f"{TRAINING} 10000 --num-workers 0 --dist-timeout 0.1 --output_dir {tmp_path}/run".split()
+    options = f"{TRAINING} 10000 --num-workers 0 --dist-timeout 0.2 --output_dir {tmp_path}/run".split()
     world = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": hosts[0].address, "MASTER_PORT": 29500}
     outputs = [tmp_path / f"{rank}.stderr" for rank in range(2)]
     command = [sys.executable, str(MAIN), *options]
