@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+from launchers import World, find_world
 from models import InputError, check_archive, in_a_line, written_whole
 
 import torch
@@ -29,32 +30,33 @@ from tqdm import tqdm
 
 # where the processes leave word for each other when they cannot reach each other's tensors any more
 _store: dist.Store | None = None
+_world: World | None = None
 
 
 def init_distributed(timeout: timedelta) -> None:
-    """Join the process group that a launcher (torchrun, torch.distributed.launch) describes in the environment.
+    """Join the process group that a launcher (torchrun, srun, mpirun) describes in the environment.
 
     Args:
         timeout: how long one process waits for the others before it gives up.
 
     Raises:
-        InputError: the others were not met.
+        InputError: the others were not met, or the environment says half of what is needed.
     """
-    global _store
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    global _store, _world
+    _world = find_world()
+    if _world is None:
         return
+    os.environ.update(_world.environment())
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun restarts processes beside the store of those that failed, where they would find dead addresses
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:  # ValueError for what is missing in the environment
-        say = os.environ.get
+    except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"process {say('RANK')} of {say('WORLD_SIZE')} has not met the others at {say('MASTER_ADDR')}:"
-            f"{say('MASTER_PORT')} within {timeout.total_seconds() / 60:g} minutes (--dist-timeout): "
-            f"{in_a_line(error)[:300]}"
+            f"process {_world.rank} of {_world.size} has not met the others at {_world.address}:{_world.port} within "
+            f"{timeout.total_seconds() / 60:g} minutes (--dist-timeout): {in_a_line(error)[:300]}"
         ) from error
 
 
@@ -64,7 +66,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _world.local_rank if _world else 0
 
 
 def world_size() -> int:
