@@ -294,12 +294,7 @@ def train(run: Run) -> int:
                 finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
             train_epochs(run, signals)
         except utils.Stopped as stopped:
-            write_checkpoint(run)
-            written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
-            kept = "--resume auto continues" if written else "it could not be saved"
-            kept = kept if args.output_dir else "nothing is kept without --output-dir"
-            say(f"stopped by {stopped}, in epoch {run.epoch} after {run.position.steps} steps: {kept}")
-            return stopped.status
+            return stop(run, stopped)
         finally:
             run.progress.close()
             run.train_loader.close()
@@ -308,6 +303,23 @@ def train(run: Run) -> int:
             if isinstance(run.teacher, TeacherCache):
                 run.teacher.flush()
     return 0
+
+
+def stop(run: Run, stopped: utils.Stopped) -> int:
+    """Write what was trained, and return the exit status of a run that was asked to stop."""
+    args, where = run.args, f"in epoch {run.epoch} after {run.position.steps} steps"
+    if not stopped.together and not utils.all_are_at(where):
+        # the others wait for this process, or do not answer: none of them can go on
+        last = f"{run.checkpoint} is the last checkpoint" if run.checkpoint else "there is no checkpoint"
+        if utils.first_to_fail():
+            print(f"stopped by {stopped}, {where}, while waiting for data: not saved, {last}", file=sys.stderr)
+        utils.leave_at_once(stopped.status)
+    write_checkpoint(run)
+    written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
+    kept = "--resume auto continues" if written else "it could not be saved"
+    kept = kept if args.output_dir else "nothing is kept without --output-dir"
+    say(f"stopped by {stopped}, {where}: {kept}")
+    return stopped.status
 
 
 def begin_writing(run: Run) -> None:

@@ -10,13 +10,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from errno import EMFILE, ENFILE
 from pathlib import Path
 from types import FrameType
 
 from launchers import World, find_world
 from models import InputError, check_archive, in_a_line, written_whole
+from workers import WorkerError, describe, is_of_worker
 
 import torch
 import torch.distributed as dist
@@ -179,8 +181,12 @@ def failures_reported_once() -> Iterator[None]:
 
 def what_happened(error: Exception) -> str | None:
     """One sentence about what the user can do something about; None for what should not happen."""
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, WorkerError)):
         return str(error)
+    if is_of_worker(error):
+        return str(describe(error))
+    if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
+        return f"too many open files: raise the limit with 'ulimit -n' ({in_a_line(error)[:300]})"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
         return (
             f"out of memory on process {rank()} of {world_size()} ({in_a_line(error)[:300]}); a smaller --batch-size "
@@ -226,39 +232,108 @@ class NotFiniteError(ArithmeticError):
     """The loss, or the gradient, is not a number any more."""
 
 
-class Stopped(Exception):  # noqa: N818  it is no error
-    """The run was asked to stop by a signal."""
+class Stopped(BaseException):
+    """The run was asked to stop by a signal. It is no error, and nothing that handles errors is to keep it.
 
-    def __init__(self, number: int):
+    Attributes:
+        together: whether all processes raise this at the same place.
+    """
+
+    def __init__(self, number: int, together: bool = True):
         super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
+        self.status, self.together = 128 + number, together
 
 
 class StopSignals:
-    """Within this context SIGTERM, SIGUSR1 and SIGINT are noted; a second Ctrl-C ends the process as usual."""
+    """Within this context SIGTERM, SIGUSR1, SIGINT and SIGHUP are noted; a second Ctrl-C ends the process as usual.
 
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    A process that waits for data (`interruptible`) does not wait on: at once if it is alone, or if the batch does not
+    come within some seconds, as the others may have it and wait for this process. A SIGHUP that was ignored before, by
+    nohup, is ignored.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    PATIENCE = 5.0  # seconds
+    current: "StopSignals | None" = None
 
     def __enter__(self) -> "StopSignals":
-        self.noted = 0
-        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        self.noted, self.pid = 0, os.getpid()
+        self.waiting = self.late = False
+        self.alarm: threading.Timer | None = None
+        numbers = [n for n in self.NUMBERS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        StopSignals.current = self
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        StopSignals.current = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # a data worker that has just been forked
+            return
+        if self.late:
+            self.late = False
+            if self.waiting:
+                raise Stopped(self.noted, together=False)
+            return
         if number == self.noted == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         self.noted = number
+        if self.waiting:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        if world_size() == 1:
+            raise Stopped(self.noted)
+        if self.alarm is None:
+            self.alarm = threading.Timer(self.PATIENCE, self._wake)
+            self.alarm.daemon = True
+            self.alarm.start()
+
+    def _wake(self) -> None:
+        """Interrupt what the main thread waits for."""
+        self.late = True
+        signal.pthread_kill(threading.main_thread().ident, self.noted)
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        self.waiting = True
+        try:
+            if self.noted:
+                self._hurry()
+            yield
+        finally:
+            self.waiting = False
+            if self.alarm is not None:
+                self.alarm.cancel()
+                self.alarm = None
 
     def check(self) -> None:
         """Raises Stopped, on all processes together, if any of them was asked to stop."""
         (number,) = maximum(self.noted)
         if number:
             raise Stopped(int(number))
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """Around a wait for data, which the signals of the current `StopSignals` may interrupt by raising `Stopped`."""
+    return nullcontext() if StopSignals.current is None else StopSignals.current.wait()
+
+
+def all_are_at(place: str, patience: timedelta = timedelta(seconds=5)) -> bool:
+    """Whether all processes come here within ``patience``, and from the same ``place``; only then they may work on."""
+    if _store is None:
+        return True
+    try:
+        _store.set(f"stopped {rank()}", place)
+        names = [f"stopped {number}" for number in range(world_size())]
+        _store.wait(names, patience)
+        return all(_store.get(name).decode() == place for name in names)
+    except RuntimeError:  # some did not come, or the store's process is gone
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
