@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -170,8 +169,11 @@ def writable_folder(path: str | None) -> Path | None:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        for _ in range(2):  # the second takes the place of the first, as every file of a run that is written again
+            with models.written_whole(folder / ".writable") as unfinished:
+                Path(unfinished).write_bytes(b"as the files of the run are")
+        (folder / ".writable").unlink()
+        return folder
     except OSError as error:
         raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from error
 
@@ -655,7 +657,7 @@ def push(run: Run) -> None:
     facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
     card = models.model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, recipe(args), usage)
     with models.written_whole(run.output_dir / "README.md") as unfinished:
-        Path(unfinished).write_text(card)
+        Path(unfinished).write_text(card, encoding="utf-8", errors="backslashreplace")
     files = ["README.md", "log.txt"]
     if isinstance(run.model, models.AuxNet):
         files += ["learngene.safetensors"] + ["learngene_ema.safetensors"] * (run.ema is not None)

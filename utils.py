@@ -15,6 +15,7 @@ from datetime import timedelta
 from errno import EMFILE, ENFILE
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from launchers import World, find_world
 from models import InputError, check_archive, in_a_line, written_whole
@@ -24,6 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distributed set-up
@@ -461,6 +465,7 @@ class Output:
 
     def __init__(self):
         self.failed: dict[str, str] = {}
+        self.warned: set[str] = set()
 
     @contextmanager
     def attempt(self, what: object) -> Iterator[None]:
@@ -469,11 +474,24 @@ class Output:
             self.failed.pop(str(what), None)
         except OSError as error:
             self.failed[str(what)] = error.strerror or str(error)
-            tqdm.write(
-                f"warning: {what} cannot be written ({self.failed[str(what)]}): the run goes on, what was written "
-                "before is kept",
-                file=sys.stderr,
-            )
+            self._warn(what, self.failed[str(what)])
+
+    @contextmanager
+    def attempt_extra(self, what: str) -> Iterator[None]:
+        """The same for what is there to be looked at: no run fails for want of it, whatever its library raises."""
+        try:
+            yield
+        except Exception as error:
+            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {in_a_line(error)}"
+            if what not in self.warned:
+                self._warn(what, reason[:300])
+            self.warned.add(what)
+
+    def _warn(self, what: object, reason: str) -> None:
+        tqdm.write(
+            f"warning: {what} cannot be written ({reason}): the run goes on, what was written before is kept",
+            file=sys.stderr,
+        )
 
 
 class Progress:
@@ -546,7 +564,7 @@ class EpochLog:
     def show(self, numbers: Mapping[str, float], epochs: float) -> None:
         """Numbers that are to be looked at alone, after so many ``epochs``."""
         self.mirror(numbers, round(1000 * epochs))
-        with self.output.attempt("TensorBoard's events"):
+        with self.output.attempt_extra("TensorBoard's events"):
             try:
                 if self.events is None:
                     from torch.utils.tensorboard import SummaryWriter  # seconds that other runs need not wait for
@@ -555,13 +573,13 @@ class EpochLog:
                 for name, value in numbers.items():
                     self.events.add_scalar(name, value, round(1000 * epochs))
                 self.events.flush()
-            except OSError:
+            except Exception:
                 self.events, self.place = None, round(1000 * epochs)  # another file for what comes after
                 raise
 
     def close(self) -> None:
         if self.events is not None:
-            with self.output.attempt("TensorBoard's events"):
+            with self.output.attempt_extra("TensorBoard's events"):
                 self.events.close()
 
     def _write(self) -> None:
@@ -569,6 +587,10 @@ class EpochLog:
             Path(unfinished).write_text("".join(json.dumps(line) + "\n" for line in self.epochs))
 
     def _draw(self) -> None:
+        with self.output.attempt_extra(str(self.curves)), written_whole(self.curves) as unfinished:
+            self._figure().savefig(unfinished, format="png", dpi=120)
+
+    def _figure(self) -> "Figure":
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -579,5 +601,4 @@ class EpochLog:
             axes.set(xlabel="epoch", ylabel=unit)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
-        with self.output.attempt(self.curves), written_whole(self.curves) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=120)
+        return figure
