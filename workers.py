@@ -22,7 +22,7 @@ WITHOUT = "--num-workers 0 loads images in the main process instead"
 
 # what torch, multiprocessing and the system say → what is said here
 CAUSES = {
-    r"[Bb]us error|shared memory ?\(shm\)|<?/torch_\S+.*No space left|shm_open": (
+    r"[Bb]us error|shared memory ?\(shm\)|No space left on device|shm_open": (
         "shared memory (/dev/shm) is full or too small for the batches of data workers: make it larger (docker run "
         "--shm-size), or use fewer --num-workers or a smaller --batch-size; --num-workers 0 needs none"
     ),
@@ -62,12 +62,14 @@ def is_of_worker(error: BaseException) -> bool:
 
 def what_was_raised(error: BaseException) -> str:
     """The type and message of an exception; of one from a worker, those that it had there."""
+    if error.__cause__ is not None and is_of_worker(error) and is_of_worker(error.__cause__):
+        error = error.__cause__  # which says by what signal a worker ended
     text = str(error)
     match = re.search(r"Caught (\w+) in DataLoader worker process", text)
     if match:  # the message is the worker's traceback
         place = text.rfind(f"\n{match[1]}") if f"\n{match[1]}" in text else text.rfind(match[1])
-        return text[place:].strip()
-    return f"{type(error).__name__}: {text}"
+        return text[place:].strip().strip(": ")
+    return f"{type(error).__name__}: {text}".strip(": ")
 
 
 def shortened(text: str) -> str:
@@ -121,6 +123,8 @@ class Lifeline:
     def tie(self, worker: int) -> None:
         """What a worker does first."""
         leave_signals_to_main(worker)
+        for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+            signal.signal(number, signal.SIG_DFL)  # of which torch's handlers print a line, and the main process, too
         for end in _lifelines:  # inherited; the main process alone is to have them
             os.close(end)
         threading.Thread(target=end_with_main, args=(self.read,), daemon=True).start()
