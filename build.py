@@ -27,7 +27,6 @@ from datasets import (
     build_transform,
     collate,
     divide,
-    leave_signals_to_main,
 )
 from images import faster
 from losses import DistillationLoss, FamilyLoss
@@ -421,7 +420,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     process = dict(rank=utils.rank(), world_size=utils.world_size())
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
     pinned = args.pin_mem and device.type == "cuda"
-    common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+    common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate)
     sampler = TrainSampler(
         len(train),
         args.batch_size,

@@ -6,26 +6,28 @@ import json
 import os
 import random
 import re
-import signal
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from errno import EMFILE, ENFILE, ENOMEM
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import utils
 from images import Normalise, RawBatch, RawImage, batch_of, load
 from models import InputError, in_a_line
 from samplers import Key
 from shards import ShardCache, ShardDataset, is_remote
+from workers import Lifeline, WorkerError, describe, shortened
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate, get_worker_info
 from torchvision import datasets as tv
 from torchvision import transforms
 
@@ -66,7 +68,7 @@ class Sample(NamedTuple):
 
     image: Tensor | RawImage | None
     label: int | None
-    unreadable: list[str | InputError]  # an error is of more than this image, and ends the run
+    unreadable: list[str | InputError | WorkerError]  # an error is of more than this image, and ends the run
 
 
 class ReadDataset(Dataset):
@@ -83,8 +85,13 @@ class ReadDataset(Dataset):
             return Sample(*self.dataset[index], [])
         except InputError as error:  # which would come out of a data worker without its sentence
             return Sample(None, None, [error])
-        except UNREADABLE as error:
-            return Sample(None, None, [f"{name_of_image(self.dataset, index)} ({in_a_line(error)})"])
+        except Exception as error:
+            name = name_of_image(self.dataset, index)
+            if isinstance(error, UNREADABLE) and getattr(error, "errno", None) not in EXHAUSTED:
+                return Sample(None, None, [f"{name} ({in_a_line(error)})"])
+            if get_worker_info() is None and not isinstance(error, OSError):
+                raise
+            return Sample(None, None, [describe(error, f" at {shortened(name)}")])
 
 
 class SeededDataset(ReadDataset):
@@ -107,7 +114,7 @@ class SeededDataset(ReadDataset):
             torch.default_generator.manual_seed(seed)
             sample = super().__getitem__(i % len(self))
             unreadable += sample.unreadable
-            if sample.image is not None or isinstance(unreadable[-1], InputError):
+            if sample.image is not None or isinstance(unreadable[-1], Exception):
                 break
         return sample._replace(unreadable=unreadable)
 
@@ -134,10 +141,10 @@ def names_digest(dataset: Dataset) -> str:
         names = (shard.sha256 for shard in dataset.shards)
     else:
         names = ("/".join(name_of_image(dataset, index).split("/")[-2:]) for index in range(len(dataset)))
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str | InputError]]:
+def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str | InputError | WorkerError]]:
     """Images, labels, and what could not be read and is not among them."""
     images = [sample.image for sample in samples if sample.image is not None]
     labels = torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.int64)
@@ -145,12 +152,6 @@ def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str 
     if not images:
         return torch.empty(0), labels, unreadable
     return (batch_of if isinstance(images[0], RawImage) else default_collate)(images), labels, unreadable
-
-
-def leave_signals_to_main(worker: int) -> None:
-    """Data workers work on when their whole process group is asked to stop: the batch that is waited for is needed."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
@@ -168,6 +169,7 @@ class Batches:
         """
         self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device)
         self.skipped, self.warned = 0, set()
+        self.lifeline = Lifeline(loader)
 
     @property
     def dataset(self) -> Dataset:
@@ -185,13 +187,41 @@ class Batches:
 
         The end of the last reference to them would do it, but a library that keeps an exception keeps all its callers.
         """
+        self.lifeline.cut()
         if self.loader._iterator is not None:  # there is no public way
             self.loader._iterator._shutdown_workers()
 
+    def _loaded(self) -> Iterator[tuple[Tensor | RawBatch, Tensor, list[str | InputError | WorkerError]]]:
+        """What the loader gives; a signal may interrupt the wait for it.
+
+        Raises:
+            WorkerError: data workers failed, or could not be started.
+        """
+        batches, complete = None, False
+        try:
+            while True:
+                try:
+                    with utils.interruptible():
+                        if batches is None:
+                            self.lifeline.prepare()
+                            batches = iter(self.loader)
+                        batch = next(batches)
+                except StopIteration:
+                    complete = True
+                    return
+                except Exception as error:
+                    if self.loader.num_workers == 0 or isinstance(error, InputError):
+                        raise
+                    raise describe(error) from error
+                yield batch
+        finally:
+            if not complete and not self.loader.persistent_workers:
+                self.lifeline.cut()  # those that wait for a file would be waited for
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, unreadable in self.loader:
+        for images, labels, unreadable in self._loaded():
             for error in unreadable:
-                if isinstance(error, InputError):
+                if isinstance(error, Exception):
                     raise error
             if unreadable and not self.skip_bad:
                 raise InputError(f"{unreadable[0]} cannot be read as an image: --skip-bad-images goes on without it")
@@ -211,6 +241,7 @@ class Batches:
 # what Pillow and the file system raise for an image that is not there, not whole, or no image
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error)
 UNREADABLE += (Image.DecompressionBombError,)
+EXHAUSTED = (EMFILE, ENFILE, ENOMEM)  # what no other image would change
 SKIPPED_AT_ONCE = 10  # images of a batch; more are no accident
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 
 import utils
 from models import InputError
@@ -34,10 +35,17 @@ class Position:
         self.steps, self.images = steps, images
         self.sums = torch.tensor([loss, counted], dtype=torch.float64)
         self.recent: list[tuple[Tensor, int]] = []  # losses and images that are not in the sums yet
+        self.group: list[tuple[Tensor, int]] = []  # those of batches without an optimiser step so far
 
     def add(self, loss: Tensor, images: int) -> None:
-        """The mean ``loss`` () over ``images``."""
-        self.recent.append((loss, images))
+        """The mean ``loss`` () over ``images``, which count when the optimiser has made its step with them."""
+        self.group.append((loss, images))
+
+    def advance(self, steps: int, images: int) -> None:
+        """The optimiser has made a step: ``steps`` batches of each process, ``images`` more of all of them."""
+        self.steps, self.images = steps, self.images + images
+        self.recent += self.group
+        self.group.clear()
 
     def totals(self) -> Tensor:
         """``sums`` over all processes, which have to ask together."""
@@ -229,7 +237,8 @@ def train_one_epoch(
     position = Position() if position is None else position
     watch = Watch(position, device, optimizer, epoch, skip_nan)
     first, num_batches, images_of_group = position.steps, len(loader), 0
-    for place, (images, targets) in enumerate(mixed(watch.timed(loader), device, mixup, seed, epoch, first)):
+    batches = undone_if_stopped(watch.timed(loader), model, accum_iter)
+    for place, (images, targets) in enumerate(mixed(batches, device, mixup, seed, epoch, first)):
         images_of_group += len(images) * utils.world_size()
         group = min(accum_iter, num_batches - place // accum_iter * accum_iter)
         last_of_group = place % accum_iter == group - 1
@@ -246,7 +255,7 @@ def train_one_epoch(
         norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, look, skip_nan)
         if stepped and ema is not None:
             ema.update(ema_source)
-        position.steps, position.images = first + place + 1, position.images + images_of_group
+        position.advance(first + place + 1, images_of_group)
         images_of_group = 0
         watch.count(stepped)
         if look:
@@ -256,6 +265,26 @@ def train_one_epoch(
     if not counted:
         raise watch.error("no loss was finite", position.steps)
     return {"loss": loss / counted, "lr": optimizer.param_groups[0]["lr"]}
+
+
+def undone_if_stopped(batches: Iterator, model: nn.Module, accum_iter: int) -> Iterator:
+    """``batches``; if the wait for one ends the run, the buffers are those before the optimiser step it belongs to.
+
+    The rest of what a checkpoint holds changes with that step alone.
+    """
+    buffers, before = [*model.buffers()] if accum_iter > 1 else [], []
+    for place in count():
+        if place % accum_iter == 0:
+            before = [buffer.clone() for buffer in buffers]
+        try:
+            batch = next(batches, None)
+        except utils.Stopped:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            raise
+        if batch is None:
+            return
+        yield batch
 
 
 def mixed(

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import console
 from options import option_parser
 
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text(ignored=(*console.GONE, *console.FULL))  # a full disk of the log ends no run
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before training, when there is nothing to keep

@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -177,8 +176,11 @@ def writable_folder(path: str | None) -> Path | None:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        for _ in range(2):  # the second takes the place of the first, as every file of a run that is written again
+            with models.written_whole(folder / ".writable") as unfinished:
+                Path(unfinished).write_bytes(b"as the files of the run are")
+        (folder / ".writable").unlink()
+        return folder
     except OSError as error:
         raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from error
 
@@ -310,12 +312,7 @@ def train(run: Run) -> int:
                 finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
             train_epochs(run, signals)
         except utils.Stopped as stopped:
-            write_checkpoint(run)
-            written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
-            kept = "--resume auto continues" if written else "it could not be saved"
-            kept = kept if args.output_dir else "nothing is kept without --output-dir"
-            say(f"stopped by {stopped}, in epoch {run.epoch} after {run.position.steps} steps: {kept}")
-            return stopped.status
+            return stop(run, stopped)
         finally:
             run.progress.close()
             run.train_loader.close()
@@ -324,6 +321,23 @@ def train(run: Run) -> int:
             if isinstance(run.teacher, TeacherCache):
                 run.teacher.flush()
     return 0
+
+
+def stop(run: Run, stopped: utils.Stopped) -> int:
+    """Write what was trained, and return the exit status of a run that was asked to stop."""
+    args, where = run.args, f"in epoch {run.epoch} after {run.position.steps} steps"
+    if not stopped.together and not utils.all_are_at(where):
+        # the others wait for this process, or do not answer: none of them can go on
+        last = f"{run.checkpoint} is the last checkpoint" if run.checkpoint else "there is no checkpoint"
+        if utils.first_to_fail():
+            print(f"stopped by {stopped}, {where}, while waiting for data: not saved, {last}", file=sys.stderr)
+        utils.leave_at_once(stopped.status)
+    write_checkpoint(run)
+    written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
+    kept = "--resume auto continues" if written else "it could not be saved"
+    kept = kept if args.output_dir else "nothing is kept without --output-dir"
+    say(f"stopped by {stopped}, {where}: {kept}")
+    return stopped.status
 
 
 def begin_writing(run: Run) -> None:
@@ -660,7 +674,7 @@ def push(run: Run) -> None:
     facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
     card = models.model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, recipe(args), usage)
     with models.written_whole(run.output_dir / "README.md") as unfinished:
-        Path(unfinished).write_text(card)
+        Path(unfinished).write_text(card, encoding="utf-8", errors="backslashreplace")
     files = ["README.md", "log.txt"]
     if isinstance(run.model, models.AuxNet):
         files += ["learngene.safetensors"] + ["learngene_ema.safetensors"] * (run.ema is not None)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -224,7 +225,8 @@ class ShardCache:
                 except FileNotFoundError:
                     self._fetch(shard, data_path, path)
                 else:
-                    os.utime(file.fileno())
+                    with suppress(OSError):  # it may be another user's: then it is not known when it was opened last
+                        os.utime(file.fileno())
                     return file
         except OSError as error:
             raise InputError(f"--shard-cache {self.folder} cannot keep {shard.file}: {error.strerror}") from error
@@ -243,8 +245,7 @@ class ShardCache:
                     if wait is None or is_final(error):
                         raise
                     time.sleep(wait)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            models.flush_to_disk(part)
             with FileLock(self.folder / "room.lock"):
                 self._make_room(shard.bytes)
                 os.replace(part, path)

@@ -10,17 +10,24 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from errno import EMFILE, ENFILE
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from launchers import World, find_world
 from models import InputError, check_archive, in_a_line, written_whole
+from workers import WorkerError, describe, is_of_worker
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distributed set-up
@@ -29,32 +36,33 @@ from tqdm import tqdm
 
 # where the processes leave word for each other when they cannot reach each other's tensors any more
 _store: dist.Store | None = None
+_world: World | None = None
 
 
 def init_distributed(timeout: timedelta) -> None:
-    """Join the process group that a launcher (torchrun, torch.distributed.launch) describes in the environment.
+    """Join the process group that a launcher (torchrun, srun, mpirun) describes in the environment.
 
     Args:
         timeout: how long one process waits for the others before it gives up.
 
     Raises:
-        InputError: the others were not met.
+        InputError: the others were not met, or the environment says half of what is needed.
     """
-    global _store
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    global _store, _world
+    _world = find_world()
+    if _world is None:
         return
+    os.environ.update(_world.environment())
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun restarts processes beside the store of those that failed, where they would find dead addresses
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:  # ValueError for what is missing in the environment
-        say = os.environ.get
+    except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"process {say('RANK')} of {say('WORLD_SIZE')} has not met the others at {say('MASTER_ADDR')}:"
-            f"{say('MASTER_PORT')} within {timeout.total_seconds() / 60:g} minutes (--dist-timeout): "
-            f"{in_a_line(error)[:300]}"
+            f"process {_world.rank} of {_world.size} has not met the others at {_world.address}:{_world.port} within "
+            f"{timeout.total_seconds() / 60:g} minutes (--dist-timeout): {in_a_line(error)[:300]}"
         ) from error
 
 
@@ -64,7 +72,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _world.local_rank if _world else 0
 
 
 def world_size() -> int:
@@ -177,8 +185,12 @@ def failures_reported_once() -> Iterator[None]:
 
 def what_happened(error: Exception) -> str | None:
     """One sentence about what the user can do something about; None for what should not happen."""
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, WorkerError)):
         return str(error)
+    if is_of_worker(error):
+        return str(describe(error))
+    if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
+        return f"too many open files: raise the limit with 'ulimit -n' ({in_a_line(error)[:300]})"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
         return (
             f"out of memory on process {rank()} of {world_size()} ({in_a_line(error)[:300]}); a smaller --batch-size "
@@ -224,39 +236,108 @@ class NotFiniteError(ArithmeticError):
     """The loss, or the gradient, is not a number any more."""
 
 
-class Stopped(Exception):  # noqa: N818  it is no error
-    """The run was asked to stop by a signal."""
+class Stopped(BaseException):
+    """The run was asked to stop by a signal. It is no error, and nothing that handles errors is to keep it.
 
-    def __init__(self, number: int):
+    Attributes:
+        together: whether all processes raise this at the same place.
+    """
+
+    def __init__(self, number: int, together: bool = True):
         super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
+        self.status, self.together = 128 + number, together
 
 
 class StopSignals:
-    """Within this context SIGTERM, SIGUSR1 and SIGINT are noted; a second Ctrl-C ends the process as usual."""
+    """Within this context SIGTERM, SIGUSR1, SIGINT and SIGHUP are noted; a second Ctrl-C ends the process as usual.
 
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    A process that waits for data (`interruptible`) does not wait on: at once if it is alone, or if the batch does not
+    come within some seconds, as the others may have it and wait for this process. A SIGHUP that was ignored before, by
+    nohup, is ignored.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    PATIENCE = 5.0  # seconds
+    current: "StopSignals | None" = None
 
     def __enter__(self) -> "StopSignals":
-        self.noted = 0
-        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        self.noted, self.pid = 0, os.getpid()
+        self.waiting = self.late = False
+        self.alarm: threading.Timer | None = None
+        numbers = [n for n in self.NUMBERS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        StopSignals.current = self
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        StopSignals.current = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # a data worker that has just been forked
+            return
+        if self.late:
+            self.late = False
+            if self.waiting:
+                raise Stopped(self.noted, together=False)
+            return
         if number == self.noted == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         self.noted = number
+        if self.waiting:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        if world_size() == 1:
+            raise Stopped(self.noted)
+        if self.alarm is None:
+            self.alarm = threading.Timer(self.PATIENCE, self._wake)
+            self.alarm.daemon = True
+            self.alarm.start()
+
+    def _wake(self) -> None:
+        """Interrupt what the main thread waits for."""
+        self.late = True
+        signal.pthread_kill(threading.main_thread().ident, self.noted)
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        self.waiting = True
+        try:
+            if self.noted:
+                self._hurry()
+            yield
+        finally:
+            self.waiting = False
+            if self.alarm is not None:
+                self.alarm.cancel()
+                self.alarm = None
 
     def check(self) -> None:
         """Raises Stopped, on all processes together, if any of them was asked to stop."""
         (number,) = maximum(self.noted)
         if number:
             raise Stopped(int(number))
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """Around a wait for data, which the signals of the current `StopSignals` may interrupt by raising `Stopped`."""
+    return nullcontext() if StopSignals.current is None else StopSignals.current.wait()
+
+
+def all_are_at(place: str, patience: timedelta = timedelta(seconds=5)) -> bool:
+    """Whether all processes come here within ``patience``, and from the same ``place``; only then they may work on."""
+    if _store is None:
+        return True
+    try:
+        _store.set(f"stopped {rank()}", place)
+        names = [f"stopped {number}" for number in range(world_size())]
+        _store.wait(names, patience)
+        return all(_store.get(name).decode() == place for name in names)
+    except RuntimeError:  # some did not come, or the store's process is gone
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +465,7 @@ class Output:
 
     def __init__(self):
         self.failed: dict[str, str] = {}
+        self.warned: set[str] = set()
 
     @contextmanager
     def attempt(self, what: object) -> Iterator[None]:
@@ -392,11 +474,24 @@ class Output:
             self.failed.pop(str(what), None)
         except OSError as error:
             self.failed[str(what)] = error.strerror or str(error)
-            tqdm.write(
-                f"warning: {what} cannot be written ({self.failed[str(what)]}): the run goes on, what was written "
-                "before is kept",
-                file=sys.stderr,
-            )
+            self._warn(what, self.failed[str(what)])
+
+    @contextmanager
+    def attempt_extra(self, what: str) -> Iterator[None]:
+        """The same for what is there to be looked at: no run fails for want of it, whatever its library raises."""
+        try:
+            yield
+        except Exception as error:
+            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {in_a_line(error)}"
+            if what not in self.warned:
+                self._warn(what, reason[:300])
+            self.warned.add(what)
+
+    def _warn(self, what: object, reason: str) -> None:
+        tqdm.write(
+            f"warning: {what} cannot be written ({reason}): the run goes on, what was written before is kept",
+            file=sys.stderr,
+        )
 
 
 class Progress:
@@ -469,7 +564,7 @@ class EpochLog:
     def show(self, numbers: Mapping[str, float], epochs: float) -> None:
         """Numbers that are to be looked at alone, after so many ``epochs``."""
         self.mirror(numbers, round(1000 * epochs))
-        with self.output.attempt("TensorBoard's events"):
+        with self.output.attempt_extra("TensorBoard's events"):
             try:
                 if self.events is None:
                     from torch.utils.tensorboard import SummaryWriter  # seconds that other runs need not wait for
@@ -478,13 +573,13 @@ class EpochLog:
                 for name, value in numbers.items():
                     self.events.add_scalar(name, value, round(1000 * epochs))
                 self.events.flush()
-            except OSError:
+            except Exception:
                 self.events, self.place = None, round(1000 * epochs)  # another file for what comes after
                 raise
 
     def close(self) -> None:
         if self.events is not None:
-            with self.output.attempt("TensorBoard's events"):
+            with self.output.attempt_extra("TensorBoard's events"):
                 self.events.close()
 
     def _write(self) -> None:
@@ -492,6 +587,10 @@ class EpochLog:
             Path(unfinished).write_text("".join(json.dumps(line) + "\n" for line in self.epochs))
 
     def _draw(self) -> None:
+        with self.output.attempt_extra(str(self.curves)), written_whole(self.curves) as unfinished:
+            self._figure().savefig(unfinished, format="png", dpi=120)
+
+    def _figure(self) -> "Figure":
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -502,5 +601,4 @@ class EpochLog:
             axes.set(xlabel="epoch", ylabel=unit)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
-        with self.output.attempt(self.curves), written_whole(self.curves) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=120)
+        return figure

@@ -14,6 +14,7 @@ from .aux_net import AuxNet
 from .files import (
     check_archive,
     fetch,
+    flush_to_disk,
     read_checkpoint,
     read_json,
     read_yaml,
@@ -68,6 +69,7 @@ __all__ = [
     "create_vit",
     "dropout_rates",
     "fetch",
+    "flush_to_disk",
     "follows_grammar",
     "fuse_qkv",
     "in_a_line",

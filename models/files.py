@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -365,9 +365,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
         yield str(unfinished)
         umask = os.umask(0)  # there is no other way to read it
         os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())  # the name must not be there before the content, whatever happens to the machine
+        with suppress(OSError):  # some file systems of other machines have no modes: the file is kept as it is
+            unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        flush_to_disk(unfinished)  # the name must not be there before the content, whatever happens to the machine
         os.replace(unfinished, path)
     except (RuntimeError, SafetensorError) as error:
         if not re.search(r"inline_container|I/O error", str(error)):
@@ -379,11 +379,25 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
         unfinished.unlink(missing_ok=True)
 
 
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Have the system write a file to its disk, where the file system can be asked to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what `written_whole` has left in a folder when its process was killed."""
     for left in folder.glob(".*.*"):
         if re.fullmatch(
-            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index)\S*\.\d+",
+            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index|writable)\S*\.\d+",
             left.name,
         ):
             left.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from batch_augment import BatchAugment
 from cache import AugmentedBatches, check_memory, check_small, read_all, resized
@@ -87,6 +88,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     try:
         main()
     except models.InputError as error:

@@ -23,6 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+import console
 import models
 
 import matplotlib
@@ -187,4 +188,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 
 from interleaved import machine
@@ -48,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main()

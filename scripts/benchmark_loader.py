@@ -29,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 from datasets import Batches, SeededDataset, build_dataset, build_transform, collate
 from images import Normalise, RawImage, batch_of, faster, load
 from samplers import TrainSampler
@@ -206,4 +207,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main()

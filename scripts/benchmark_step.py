@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 
 import torch
@@ -141,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from build import autocast_of
 from losses import DistillationLoss
@@ -123,4 +124,5 @@ def report(args: argparse.Namespace, times: dict[str, list[float]], once: dict[s
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 
 
@@ -45,4 +46,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from models import InputError
 
@@ -285,4 +286,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main())

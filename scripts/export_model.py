@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from datasets import build_dataset
 from scripts.predict import load, printable, read_picture
@@ -205,4 +206,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main())

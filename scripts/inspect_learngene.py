@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from models import lets, tleg
 from models.vit import SIZES
@@ -337,4 +338,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main())

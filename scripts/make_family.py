@@ -30,6 +30,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+import console
 import models
 from build import CHANNELS, autocast_of, build_loaders, device_of
 from configuration import Parser, about, parse_options, recipe, with_dashes
@@ -386,7 +387,9 @@ def fine_tune(member: Member, setting: Setting) -> None:
     command = [sys.executable, REPOSITORY / "main.py", *setting.command, *model, *resume]
     last = deque(maxlen=20)
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
         tqdm(desc=f"training {member.name}", unit="step", leave=False, disable=None) as bar,
     ):
         for line in process.stdout:
@@ -420,12 +423,17 @@ def write_results(members: Sequence[Member], setting: Setting) -> None:
         | {"stored_parameters": stored}
         for m in members
     ]
-    with models.written_whole(out / "family.csv") as unfinished, open(unfinished, "w", newline="") as file:
+    with (
+        models.written_whole(out / "family.csv") as unfinished,
+        open(unfinished, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
     with models.written_whole(out / "family.md") as unfinished:
-        Path(unfinished).write_text("\n".join([*family_table(rows), "", *summary(members, stored, setting)]) + "\n")
+        Path(unfinished).write_text(
+            "\n".join([*family_table(rows), "", *summary(members, stored, setting)]) + "\n", encoding="utf-8"
+        )
     if all(member.accuracy is not None for member in members):
         figure = draw(
             members, f"Des-Nets of {Path(setting.args.load_gene).name}, test images of {setting.args.data_set}"
@@ -588,4 +596,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main(sys.argv[1:]))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from configuration import Parser
 from datasets import build_dataset, check_classes
@@ -181,7 +182,11 @@ def index_shards(folder: Path) -> None:
             raise InputError(f"--index {folder} has no shards whose names say {split}: both train and val are needed")
     highest = max(max(of_split) for of_split in labels.values())
     listed = folder / "classes.txt"
-    classes = listed.read_text().splitlines() if listed.is_file() else [str(label) for label in range(highest + 1)]
+    classes = (
+        listed.read_text(encoding="utf-8").splitlines()
+        if listed.is_file()
+        else [str(label) for label in range(highest + 1)]
+    )
     if len(classes) <= highest:
         raise InputError(f"{listed} names {len(classes)} classes, but there are labels up to {highest}")
     names = [{classes[label] for label in labels[split]} for split in SPLITS]
@@ -215,4 +220,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 
 import torch
@@ -119,4 +120,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main())

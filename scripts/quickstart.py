@@ -23,6 +23,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import console
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -117,6 +121,7 @@ def run(step: Step, slot: int, threads: int) -> bool:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="backslashreplace",
     )
     with tqdm(desc=step.name, position=slot, leave=False, unit="step", disable=None) as bar:
         for line in process.stdout:
@@ -184,7 +189,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
@@ -255,4 +260,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main()

@@ -31,6 +31,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+import console
 import models
 from configuration import Parser
 from models import InputError, read_json, written_whole
@@ -56,11 +57,13 @@ TUNING_COLUMNS = ("group", "epochs", "tuned_by_epochs", "lr", "held_out_accuracy
 
 def be_main(arguments: list[str], output: Path, threads: int) -> None:
     """Make this process one of ``python main.py ARGUMENTS`` that prints into ``output``."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the study passes it on as SIGTERM
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # of a terminal: the study passes it on as SIGTERM
     threading.Thread(target=stop_with_study, daemon=True).start()
     printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
+    console.accept_any_text()
     torch.set_num_threads(threads)
     print(shlex.join(["python", "main.py", *arguments]), flush=True)
     sys.exit(run_main(arguments))
@@ -400,7 +403,7 @@ def tuning_rows(runner: Runner) -> Iterable[dict]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    with written_whole(path) as unfinished, open(unfinished, "w", newline="") as file:
+    with written_whole(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -494,6 +497,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before the first run, when there is nothing to keep

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 from scripts.study_claims import claims, family_macs
 from scripts.study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
@@ -220,4 +221,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main(sys.argv[1:]))

@@ -31,6 +31,7 @@ os.environ |= {
 }  # one thread: rounds of two processes share two cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console
 import models
 import run as program
 
@@ -250,4 +251,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     sys.exit(main(sys.argv[1:]))
