@@ -29,6 +29,7 @@ from datasets import (
     divide,
     leave_signals_to_main,
 )
+from folders import SPLITS, summary
 from images import faster
 from losses import DistillationLoss, FamilyLoss
 from models import InputError
@@ -363,17 +364,18 @@ def build_teaching(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
+def build_sets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset, list[str], BatchAugment | None]:
     """Training and test images, the names of the classes, and with --cache-data what augments the former.
 
-    With --holdout some of the training images are in the place of the test images, which are not even read.
+    With --holdout some of the training images are in the place of the test images, which are not even read. With --eval
+    there are no training images, but None.
     """
     if args.cache_data:
         cache.check_small(args.data_set, args.input_size)
-    sets, augment, shards = [], None, None
+    sets, augment, shards, found = [], None, None, []
     if args.shard_cache is not None:
         shards = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
-    for is_train in (True, False):
+    for is_train in (False,) if args.eval else (True, False):
         transform = build_transform(
             args.data_set,
             is_train,
@@ -392,22 +394,35 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
         elif is_train:
             transform = faster(transform)
         of_train = is_train or args.holdout is not None
-        sets.append(build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards))
-    (train, classes), (test, test_classes) = sets
+        alone = len(splits_needed(args)) == 1
+        sets.append(
+            build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards, alone)
+        )
+        found.append(summary(SPLITS[not of_train], *sets[-1], args.data_path))
+    for line in dict.fromkeys(filter(None, found)):
+        say(line)
+    (train, classes), (test, test_classes) = sets[0], sets[-1]
     if classes != test_classes:
         raise InputError(
             f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
-    if args.train_images or args.holdout:
+    if args.holdout or (args.train_images and not args.eval):
         to_train, held_out = divide(train.targets, args.train_images, args.holdout)
         train, test = Subset(train, to_train), Subset(test, held_out) if args.holdout else test
-    return train, test, classes, augment
+    return None if args.eval else train, test, classes, augment
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
-    """Training and test images in batches, and the names of the classes."""
+def splits_needed(args: argparse.Namespace) -> tuple[str, ...]:
+    """The splits of the data set that the run reads."""
+    if args.holdout:
+        return ("train",)
+    return ("val",) if args.eval else SPLITS
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches | None, Batches, list[str]]:
+    """Training images, or with --eval None, and test images in batches, and the names of the classes."""
     train, test, classes, augment = build_sets(args)
-    if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
+    if train is not None and args.batch_size * utils.world_size() > len(train) and args.epochs > 0:
         raise InputError(
             f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
             "training images"
@@ -416,32 +431,36 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
     pinned = args.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
-    sampler = TrainSampler(
-        len(train),
-        args.batch_size,
-        repeats=3 if args.repeated_aug else 1,
-        seed=args.seed,
-        shard_sizes=getattr(train, "shard_sizes", None),
-        **process,
-    )
-    sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
-    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
+    size, test, train_loader = int(1.5 * args.batch_size), ReadDataset(test), None
+    if train is not None:
+        sampler = TrainSampler(
+            len(train),
+            args.batch_size,
+            repeats=3 if args.repeated_aug else 1,
+            seed=args.seed,
+            shard_sizes=getattr(train, "shard_sizes", None),
+            **process,
+        )
+        train = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0)
     if args.cache_data:
-        keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
+        keys = [(i, 0) for i in range(len(train))] if train is not None else []  # nothing is random yet
         cache.check_memory(len(keys) + len(test), args.input_size, device)
         read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
-        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
-        return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
-    train_loader = DataLoader(
-        train,
-        batch_size=sizes["train"],
-        sampler=sampler,
-        drop_last=True,
-        persistent_workers=workers > 0,
-        **common,
-    )
-    test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
-    return *(Batches(loader, args.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
+        if train is not None:
+            train_loader = AugmentedBatches(*read(train, keys), sampler, args.batch_size, augment)
+        return train_loader, CachedBatches(*read(test, range(len(test))), size, **process), classes
+    if train is not None:
+        loader = DataLoader(
+            train,
+            batch_size=args.batch_size,
+            sampler=sampler,
+            drop_last=True,
+            persistent_workers=workers > 0,
+            **common,
+        )
+        train_loader = Batches(loader, args.skip_bad_images, device)
+    loader = DataLoader(test, batch_size=size, sampler=ExactSampler(len(test), **process), **common)
+    return train_loader, Batches(loader, args.skip_bad_images, device), classes
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:

@@ -79,7 +79,8 @@ def white_of(values: np.ndarray) -> int:
     if low >= 0 and high <= 65535 and (values.dtype.kind != "f" or (values == np.rint(values)).all()):
         return 255 if high <= 255 else 65535
     raise ValueError(
-        f"its 32-bit pixels go from {low:g} to {high:g}: expected fractions up to 1, or whole numbers up to 255 or 65535"
+        f"its 32-bit pixels go from {low:g} to {high:g}: expected fractions up to 1, or whole numbers up to 255 or "
+        "65535"
     )
 
 
