@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -229,6 +228,8 @@ def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> Non
         raise InputError(f"--data-set {name} needs --data-path, the folder to --download it to")
     root, unfinished = Path(path), Path(path, f".download-{name}")
     try:
+        if root.is_dir() and own_folder(name, root, splits) is not None:  # perhaps where nothing can be written
+            return
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock"):  # other machines may see this folder, too
             if own_folder(name, root, splits) is not None:
@@ -236,7 +237,7 @@ def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> Non
             _check_no_part(name, root)
             if unfinished.exists():  # archives are used again, what was unpacked of them may not be whole
                 _remove_folders(unfinished)
-            print(f"downloading {name} to {root}", file=sys.stderr, flush=True)
+            print(f"downloading {name} to {root}", flush=True)
             unfinished.mkdir(exist_ok=True)
             with answers_expected():
                 DOWNLOADS[name](unfinished, download=True)
