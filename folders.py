@@ -52,10 +52,11 @@ def files_below(folder: str) -> Iterator[str]:
 
 def leads_back(path: str) -> bool:
     """Whether a folder is a link to one that it is in, and would be walked through again and again."""
-    return (
-        os.path.islink(path)
-        and Path(os.path.realpath(path)) in Path(os.path.realpath(os.path.dirname(path)), "x").parents
-    )
+    if not os.path.islink(path):
+        return False
+    target, place = os.path.realpath(path), os.path.dirname(path)
+    ways = (Path(place), *Path(place).parents), Path(os.path.realpath(place)).parents
+    return target in {os.path.realpath(folder) for way in ways for folder in way}
 
 
 def ending_of(path: str) -> str:
@@ -84,7 +85,7 @@ class ImageFolder(tv.ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         classes = subfolders(Path(directory))
         if not classes:
-            raise InputError(f"{directory} has no folders: expected one folder of images per class")
+            raise InputError(f"--data-path: {directory} has no folders: expected one folder of images per class")
         return classes, {name: label for label, name in enumerate(classes)}
 
     def make_dataset(self, directory: str | Path, class_to_idx: dict[str, int], **_: object) -> list[tuple[str, int]]:
@@ -107,7 +108,7 @@ class ImageFolder(tv.ImageFolder):
             if len(samples) == before:
                 found = f"its files end otherwise ({counted(others)})" if others else "it has no files"
                 raise InputError(
-                    f"{os.path.join(directory, name)} holds no image of its class: {found}, "
+                    f"--data-path: {os.path.join(directory, name)} holds no image of its class: {found}, "
                     f"expected {', '.join(IMG_EXTENSIONS)}"
                 )
             self.passed_over += others

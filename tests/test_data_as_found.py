@@ -68,6 +68,9 @@ def make_messy(root: Path) -> None:
         (root / "train" / name).parent.mkdir(exist_ok=True)
         (root / "train" / name).write_bytes(image)
     (root / "train" / "ant" / "again").symlink_to(root / "train" / "ant")  # would be walked through 40 times
+    for place, link in (("x", "y"), ("y", "x")):  # and these
+        (root / "train" / "cow" / place).mkdir()
+        (root / "train" / "cow" / place / link).symlink_to(root / "train" / "cow" / link)
 
 
 @pytest.fixture(scope="module")
