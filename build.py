@@ -364,11 +364,11 @@ def build_teaching(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_sets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset, list[str], BatchAugment | None]:
+def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
     """Training and test images, the names of the classes, and with --cache-data what augments the former.
 
     With --holdout some of the training images are in the place of the test images, which are not even read. With --eval
-    there are no training images, but None.
+    there are no training images, and need not be.
     """
     if args.cache_data:
         cache.check_small(args.data_set, args.input_size)
@@ -409,7 +409,7 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset, list[
     if args.holdout or (args.train_images and not args.eval):
         to_train, held_out = divide(train.targets, args.train_images, args.holdout)
         train, test = Subset(train, to_train), Subset(test, held_out) if args.holdout else test
-    return None if args.eval else train, test, classes, augment
+    return Subset(test, []) if args.eval else train, test, classes, augment
 
 
 def splits_needed(args: argparse.Namespace) -> tuple[str, ...]:
@@ -419,10 +419,10 @@ def splits_needed(args: argparse.Namespace) -> tuple[str, ...]:
     return ("val",) if args.eval else SPLITS
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches | None, Batches, list[str]]:
-    """Training images, or with --eval None, and test images in batches, and the names of the classes."""
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
+    """Training and test images in batches, and the names of the classes."""
     train, test, classes, augment = build_sets(args)
-    if train is not None and args.batch_size * utils.world_size() > len(train) and args.epochs > 0:
+    if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
         raise InputError(
             f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
             "training images"
@@ -431,36 +431,32 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batch
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
     pinned = args.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate, worker_init_fn=leave_signals_to_main)
-    size, test, train_loader = int(1.5 * args.batch_size), ReadDataset(test), None
-    if train is not None:
-        sampler = TrainSampler(
-            len(train),
-            args.batch_size,
-            repeats=3 if args.repeated_aug else 1,
-            seed=args.seed,
-            shard_sizes=getattr(train, "shard_sizes", None),
-            **process,
-        )
-        train = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0)
+    sampler = TrainSampler(
+        len(train),
+        args.batch_size,
+        repeats=3 if args.repeated_aug else 1,
+        seed=args.seed,
+        shard_sizes=getattr(train, "shard_sizes", None),
+        **process,
+    )
+    sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
+    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
     if args.cache_data:
-        keys = [(i, 0) for i in range(len(train))] if train is not None else []  # nothing is random yet
+        keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
         cache.check_memory(len(keys) + len(test), args.input_size, device)
         read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
-        if train is not None:
-            train_loader = AugmentedBatches(*read(train, keys), sampler, args.batch_size, augment)
-        return train_loader, CachedBatches(*read(test, range(len(test))), size, **process), classes
-    if train is not None:
-        loader = DataLoader(
-            train,
-            batch_size=args.batch_size,
-            sampler=sampler,
-            drop_last=True,
-            persistent_workers=workers > 0,
-            **common,
-        )
-        train_loader = Batches(loader, args.skip_bad_images, device)
-    loader = DataLoader(test, batch_size=size, sampler=ExactSampler(len(test), **process), **common)
-    return train_loader, Batches(loader, args.skip_bad_images, device), classes
+        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
+        return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
+    train_loader = DataLoader(
+        train,
+        batch_size=sizes["train"],
+        sampler=sampler,
+        drop_last=True,
+        persistent_workers=workers > 0,
+        **common,
+    )
+    test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
+    return *(Batches(loader, args.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:

@@ -70,7 +70,7 @@ class Run:
     output_dir: Path | None
     device: torch.device
     autocast: AbstractContextManager
-    train_loader: Batches | None  # nothing is trained with --eval
+    train_loader: Batches
     test_loader: Batches
     classes: list[str]
     model: nn.Module
@@ -149,7 +149,7 @@ def set_up(args: argparse.Namespace) -> Run:
         model=model,
         ema=build_ema(args, model),
         mixup=mixup,
-        teacher=build_teaching(args, train_loader.dataset, num_classes, device) if train_loader else None,
+        teacher=build_teaching(args, train_loader.dataset, num_classes, device),
         criterion=build_criterion(args, base_criterion),
         optimizer=optimizer,
         scheduler=scheduler,
