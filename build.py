@@ -28,6 +28,7 @@ from datasets import (
     collate,
     divide,
 )
+from folders import SPLITS, summary
 from images import faster
 from losses import DistillationLoss, FamilyLoss
 from models import InputError
@@ -371,14 +372,15 @@ def build_teaching(
 def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
     """Training and test images, the names of the classes, and with --cache-data what augments the former.
 
-    With --holdout some of the training images are in the place of the test images, which are not even read.
+    With --holdout some of the training images are in the place of the test images, which are not even read. With --eval
+    there are no training images, and need not be.
     """
     if args.cache_data:
         cache.check_small(args.data_set, args.input_size)
-    sets, augment, shards = [], None, None
+    sets, augment, shards, found = [], None, None, []
     if args.shard_cache is not None:
         shards = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
-    for is_train in (True, False):
+    for is_train in (False,) if args.eval else (True, False):
         transform = build_transform(
             args.data_set,
             is_train,
@@ -397,16 +399,29 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
         elif is_train:
             transform = faster(transform)
         of_train = is_train or args.holdout is not None
-        sets.append(build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards))
-    (train, classes), (test, test_classes) = sets
+        alone = len(splits_needed(args)) == 1
+        sets.append(
+            build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards, alone)
+        )
+        found.append(summary(SPLITS[not of_train], *sets[-1], args.data_path))
+    for line in dict.fromkeys(filter(None, found)):
+        say(line)
+    (train, classes), (test, test_classes) = sets[0], sets[-1]
     if classes != test_classes:
         raise InputError(
             f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
-    if args.train_images or args.holdout:
+    if args.holdout or (args.train_images and not args.eval):
         to_train, held_out = divide(train.targets, args.train_images, args.holdout)
         train, test = Subset(train, to_train), Subset(test, held_out) if args.holdout else test
-    return train, test, classes, augment
+    return Subset(test, []) if args.eval else train, test, classes, augment
+
+
+def splits_needed(args: argparse.Namespace) -> tuple[str, ...]:
+    """The splits of the data set that the run reads."""
+    if args.holdout:
+        return ("train",)
+    return ("val",) if args.eval else SPLITS
 
 
 def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:

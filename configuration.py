@@ -209,6 +209,6 @@ def options_in_effect(args: argparse.Namespace) -> dict:
 
 def recipe(args: argparse.Namespace) -> dict:
     """The options in effect without those that name places on this machine, for files that others will read."""
-    places = {"data_path", "shard_cache", "shard_cache_gb", "output_dir", "teacher_cache"}
+    places = {"data_path", "download", "shard_cache", "shard_cache_gb", "output_dir", "teacher_cache"}
     places |= {"load_gene", "finetune", "init_path", "src_path", "teacher_path"}
     return {name: value for name, value in options_in_effect(args).items() if name not in places}

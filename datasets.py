@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
 import struct
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import utils
+from folders import FOLDERS, LAYOUTS, SPLITS, ImageFolder, not_found, own_folder, subfolders
 from images import Normalise, RawBatch, RawImage, batch_of, load
 from models import InputError, in_a_line
 from samplers import Key
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate, get_worker_info
 from torchvision import datasets as tv
 from torchvision import transforms
+from torchvision.datasets.utils import check_integrity
 
 
 class ArrayDataset(Dataset):
@@ -246,19 +247,28 @@ SKIPPED_AT_ONCE = 10  # images of a batch; more are no accident
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One function per layout on disk: (root, is_train, transform) → dataset
+# One function per layout on disk: (root, is_train, transform) → dataset; root is what folders.own_folder finds
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def image_folder(root: Path, is_train: bool, transform: Callable, num_classes: int | None = None) -> Dataset:
-    """``train/`` and ``val/`` with one folder per class, the same classes in both."""
-    folders = {split: root / split for split in ("train", "val")}
-    for folder in folders.values():
-        if not folder.is_dir():
-            raise InputError(f"--data-path {root} has no folder {folder.name}/: expected train/ and val/")
-    classes = [{entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in folders.values()]
-    check_classes(root, *classes, expected=num_classes)
-    return tv.ImageFolder(folders["train" if is_train else "val"], transform, loader=load)
+def image_folder(
+    root: Path, is_train: bool, transform: Callable, num_classes: int | None = None, alone: bool = False
+) -> Dataset:
+    """``train/`` and ``val/`` with one folder per class, the same classes in both.
+
+    Args:
+        alone: whether the other one may be missing.
+    """
+    own = SPLITS[not is_train]
+    needed = (own,) if alone else SPLITS
+    for split in needed:
+        if not (root / split).is_dir():
+            expected = " and ".join(f"{name}/" for name in needed)
+            raise InputError(f"--data-path {root} has no folder {split}/: expected {expected}")
+    classes = {split: subfolders(root / split) for split in SPLITS if (root / split).is_dir()}
+    both = [classes[own] if alone and not classes.get(split) else classes[split] for split in SPLITS]
+    check_classes(root, *both, expected=num_classes)
+    return ImageFolder(root / own, transform, load)
 
 
 def check_classes(
@@ -281,52 +291,58 @@ def check_classes(
         )
 
 
-def tiny_imagenet(root: Path, is_train: bool, transform: Callable) -> Dataset:
+def tiny_imagenet(root: Path, is_train: bool, transform: Callable, alone: bool = False) -> Dataset:
     """Tiny ImageNet as distributed, with val/val_annotations.txt, or with val/ sorted into classes."""
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
-        return image_folder(root, is_train, transform, num_classes=200)
-    train = tv.ImageFolder(root / "train", transform, loader=load)
+        return image_folder(root, is_train, transform, 200, alone)
     lines = [line.split("\t") for line in annotations.read_text().splitlines()]
-    check_classes(root, train.classes, {label for _, label, *_ in lines}, expected=200)
-    samples = [(str(root / "val" / "images" / name), train.class_to_idx[label]) for name, label, *_ in lines]
-    return train if is_train else ImageList(samples, train.classes, transform)
+    classes = sorted({label for _, label, *_ in lines})
+    if not alone or (root / "train").is_dir():
+        check_classes(root, subfolders(root / "train"), classes, expected=200)
+    if is_train:
+        return ImageFolder(root / "train", transform, load)
+    samples = [(str(root / "val" / "images" / name), classes.index(label)) for name, label, *_ in lines]
+    return ImageList(samples, classes, transform)
 
 
-def inat19(root: Path, is_train: bool, transform: Callable, category: str = "name") -> Dataset:
+def inat19(root: Path, is_train: bool, transform: Callable, category: str = "name", alone: bool = False) -> Dataset:
     """iNaturalist 2019 as distributed: ``train2019.json``, ``val2019.json``, ``categories.json``."""
 
     def read(name: str):
         return json.loads((root / name).read_text())
 
     species = {c["id"]: c for c in read("categories.json")}
-    splits = [read("train2019.json"), read("val2019.json")]
-    labels = [{a["image_id"]: species[a["category_id"]][category] for a in split["annotations"]} for split in splits]
-    check_classes(root, *(of_image.values() for of_image in labels), places=("train2019.json", "val2019.json"))
-    classes = sorted(set(labels[0].values()))
-    split, of_image = splits[not is_train], labels[not is_train]
+    own, places = SPLITS[not is_train], [f"{split}2019.json" for split in SPLITS]
+    splits = {split: read(place) for split, place in zip(SPLITS, places, strict=True) if (root / place).is_file()}
+    labels = {
+        name: {a["image_id"]: species[a["category_id"]][category] for a in split["annotations"]}
+        for name, split in splits.items()
+    }
+    check_classes(root, *(labels.get(split, labels[own]).values() for split in SPLITS), places=tuple(places))
+    classes = sorted(set(labels[own].values()))
+    split, of_image = splits[own], labels[own]
     samples = [(str(root / image["file_name"]), classes.index(of_image[image["id"]])) for image in split["images"]]
     return ImageList(samples, classes, transform)
 
 
 def fmnist(root: Path, is_train: bool, transform: Callable) -> Dataset:
-    """Fashion-MNIST: torchvision's layout, or any folder with the four idx files, gzipped or not."""
+    """Fashion-MNIST: any folder with the four idx files, gzipped or not."""
     part = "train" if is_train else "t10k"
-    folders = (root, root / "FashionMNIST" / "raw")
-    images = _read_idx(folders, f"{part}-images-idx3-ubyte").reshape(-1, 28, 28)
-    labels = _read_idx(folders, f"{part}-labels-idx1-ubyte")
+    images = _read_idx(root, f"{part}-images-idx3-ubyte").reshape(-1, 28, 28)
+    labels = _read_idx(root, f"{part}-labels-idx1-ubyte")
     if len(images) != len(labels):
         raise InputError(f"--data-path {root} has {len(images)} {part} images, but {len(labels)} labels")
     return ArrayDataset(images, labels, tv.FashionMNIST.classes, transform)
 
 
-def _read_idx(folders: tuple[Path, ...], name: str) -> np.ndarray:
-    for path in (folder / (name + suffix) for folder in folders for suffix in ("", ".gz")):
+def _read_idx(folder: Path, name: str) -> np.ndarray:
+    for path in (folder / (name + suffix) for suffix in ("", ".gz")):
         if path.is_file():
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             axes = content[3]  # the magic number ends with the number of axes, one 32-bit size each follows
             return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes)
-    raise InputError(f"--data-path {folders[0]} has no {name}, nor {name}.gz")
+    raise InputError(f"--data-path {folder} has no {name}, nor {name}.gz")
 
 
 def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
@@ -341,44 +357,81 @@ def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
     return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], list(map(str, range(10))), transform)
 
 
-# torchvision's lists of these files are used, but not its reading, which keeps no image for its repetitions
+# torchvision's readers keep no image for its repetitions, and look for these folders under one name alone
 
 
 def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
     """Oxford Flowers 102: the training and validation images to train, as is usual."""
-    splits = [tv.Flowers102(root, split=split) for split in (("train", "val") if is_train else ("test",))]
-    samples = [sample for split in splits for sample in zip(split._image_files, split._labels, strict=True)]
+    from scipy.io import loadmat
+
+    for name, digest in (tv.Flowers102._file_dict[key] for key in ("label", "setid")):
+        if not check_integrity(root / name, digest):
+            raise InputError(f"{root / name} is damaged: its MD5 is not {digest}")
+    labels, ids = (loadmat(root / name, squeeze_me=True) for name in ("imagelabels.mat", "setid.mat"))
+    numbers = np.concatenate([np.atleast_1d(ids[part]) for part in (("trnid", "valid") if is_train else ("tstid",))])
+    samples = [(str(root / "jpg" / f"image_{n:05d}.jpg"), int(labels["labels"][n - 1]) - 1) for n in numbers.tolist()]
     # newer torchvision has names
     return ImageList(samples, getattr(tv.Flowers102, "classes", list(map(str, range(1, 103)))), transform)
 
 
 def food101(root: Path, is_train: bool, transform: Callable) -> Dataset:
-    dataset = tv.Food101(root, split="train" if is_train else "test")
-    return ImageList(list(zip(dataset._image_files, dataset._labels, strict=True)), dataset.classes, transform)
+    of_class = json.loads((root / "meta" / ("train.json" if is_train else "test.json")).read_text())
+    classes = sorted(of_class)
+    samples = [
+        (str(root / "images" / f"{name}.jpg"), classes.index(dish))
+        for dish, names in of_class.items()
+        for name in names
+    ]
+    return ImageList(samples, classes, transform)
 
 
 def cars(root: Path, is_train: bool, transform: Callable) -> Dataset:
-    dataset = tv.StanfordCars(root, split="train" if is_train else "test")
-    return ImageList(dataset._samples, dataset.classes, transform)
+    """Stanford Cars; Kaggle's archives have the images in ``cars_train/cars_train/``."""
+    from scipy.io import loadmat
+
+    table = "devkit/cars_train_annos.mat" if is_train else "cars_test_annos_withlabels.mat"
+    rows = np.atleast_1d(loadmat(root / table, squeeze_me=True)["annotations"])
+    classes = loadmat(root / "devkit" / "cars_meta.mat", squeeze_me=True)["class_names"].tolist()
+    images = root / ("cars_train" if is_train else "cars_test")
+    images = images / images.name if (images / images.name).is_dir() else images
+    samples = [(str(images / row["fname"]), int(row["class"]) - 1) for row in rows]
+    return ImageList(samples, classes, transform)
 
 
-def _cifar(kind: type, root: Path, is_train: bool, transform: Callable) -> Dataset:
-    return kind(root, train=is_train, transform=transform)  # torchvision checks the files' hashes before reading
+class _Cifar(tv.CIFAR10):
+    """torchvision's reader of a folder of any name, for which the files of the other split may be missing."""
+
+    def __init__(self, root: Path, is_train: bool, transform: Callable):
+        self.base_folder = root.resolve().name
+        super().__init__(root.resolve().parent, is_train, transform)
+
+    def _check_integrity(self) -> bool:
+        """Whether the files that are unpickled have the digests that they should; the names' are looked at, too."""
+        files = self.train_list if self.train else self.test_list
+        return all(check_integrity(Path(self.root, self.base_folder, name), digest) for name, digest in files)
 
 
-def sharded(root: str, is_train: bool, transform: Callable, cache: ShardCache | None) -> Dataset:
+class _Cifar10(_Cifar):
+    pass
+
+
+class _Cifar100(_Cifar, tv.CIFAR100):
+    pass
+
+
+def sharded(root: str, is_train: bool, transform: Callable, cache: ShardCache | None, alone: bool = False) -> Dataset:
     """WebDataset shards, in a folder or elsewhere."""
     if not is_remote(root) and not Path(root).is_dir():
         raise InputError(f"--data-path {root} is not a folder, an address (https://…) or a command (pipe:…)")
-    return ShardDataset(root, is_train, transform, cache)
+    return ShardDataset(root, is_train, transform, cache, alone)
 
 
 # name → (reader, number of classes or None to count them, native size in pixels or None where it varies)
 DATA_SETS = {
     "IMNET": (partial(image_folder, num_classes=1000), 1000, None),
     "FOLDER": (image_folder, None, None),
-    "CIFAR10": (partial(_cifar, tv.CIFAR10), 10, 32),
-    "CIFAR100": (partial(_cifar, tv.CIFAR100), 100, 32),
+    "CIFAR10": (_Cifar10, 10, 32),
+    "CIFAR100": (_Cifar100, 100, 32),
     "INAT19": (inat19, None, None),
     "FOOD101": (food101, 101, None),
     "CARS": (cars, 196, None),
@@ -398,11 +451,13 @@ def build_dataset(
     transform: Callable,
     inat_category: str = "name",
     shard_cache: ShardCache | None = None,
+    alone: bool = False,
 ) -> tuple[Dataset, list[str]]:
     """The training or the test images of a data set, and the names of its classes in the order of their labels.
 
     Args:
         shard_cache: where shards from another machine are kept, if there are any.
+        alone: whether the images of the other kind may be missing. If they are there, their classes are compared.
 
     Raises:
         InputError: the path is missing or does not have the layout of the data set, a class is empty, or the classes
@@ -411,26 +466,49 @@ def build_dataset(
     reader, num_classes, _ = DATA_SETS[name]
     if name == "INAT19":
         reader = partial(reader, category=inat_category)
+    if name == "INAT19" or is_of_folders(name):
+        reader = partial(reader, alone=alone)  # others read one kind of images at a time anyway
+    root = None
     if name != "DIGITS":
         if path is None:
             raise InputError(f"--data-set {name} needs --data-path, the folder that holds it")
         if name == "WDS":
-            dataset = sharded(path, is_train, transform, shard_cache)
+            dataset = sharded(path, is_train, transform, shard_cache, alone)
             return dataset, dataset.classes
         if not Path(path).is_dir():
             raise InputError(f"--data-path {path} is not a folder")
     try:
-        dataset = reader(Path(path) if path else None, is_train, transform)
+        if name in LAYOUTS:
+            root = folder_of(name, Path(path), is_train, alone)
+        dataset = reader(root, is_train, transform)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError, zlib.error) as error:
         # torchvision and the readers above meet a wrong layout in these ways
-        reason = " ".join(str(error).split()).partition(". You can use download=True")[0]  # there is no such option
+        reason = " ".join(str(error).split()).partition(". You can use download=True")[0]  # here it is --download
         raise InputError(f"--data-path {path} does not hold {name} in its usual layout: {reason}") from error
     classes = list(dataset.classes)
     if num_classes not in (None, len(classes)):
         raise InputError(f"--data-path {path} has {len(classes)} classes, {name} has {num_classes}")
     return dataset, classes
+
+
+def is_of_folders(name: str) -> bool:
+    """Whether a data set is ``train/`` and ``val/`` with a folder per class."""
+    return name in LAYOUTS and LAYOUTS[name].train == FOLDERS.train
+
+
+def folder_of(name: str, path: Path, is_train: bool, alone: bool) -> Path:
+    """The folder in which a reader finds the data set; readers of class folders say themselves what is missing.
+
+    Raises:
+        InputError: it is not in ``path``.
+    """
+    splits = (SPLITS[not is_train],) if alone else SPLITS
+    root = own_folder(name, path, splits)
+    if root is None and not is_of_folders(name):
+        raise not_found(name, path, splits)
+    return root or path
 
 
 def divide(labels: Sequence[int], train: int | None, holdout: int | None) -> tuple[list[int], list[int]]:

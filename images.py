@@ -14,7 +14,7 @@ import models  # noqa: F401  before timm, which imports torchvision
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, RandomResizedCropAndInterpolation, auto_augment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -34,7 +34,65 @@ def decode(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError:  # whose message names the object in memory, another one each time
         raise UnidentifiedImageError("it is no image of a kind that Pillow knows") from None
     image.load()
+    return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image with 8 bits per channel, as RGB: deeper grey images, which Pillow clips, are scaled.
+
+    Raises:
+        ValueError: it has 32-bit numbers whose white is not known.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        rgb = Image.fromarray(eight_bits(image)).convert("RGB")
+        rgb.info.update(image.info)  # with the orientation
+        return rgb
     return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even where it changes nothing
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """The pixels (height, width) of a grey image with more than 8 bits, scaled to 0…255 in uint8."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # the tags of a TIFF file
+    if image.mode.startswith("I;16"):
+        white = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    elif image.format in ("PNG", "PPM"):  # which older Pillow reads as 32 bits; PPM's are scaled to 65535
+        white = 1 if image.mode == "F" else 65535
+    elif tags.get(BITS_PER_SAMPLE) == (16,):  # with a sign
+        white = 32767
+    else:
+        white = white_of(values)
+    if values.min() < 0 or not values.max() <= white:  # nan is not less than anything
+        raise ValueError(f"its pixels go from {values.min():g} to {values.max():g}, expected 0 to {white}")
+    scaled = np.rint(values * np.float32(255 / white)).astype(np.uint8)
+    return 255 - scaled if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else scaled
+
+
+def white_of(values: np.ndarray) -> int:
+    """What stands for white among 32-bit numbers: 255 or 65535, up to which whole numbers go, or 1, for fractions.
+
+    Raises:
+        ValueError: negative numbers, fractions above 1, or larger numbers.
+    """
+    low, high = values.min(), values.max()
+    if low >= 0 and high <= 1 and values.dtype.kind == "f":
+        return 1
+    if low >= 0 and high <= 65535 and (values.dtype.kind != "f" or (values == np.rint(values)).all()):
+        return 255 if high <= 255 else 65535
+    raise ValueError(
+        f"its 32-bit pixels go from {low:g} to {high:g}: expected fractions up to 1, or whole numbers up to 255 or "
+        "65535"
+    )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation, which cameras write, wants it shown."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of damaged metadata, in any way the parsers know: it says nothing then
+        return image
+
+
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second
 
 
 @lru_cache(maxsize=1)

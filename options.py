@@ -160,6 +160,11 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         help="the folder that holds the data set; not needed for DIGITS. WDS also takes an address, or a command that "
         "writes the file {} to its standard output: 'pipe:aws s3 cp s3://bucket/imagenet/{} -'",
     )
+    g.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch CIFAR10, CIFAR100, FLOWERS, FMNIST or FOOD101 to --data-path if it is not there",
+    )
     g.add_argument("--shard-cache", metavar="DIR", help="WDS: keep shards from elsewhere here, on a disk of this host")
     g.add_argument("--shard-cache-gb", type=positive, default=200, help="… at most so many GB; ImageNet has 150")
     g.add_argument(

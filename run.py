@@ -31,11 +31,14 @@ from build import (
     device_of,
     input_size_of,
     load_gene,
+    splits_needed,
     wants_size,
 )
+from classes import check_names, names_known
 from configuration import about, check_kind, options_in_effect, parse_options, recipe
 from datasets import DATA_SETS, SMALL, Batches, describe_classes
 from engine import Position, evaluate, not_finite, train_one_epoch
+from folders import download
 from losses import DistillationLoss, FamilyLoss
 from models import InputError
 from teacher import Teacher, TeacherCache
@@ -131,6 +134,8 @@ def set_up(args: argparse.Namespace) -> Run:
     facts = facts_of(args, gene)
     train_loader, test_loader, classes = build_loaders(args, device)
     num_classes = len(classes)
+    if utils.is_main():  # the others have the same files
+        check_names(args, classes, gene)
     model = build_model(args, kind, num_classes, gene).to(device)
     if args.grad_checkpointing:
         try:
@@ -269,6 +274,10 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
     if found and expected and found != expected:
         raise InputError(f"{source} has {found[0]} classes, the data {expected[0]}")
     utils.load_weights(run.model, weights, source)
+    if difference := models.first_difference(
+        models.class_names(path, content), names_known(run.args.data_set, run.classes)
+    ):
+        raise InputError(f"{source} was trained on other classes than those of --data-path: {difference}")
     if run.args.eval:
         return
     try:
@@ -526,6 +535,8 @@ def write_checkpoint(run: Run) -> None:
         content["model_ema"] = run.ema.module.state_dict()
     if isinstance(run.model, models.AuxNet):
         content["learngene"] = models.Learngene.of(run.model, recipe(run.args)).header
+    if names := names_known(run.args.data_set, run.classes):
+        content["classes"] = names
     path = run.output_dir / "checkpoint.pth"
     continues = run.checkpoint is not None and run.checkpoint.parent == run.output_dir
     with run.output.attempt(path):
@@ -559,10 +570,10 @@ def keep_best(run: Run) -> None:
 def write_weights(run: Run) -> None:
     """Stage 1: the learngene files. Else: the model in timm's own format."""
     if isinstance(run.model, models.AuxNet):
-        options = recipe(run.args)
-        models.Learngene.of(run.model, options).save(run.output_dir / "learngene.safetensors")
+        options, names = recipe(run.args), names_known(run.args.data_set, run.classes)
+        models.Learngene.of(run.model, options, classes=names).save(run.output_dir / "learngene.safetensors")
         if run.ema is not None:
-            models.Learngene.of(run.ema.module, options, averaged=True).save(
+            models.Learngene.of(run.ema.module, options, averaged=True, classes=names).save(
                 run.output_dir / "learngene_ema.safetensors"
             )
         return
@@ -607,6 +618,12 @@ def fetch_addresses(args: argparse.Namespace) -> None:
         if source and is_address(source) and utils.local_rank() == 0:
             with about(option):
                 models.fetch(source, on_hub=name)
+
+
+def fetch_data(args: argparse.Namespace) -> None:
+    """Download the data set, once per machine, if that is asked for and it is not there."""
+    if args.download and utils.local_rank() == 0:
+        download(args.data_set, args.data_path, splits_needed(args))
 
 
 def check_upload(args: argparse.Namespace) -> None:
@@ -707,6 +724,7 @@ def main(argv: Sequence[str]) -> int:
                 raise mistake
             find_checkpoint(args)
             fetch_addresses(args)
+            fetch_data(args)
         args.resume = utils.from_main(args.resume)
         with utils.errors_reported_once(patience=SETTING_UP):  # the others find what the first has fetched
             run = set_up(args)

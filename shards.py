@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -30,6 +30,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import models
+from folders import SPLITS, is_hidden
 from images import decode
 from models import InputError, in_a_line
 from samplers import LANES
@@ -40,7 +41,6 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 INDEX = "index.json"
-SPLITS = ("train", "val")
 COMMAND = "pipe:"  # a data path that is a command line
 SHARD_NAME = re.compile(r"\w[\w.+=-]*\.tar", re.ASCII)
 LABEL_DIGITS = 9
@@ -70,8 +70,11 @@ class Index(NamedTuple):
     val: list[Shard]
 
 
-def parse_index(content: object, source: str) -> Index:
+def parse_index(content: object, source: str, needed: Sequence[str] = SPLITS) -> Index:
     """The index that stands in ``source``, from the plain data that it holds.
+
+    Args:
+        needed: the splits that must have shards.
 
     Raises:
         InputError: it is none, or of another version; a name of a file could lead out of the folder.
@@ -91,8 +94,8 @@ def parse_index(content: object, source: str) -> Index:
         raise InputError(f"{source} names no classes, or one twice: expected a list of different names")
     names = set()
     for split, shards in zip(SPLITS, (train, val), strict=True):
-        if not shards:
-            raise InputError(f"{source} has no shards of {split}: both train and val are needed")
+        if not shards and split in needed:
+            raise InputError(f"{source} has no shards of {split}: {' and '.join(needed)} are needed")
         for shard in shards:
             check_shard(shard, source)
             if shard.file in names:
@@ -113,8 +116,11 @@ def check_shard(shard: Shard, source: str) -> None:
         raise InputError(f"{source} has no SHA-256 of {shard.file}: expected 64 hexadecimal digits")
 
 
-def read_index(data_path: str) -> Index:
+def read_index(data_path: str, needed: Sequence[str] = SPLITS) -> Index:
     """The index of a folder, an address or a command, as --data-path names them.
+
+    Args:
+        needed: the splits whose shards must be there.
 
     Raises:
         InputError: there is none, it cannot be read, or shards of a folder are not as it says.
@@ -123,7 +129,7 @@ def read_index(data_path: str) -> Index:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, INDEX)
             receive(data_path, INDEX, path)
-            return parse_index(models.read_json(path), source_of(data_path, INDEX))
+            return parse_index(models.read_json(path), source_of(data_path, INDEX), needed)
     folder = Path(data_path)
     if not (folder / INDEX).is_file():
         if next(folder.glob("*.tar"), None) is not None:
@@ -131,8 +137,8 @@ def read_index(data_path: str) -> Index:
         raise InputError(
             f"--data-path {folder} has no {INDEX}: expected a folder that scripts/make_shards.py has written"
         )
-    index = parse_index(models.read_json(folder / INDEX), str(folder / INDEX))
-    for shard in (*index.train, *index.val):
+    index = parse_index(models.read_json(folder / INDEX), str(folder / INDEX), needed)
+    for shard in (shard for split in needed for shard in getattr(index, split)):
         try:
             size = (folder / shard.file).stat().st_size
         except OSError as error:
@@ -292,22 +298,25 @@ class Member(NamedTuple):
 
 
 def members_of(file: BinaryIO, shard: str) -> list[Member]:
-    """The samples of an open tar, in its order; files that are neither images nor labels are passed over.
+    """The samples of an open tar, in its order; hidden files, and what is no image or label, are passed over.
 
     Raises:
         InputError: ``shard`` is damaged or no tar, or an image and its label are not side by side.
     """
 
-    def key_of(entry: tarfile.TarInfo) -> str:
+    def is_shown(entry: tarfile.TarInfo) -> bool:
         if entry.size < 0:  # from which older versions of Python would go back to the beginning
             raise InputError(f"{shard} is damaged: {entry.name} has {entry.size} bytes")
+        return not any(is_hidden(part) for part in entry.name.split("/") if part not in (".", ".."))
+
+    def key_of(entry: tarfile.TarInfo) -> str:
         folder, slash, name = entry.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     members = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, group in groupby(tar, key_of):
+            for key, group in groupby((entry for entry in tar if is_shown(entry)), key_of):
                 plain = [entry for entry in group if entry.isreg() and entry.sparse is None]
                 suffixes = [entry.name.removeprefix(key).lower() for entry in plain]
                 images = [entry for entry, suffix in zip(plain, suffixes, strict=True) if suffix in IMG_EXTENSIONS]
@@ -348,17 +357,25 @@ class ShardDataset(Dataset):
         shard_sizes: the number of images in each shard.
     """
 
-    def __init__(self, data_path: str, is_train: bool, transform: Callable | None, cache: ShardCache | None):
+    def __init__(
+        self,
+        data_path: str,
+        is_train: bool,
+        transform: Callable | None,
+        cache: ShardCache | None,
+        alone: bool = False,
+    ):
         """
         Args:
             cache: where shards from another machine are kept; a ``data_path`` that is a folder needs none.
+            alone: whether the shards of the other split may be missing.
 
         Raises:
             InputError: as `read_index`, or the cache is missing or too small.
         """
         if is_remote(data_path) and cache is None:
             raise InputError("--shard-cache is missing: it names the folder that keeps shards from elsewhere")
-        index = read_index(data_path)
+        index = read_index(data_path, (SPLITS[not is_train],) if alone else SPLITS)
         self.data_path, self.transform, self.classes = data_path, transform, index.classes
         self.cache = cache if is_remote(data_path) else None
         if self.cache is not None:

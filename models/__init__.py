@@ -24,6 +24,7 @@ from .files import (
     weights_of,
     written_whole,
 )
+from .classes import class_names, first_difference
 from .directory import read_model, save_model
 from .hub import check_upload, model_card, upload
 from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
@@ -64,11 +65,13 @@ __all__ = [
     "adapt_channels",
     "check_archive",
     "check_upload",
+    "class_names",
     "create_aux_net",
     "create_model",
     "create_vit",
     "dropout_rates",
     "fetch",
+    "first_difference",
     "flush_to_disk",
     "follows_grammar",
     "fuse_qkv",

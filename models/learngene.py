@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import lets, published, tleg
 from .aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
+from .classes import class_names
 from .files import fetch, read_checkpoint, weights_of, written_whole
 from .vit import InputError, ViTArch, adapt_to_images, in_a_line, parse_arch
 
@@ -35,6 +36,7 @@ class Learngene:
         options: what stage 1 recorded of its own options, plain data.
         averaged: whether these are the weights' exponential moving average over the training steps.
         origin: what kind of file it was read from, for people to read.
+        classes: their names, in the order of the logits, where they are known.
     """
 
     method: str
@@ -43,11 +45,19 @@ class Learngene:
     options: dict = field(default_factory=dict)
     averaged: bool = False
     origin: str = "made in memory"
+    classes: list[str] | None = None
 
     @classmethod
-    def of(cls, aux_net: AuxNet, options: dict | None = None, averaged: bool = False) -> "Learngene":
+    def of(
+        cls,
+        aux_net: AuxNet,
+        options: dict | None = None,
+        averaged: bool = False,
+        classes: list[str] | None = None,
+    ) -> "Learngene":
         """The learngene inside an Aux-Net. The tensors are the Aux-Net's own, not copies."""
-        return cls(aux_net.method, aux_net.state_dict(), aux_net.config, options or {}, averaged)
+        sizes = aux_net.config
+        return cls(aux_net.method, aux_net.state_dict(), sizes, options or {}, averaged, classes=classes)
 
     @property
     def header(self) -> dict:
@@ -152,8 +162,11 @@ class Learngene:
     def save(self, path: str | os.PathLike) -> None:
         """Write the learngene file, whole or not at all."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
+        metadata = {"learngene": json.dumps(self.header)}
+        if self.classes:
+            metadata["classes"] = json.dumps(self.classes)  # beside the header, which holds sizes for all readers
         with written_whole(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"learngene": json.dumps(self.header)})
+            save_file(tensors, unfinished, metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +194,7 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
     try:
         gene = _recognise(content, path, head_dim, use_ema)
         _check_tensors(gene)
+        gene.classes = class_names(path, content)
     except InputError as error:
         raise InputError(f"{path} is not a learngene that can be used: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -252,5 +266,7 @@ def save_published(gene: Learngene, path: str | os.PathLike) -> None:
     `load_learngene` restores what the published format cannot say.
     """
     content = {"model": to_published(gene), "args": Namespace(**gene.options), "learngene": gene.header}
+    if gene.classes:
+        content["classes"] = gene.classes
     with written_whole(path) as unfinished:
         torch.save(content, unfinished)

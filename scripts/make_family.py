@@ -33,6 +33,7 @@ sys.path.insert(0, str(REPOSITORY))
 import console
 import models
 from build import CHANNELS, autocast_of, build_loaders, device_of
+from classes import names_known, warn_of_head
 from configuration import Parser, about, parse_options, recipe, with_dashes
 from datasets import DATA_SETS, SMALL, describe_classes
 from engine import evaluate
@@ -239,6 +240,7 @@ def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
         (*loaders, classes), in_chans = build_loaders(options, device), CHANNELS
         if gene.num_classes != len(classes):
             print(f"the learngene has {gene.num_classes} classes, the data {len(classes)}: the heads are fresh")
+        warn_of_head(f"--load-gene {args.load_gene}", gene.classes, names_known(args.data_set, classes))
     identity = {"learngene": models.sha256(path), "head_dim": gene.arch.head_dim, "gene_ema": args.gene_ema}
     identity |= {name: getattr(options, name) for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
     identity |= {"data_set": args.data_set, "data_path": args.data_path and str(Path(args.data_path).resolve())}

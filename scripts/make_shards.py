@@ -26,10 +26,11 @@ import console
 import models
 from configuration import Parser
 from datasets import build_dataset, check_classes
+from folders import SPLITS, is_hidden, summary
 from models import InputError
 from options import at_least, positive
 from samplers import derived_seed, shuffled
-from shards import INDEX, SPLITS, Shard, members_of, parse_index
+from shards import INDEX, Shard, members_of, parse_index
 
 from tqdm import tqdm
 
@@ -56,6 +57,7 @@ def pictures_of(root: str, split: str, seed: int) -> tuple[list[Picture], list[s
     A name in a shard begins with a key, which must not have a dot in its last part and must not occur twice.
     """
     folder, classes = build_dataset("FOLDER", root, split == "train", None)
+    print(summary(split, folder, classes, root))
     pictures, keys = [], set()
     for i in shuffled([len(folder)], derived_seed(seed, SPLITS.index(split))):
         path, label = folder.samples[i]
@@ -81,6 +83,10 @@ def packed(pictures: Sequence[Picture], limit: float) -> Iterator[list[Picture]]
             shard, size = [], 0
     if shard:
         yield shard
+
+
+def tars_of(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.tar") if not is_hidden(path.name)]
 
 
 def contents_of(pictures: Sequence[Picture]) -> list[tuple[str, int]]:
@@ -122,7 +128,7 @@ def make_shards(args: argparse.Namespace) -> None:
         pictures, classes = pictures_of(args.data_path, split, args.seed)
         lists = packed(pictures, args.shard_mb * 1e6)
         splits[split] = {folder / f"{split}-{i:06}.tar": pictures for i, pictures in enumerate(lists)}
-    if others := sorted(set(folder.glob("*.tar")) - {path for split in splits.values() for path in split}):
+    if others := sorted(set(tars_of(folder)) - {path for split in splits.values() for path in split}):
         raise InputError(
             f"--output-dir {folder} holds {others[0].name}, which is not of these shards: give a new folder"
         )
@@ -169,7 +175,7 @@ def index_shards(folder: Path) -> None:
         InputError: there are none, one is damaged, or the classes of the two splits differ.
     """
     entries, labels = {split: [] for split in SPLITS}, {split: set() for split in SPLITS}
-    for path in tqdm(sorted(folder.glob("*.tar")), unit="shards", disable=None):
+    for path in tqdm(sorted(tars_of(folder)), unit="shards", disable=None):
         split = next((split for split in SPLITS if split in path.name), None)
         if split is None:
             raise InputError(f"{path} is named neither train nor val: of which split it is has to stand in its name")

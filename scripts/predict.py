@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import console
 import models
+from images import as_rgb, upright
 
 import torch
 from PIL import Image
@@ -53,7 +54,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """The picture in RGB, with the values that torchvision's ImageFolder would give.
+    """The picture in RGB with 8 bits per channel, turned upright if its EXIF orientation says that it is not.
 
     Raises:
         InputError: the file is missing, damaged, no picture, or one that would fill the memory.
@@ -63,7 +64,9 @@ def read_picture(path: str | Path) -> Image.Image:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, and of odd metadata
-            picture = Image.open(file, formats=FORMATS).convert("RGB")
+            picture = Image.open(file, formats=FORMATS)
+            picture.load()
+            picture = upright(as_rgb(picture))
     except Image.UnidentifiedImageError as error:
         raise models.InputError(f"{path} is no picture: expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # a damaged file can fail in any way the parsers know

@@ -458,14 +458,14 @@ def size_of_data(
     name: str, path: str | None, category: str, train_images: int | None, holdout: int | None
 ) -> tuple[int, int]:
     """The number of images to train on, and of their classes."""
-    labels, classes = labels_of(name, path, category)
+    labels, classes = labels_of(name, path, category, holdout is not None)
     return len(divide(labels, train_images, holdout)[0]), classes
 
 
 @lru_cache
-def labels_of(name: str, path: str | None, category: str) -> tuple[Sequence[int], int]:
-    """The labels of all training images, and the number of classes."""
-    dataset, classes = build_dataset(name, path, True, None, category)
+def labels_of(name: str, path: str | None, category: str, alone: bool) -> tuple[Sequence[int], int]:
+    """The labels of all training images, and the number of classes; ``alone`` if no test images are needed."""
+    dataset, classes = build_dataset(name, path, True, None, category, alone=alone)
     return dataset.targets, len(classes)
 
 

@@ -177,6 +177,98 @@ def test_every_picture_has_its_label(layout: str, tmp_path: Path, monkeypatch: p
         assert found == [(label, colour(label, n, is_train)) for label, n in counts(expected_classes, is_train)]
 
 
+# layout → the data set's own folder in the one that it is made in
+OWN_FOLDERS = {
+    "FOLDER": ".",
+    "TINYIMNET": ".",
+    "INAT19": ".",
+    "FOOD101": "food-101",
+    "CARS": "stanford_cars",
+    "FLOWERS": "flowers-102",
+    "CIFAR10": "cifar-10-batches-py",
+    "CIFAR100": "cifar-100-python",
+}
+
+
+def labels_of(name: str, root: Path, is_train: bool = False, **kwargs) -> list[int]:
+    """Of a data set whose first image can be read."""
+    dataset, _ = build_dataset(name, str(root), is_train, PIXELS, **kwargs)
+    assert dataset[0][0].shape[0] == 3
+    return sorted(dataset.targets)
+
+
+@pytest.mark.parametrize("layout", OWN_FOLDERS)
+def test_a_data_set_is_found_in_its_own_folder_and_when_it_is_nested_once_more(layout, tmp_path, monkeypatch):
+    name, num_classes, make = LAYOUTS[layout]
+    (tmp_path / "made").mkdir()
+    make(tmp_path / "made", monkeypatch)
+    own, usual = tmp_path / "made" / OWN_FOLDERS[layout], Path(OWN_FOLDERS[layout]).name or "images"
+    assert labels_of(name, own) == list(range(num_classes))
+    for nested in (tmp_path / "of another name", tmp_path / "outer" / usual, tmp_path / "twice" / usual / usual):
+        nested.parent.mkdir(parents=True, exist_ok=True)
+        own = own.rename(nested)
+        (own.parent / ".hidden").mkdir(exist_ok=True)
+        place = own if own.parent == tmp_path else own.parent
+        assert labels_of(name, place) == list(range(num_classes))
+    assert labels_of(name, own) == list(range(num_classes))
+    if usual != "images":
+        assert labels_of(name, tmp_path / "twice") == list(range(num_classes))
+
+
+def test_kaggles_cars_have_their_images_one_folder_deeper(tmp_path: Path):
+    make_cars(tmp_path)
+    for part in ("cars_train", "cars_test"):
+        (tmp_path / "stanford_cars" / part).rename(tmp_path / part)
+        (tmp_path / "stanford_cars" / part).mkdir()
+        (tmp_path / part).rename(tmp_path / "stanford_cars" / part / part)
+    assert labels_of("CARS", tmp_path / "stanford_cars") == list(range(196))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "FOOD101": "expected images and meta, here or in food-101/; found photos/, read.me",
+        "CARS": "expected devkit and cars_train and cars_test, here or in stanford_cars/; found photos/, read.me",
+        "FLOWERS": "expected jpg and imagelabels.mat and setid.mat, here or in flowers-102/; found photos/, read.me",
+        "CIFAR10": "expected batches.meta and data_batch_1 and test_batch, here or in cifar-10-batches-py/; found",
+        "CIFAR100": "expected meta and train and test, here or in cifar-100-python/; found photos/, read.me",
+        "INAT19": "expected categories.json and train2019.json and val2019.json; found photos/, read.me",
+        "FMNIST": "train-images-idx3-ubyte and t10k-images-idx3-ubyte, here or in FashionMNIST/raw/; found photos/",
+    }.items(),
+)
+def test_the_layout_is_named_where_it_is_not_found(name: str, expected: str, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    for file in ("read.me", ".DS_Store"):
+        (tmp_path / file).touch()
+    assert expected in message_of(name, tmp_path)
+
+
+def test_two_data_sets_in_a_folder_are_not_chosen_from(tmp_path: Path):
+    for name in ("a", "b"):
+        make_folder(tmp_path / name)
+    message = message_of("FOLDER", tmp_path)
+    assert f"more than once, in {tmp_path}/a and {tmp_path}/b: name one of them" in message
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("layout", ["CIFAR10", "CIFAR100", "INAT19", "TINYIMNET", "TINYIMNET sorted", "FOLDER"])
+def test_one_split_alone_is_enough_if_no_other_is_asked_for(layout, is_train, tmp_path, monkeypatch):
+    name, num_classes, make = LAYOUTS[layout]
+    make(tmp_path, monkeypatch)
+    ending = {True: ("val", "val2019.json", "test_batch", "test"), False: ("train", "train2019.json", "data_batch_1")}
+    for path in [*tmp_path.glob("*"), *tmp_path.glob("cifar*/*")]:
+        if path.name in ending[is_train]:
+            path.rename(tmp_path / "elsewhere")
+    assert str(tmp_path) in message_of(name, tmp_path, is_train)
+    assert set(labels_of(name, tmp_path, is_train, alone=True)) == set(range(num_classes))
+
+
+def test_flowers_with_a_damaged_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_flowers(tmp_path, monkeypatch)
+    (tmp_path / "flowers-102" / "setid.mat").write_bytes(b"damaged")
+    assert "setid.mat is damaged" in message_of("FLOWERS", tmp_path)
+
+
 def test_inat19_takes_another_category(tmp_path: Path):
     make_inat19(tmp_path)
     pictures, num_classes = read("INAT19", tmp_path, is_train=False, inat_category="kingdom")

@@ -130,6 +130,12 @@ CASES = {
         ("--data-path", "differ", "2 classes in train/", "3 in val/", "cow"),
         BOTH,
     ),
+    "layout_of_torchvision": Case(
+        f"{FOLDER} --data-set FOOD101 --data-path FILES/good", ("--data-path", "images and meta", "food-101/", "train/")
+    ),
+    "download": Case(
+        f"{FOLDER} --data-set CARS --data-path FILES/good --download", ("--download", "CARS", "gone", "FOOD101"), BOTH
+    ),
     "class_names": Case(
         f"{FOLDER} --data-set FOLDER --data-path FILES/renamed", ("--data-path", "renamed", "train/", "val/", "cow")
     ),
