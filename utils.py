@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
-from models import InputError, check_archive, in_a_line, written_whole
+from models import InputError, check_archive, found_in, in_a_line, written_whole
 
 import torch
 import torch.distributed as dist
@@ -322,7 +322,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         ours = tuple(expected[name].shape) if name in expected else "nothing"
         theirs = tuple(weights[name].shape) if isinstance(weights.get(name), Tensor) else "nothing"
         if ours != theirs:
-            raise InputError(f"{source} is of another architecture: {name} has {theirs}, this model {ours}")
+            found = found_in(dict.fromkeys(sorted(weights, key=lambda name: name in expected)))  # what is strange first
+            raise InputError(
+                f"{source} is of another architecture: {name} has {theirs}, this model {ours}; found {found}"
+            )
     model.load_state_dict(weights)
 
 

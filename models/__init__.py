@@ -14,6 +14,9 @@ from .aux_net import AuxNet
 from .files import (
     check_archive,
     fetch,
+    find_weights,
+    found_in,
+    optimizer_state_of,
     read_checkpoint,
     read_json,
     read_yaml,
@@ -23,7 +26,8 @@ from .files import (
     weights_of,
     written_whole,
 )
-from .directory import read_model, save_model
+from .directory import AVERAGED_FOLDER, averaged_folder, read_model, save_model
+from .foreign import fit_names, shapes_in, without_training_parts
 from .hub import check_upload, model_card, upload
 from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
 from .published import fuse_qkv, is_published, published_moments, published_names
@@ -47,6 +51,7 @@ from .vit import (
 )
 
 __all__ = [
+    "AVERAGED_FOLDER",
     "DEPTH_SCHEMES",
     "PARTS",
     "RIVALS",
@@ -59,13 +64,17 @@ __all__ = [
     "Learngene",
     "ViTArch",
     "adapt_channels",
+    "averaged_folder",
     "check_archive",
     "check_upload",
     "create_aux_net",
     "create_model",
     "create_vit",
     "fetch",
+    "find_weights",
+    "fit_names",
     "follows_grammar",
+    "found_in",
     "fuse_qkv",
     "in_a_line",
     "is_aux_name",
@@ -74,6 +83,7 @@ __all__ = [
     "mapping_or_default",
     "model_card",
     "nearest",
+    "optimizer_state_of",
     "parse_arch",
     "published_moments",
     "published_names",
@@ -86,11 +96,13 @@ __all__ = [
     "save_model",
     "save_published",
     "sha256",
+    "shapes_in",
     "source_arch",
     "timm_kwargs",
     "to_published",
     "upload",
     "weights_of",
+    "without_training_parts",
     "written_whole",
 ]
 
