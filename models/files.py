@@ -409,7 +409,7 @@ def in_float32(tensors: Mapping, path: str | os.PathLike) -> dict:
     if declared > os.path.getsize(path):
         raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
     return {
-        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in tensors.items()
     }
 

@@ -20,16 +20,22 @@ class NumpyDtype:
 
     def __init__(self, code: str, *_: object):
         if not isinstance(code, str) or not re.fullmatch(r"[biufcSU]\d{1,9}", code):
-            raise refused(f"numpy.dtype[{str(code)[:20]}]")  # such as O, for Python objects, which are pickles again
+            # such as O, for Python objects, which are pickles again
+            raise refused(f"numpy.dtype[{code[:20] if isinstance(code, str) else type(code).__name__}]")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
         _, order, *_ = state
+        if order not in ("<", ">", "|", "="):
+            raise refused("numpy.dtype")
         self.dtype = self.dtype.newbyteorder(order)
 
-    def read(self, content: bytes, count: int) -> np.ndarray:
-        """``count`` elements that are all in ``content``."""
-        return np.frombuffer(content, self.dtype, count)
+
+def elements_of(content: bytes, dtype: NumpyDtype, count: int) -> np.ndarray:
+    """``count`` elements, all of which have to be in ``content``."""
+    if not isinstance(dtype, NumpyDtype) or not isinstance(content, bytes):
+        raise refused("numpy.ndarray")
+    return np.frombuffer(content, dtype.dtype, count)
 
 
 class NumpyArray:
@@ -37,7 +43,9 @@ class NumpyArray:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_columns, content = state
-        self.array = dtype.read(content, math.prod(shape)).reshape(shape, order="F" if by_columns else "C")
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise refused("numpy.ndarray")
+        self.array = elements_of(content, dtype, math.prod(shape)).reshape(shape, order="F" if by_columns else "C")
 
 
 class TorchVersion:
@@ -51,9 +59,9 @@ class TorchVersion:
 
 def numpy_scalar(dtype: NumpyDtype, content: bytes) -> bool | int | float | complex | str | bytes:
     """In the place of ``numpy.…multiarray.scalar``: Python's own number or text of the same value."""
-    if dtype.dtype.itemsize == 0:  # an empty text
+    if content == b"" and isinstance(dtype, NumpyDtype):  # an empty text
         return dtype.dtype.type().item()
-    value = dtype.read(content, 1).item()
+    value = elements_of(content, dtype, 1).item()
     return float(value) if isinstance(value, np.floating) else value  # Python has nothing longer for a longdouble
 
 

@@ -284,12 +284,12 @@ class Trap:
         return self.function, self.args
 
 
-def text_of_lists() -> Trap:
-    """The version of a list of lists of …: terabytes of text in a kilobyte."""
+def nested() -> list:
+    """A list of lists of …: terabytes as text, in a kilobyte."""
     lists: list = ["x"]
     for _ in range(40):
         lists = [lists, lists]
-    return Trap(torch.torch_version.TorchVersion, lists)
+    return lists
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,8 @@ def text_of_lists() -> Trap:
         (lambda folder: np.array([Trap(open, str(folder / "ran"), "w"), 1], dtype=object), "numpy.dtype[O8]"),
         (lambda folder: Trap(np.float64(1).__reduce__()[0], np.dtype("O"), b"cbuiltins\nopen\n."), "numpy.dtype[O8]"),
         (lambda folder: np.zeros(2, [("a", "f4")]), "numpy.dtype[V4]"),
-        (lambda folder: text_of_lists(), "torch.torch_version.TorchVersion"),
+        (lambda folder: Trap(torch.torch_version.TorchVersion, nested()), "torch.torch_version.TorchVersion"),
+        (lambda folder: Trap(np.dtype, nested()), "numpy.dtype[list]"),
         (lambda folder: Trap(bytes, 2**40), "damaged"),
         (lambda folder: Trap(range, 2**40), "range"),
         (lambda folder: np.dtype("f4").type, "numpy.float32"),
