@@ -170,11 +170,17 @@ def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
     """Give ``model`` weights from a trained ViT of other sizes (`models.RIVALS`)."""
     arch = replace(models.parse_arch(args.model), img_size=args.input_size)
     with about(f"--init-path {args.init_path}"):
-        path = models.fetch(args.init_path)
-        weights = models.fuse_qkv(models.weights_of(models.read_checkpoint(path), path))
+        weights = read_foreign_weights(args.init_path, model)
+        weights, remarks = models.without_training_parts(weights, model.state_dict().keys())
+        head = {name: weights[name] for name in ("head.weight", "head.bias") if name in weights}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         source = models.source_arch(weights, arch.head_dim)
-        say(f"{args.init_path}: {source}, for {args.init.replace('_', ' ')}")
-        weights = models.RIVALS[args.init](weights, source, arch)
+        for remark in (f"{source}, for {args.init.replace('_', ' ')}", *remarks):
+            say(f"{args.init_path}: {remark}")
+        try:
+            weights = models.RIVALS[args.init](weights | head, source, arch)
+        except KeyError as error:
+            raise InputError(f"it has no {error.args[0]}: found {models.found_in(weights)}") from error
         weights = fit_head(fit_images(weights, model, args.init_path), model, args.init_path, other_head=True)
     utils.load_weights(model, weights, f"--init-path {args.init_path}")
 
@@ -257,11 +263,27 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
             gene = models.load_learngene(source, head_dim=model.arch.head_dim)
             say(f"{source}: {gene}")
             return utils.load_weights(model, gene.tensors, f"{option} {source}")
-        path = models.fetch(source)
-        weights = models.fuse_qkv(models.weights_of(models.read_checkpoint(path), path))
+        weights = read_foreign_weights(source, model)
     with about(f"{option} {source}"):
         weights = fit_head(fit_images(weights, model, source), model, source, other_head)
+        weights, remarks = models.without_training_parts(weights, model.state_dict().keys())
+    for remark in remarks:
+        say(f"{source}: {remark}")
     utils.load_weights(model, weights, f"{option} {source}")
+
+
+def read_foreign_weights(source: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights in a file or at an address, under the names of ``model``, and a line for what is not as it is there.
+
+    Raises:
+        InputError: there are none.
+    """
+    path = models.fetch(source)
+    weights, remarks = models.find_weights(models.read_checkpoint(path), path)
+    weights, more = models.fit_names(models.fuse_qkv(weights), model)
+    for remark in remarks + more:
+        say(f"{source}: {remark}")
+    return weights
 
 
 def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:
@@ -278,7 +300,9 @@ def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) 
             takes_model = len(parameters) > 1  # as most, but not all of timm's do
             weights = filter_fn(weights, model, **layer_scale) if takes_model else filter_fn(weights)
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as e:
-            raise InputError(f"does not fit {type(model).__name__}: {models.in_a_line(e)}") from e
+            lacks = "".join(f", it has no {t}" for t in model.state_dict() if "token" in t and t not in weights)
+            found = f"found {models.shapes_in(weights)}"
+            raise InputError(f"does not fit {type(model).__name__}{lacks}: {found} ({models.in_a_line(e)})") from e
     if positions is not None and "pos_embed" in weights and positions.shape != weights["pos_embed"].shape:
         before, now = tuple(positions.shape), tuple(weights["pos_embed"].shape)
         say(f"{source} has positions {before}, here are {now}: they are resampled")
@@ -297,16 +321,37 @@ def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) 
 def fit_head(
     weights: dict[str, torch.Tensor], model: nn.Module, source: str, other_head: bool
 ) -> dict[str, torch.Tensor]:
-    """The head of ``model`` in place of one for another number of classes, which is an error without ``other_head``."""
+    """The head of ``model`` in place of none, another kind, or one for another number of classes.
+
+    Raises:
+        InputError: that is so, without ``other_head``.
+    """
     for name in as_list(model.pretrained_cfg["classifier"]):
+        own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
+        theirs = [key for key in weights if key.startswith(f"{name}.")]
         head = weights.get(f"{name}.weight")
-        if head is not None and head.ndim and head.shape[0] != model.num_classes:
+        if own and set(theirs) != own.keys():
+            if not other_head:
+                missing = next((key for key in own if key not in theirs), f"{name} of this kind")
+                raise InputError(f"has no {missing}, the head that a teacher needs: found {models.found_in(weights)}")
+            say(f"{source} has {'another' if theirs else 'no'} head ({name}): it is fresh")
+            own |= pooled_norm(weights, model, source)
+        elif head is not None and head.ndim and head.shape[0] != model.num_classes:
             if not other_head:
                 raise InputError(f"has {head.shape[0]} classes, the data {model.num_classes}")
             say(f"{source} has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
-            fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
-            weights = {**weights, **fresh}
+        else:
+            continue
+        weights = {key: value for key, value in weights.items() if key not in theirs} | own
     return weights
+
+
+def pooled_norm(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:
+    """The fc_norm of ``model`` where ``weights`` have none, which belongs to the head in those who leave that out."""
+    own = {key: value for key, value in model.state_dict().items() if key.startswith("fc_norm.") and key not in weights}
+    if own:
+        say(f"{source} has no fc_norm: it is fresh")
+    return own
 
 
 def as_list(names: str | Sequence[str] | None) -> Sequence[str]:
@@ -523,6 +568,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.o
 
 
 def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
-    if not args.model_ema:
+    """The average over the steps of training; evaluation needs none beside the weights that it evaluates."""
+    if not args.model_ema or args.eval:
         return None
     return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)

@@ -50,6 +50,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         given, args = args.data_path, parser.parse_args(from_file + argv)
         if given is None and (args.data_path or "").startswith(COMMAND):  # what a file says is not executed
             raise InputError(f"--config {args.config}: data_path is a command, which only the command line may give")
+    # training averages unless it is told not to, evaluation takes the averaged weights only if it is told to
+    args.model_ema = bool(args.model_ema) if args.eval else args.model_ema is not False
     return args
 
 
@@ -147,6 +149,13 @@ def check_kind(args: argparse.Namespace) -> str:
         raise InputError("--shard-cache keeps shards from elsewhere: --data-set WDS with an address or a command")
     if args.shard_cache_gb != defaults["shard_cache_gb"] and not args.shard_cache:
         raise InputError("--shard-cache is missing: --shard-cache-gb says how much is kept in it")
+    if args.eval and args.model_ema and not args.resume:
+        raise InputError("--resume is missing: --eval --model-ema evaluates the averaged weights of a checkpoint")
+    if args.push_ema and not (args.push_to_hub and args.model_ema):
+        missing = "--push-to-hub is missing" if args.model_ema else "--no-model-ema leaves nothing to upload"
+        raise InputError(f"{missing}: --push-ema uploads the averaged weights")
+    if args.push_ema and kind in ("lets", "tleg"):
+        raise InputError("--push-ema is for other models: --push-to-hub uploads a learngene with its average anyway")
     if args.data_set == "WDS" and (args.train_images or args.holdout):
         option = "--train-images" if args.train_images else "--holdout"
         raise InputError(f"{option} takes single images, which --data-set WDS cannot: expected another --data-set")
@@ -205,6 +214,15 @@ def options_in_effect(args: argparse.Namespace) -> dict:
     # what was taken back with 'none' has to be taken back again
     taken_back = {name: "none" for name, value in options.items() if value is None and defaults[name] is not None}
     return {name: value for name, value in options.items() if value is not None} | taken_back
+
+
+def options_file(args: argparse.Namespace) -> dict:
+    """`options_in_effect` for ``args.yaml``, with which ``--eval`` evaluates the model's own weights, too.
+
+    ``model_ema: true``, the default of training, would ask evaluation for the averaged ones.
+    """
+    options = options_in_effect(args)
+    return {name: value for name, value in options.items() if (name, value) != ("model_ema", True)}
 
 
 def recipe(args: argparse.Namespace) -> dict:

@@ -224,7 +224,12 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--drop", type=ratio(), default=0.0, help="dropout of a ViT's positions, projections and MLPs")
     g.add_argument("--drop-path", type=ratio(below_one=True), default=0.1)
     g.add_argument("--clip-grad", type=float)
-    g.add_argument("--model-ema", action=flag, default=True)
+    g.add_argument(
+        "--model-ema",
+        action=flag,
+        help="average the weights over the steps, as is done unless --no-model-ema is given; with --eval: evaluate the "
+        "averaged weights of --resume, which is done only if it is given",
+    )
     g.add_argument("--model-ema-decay", type=ratio(), default=0.99996)
     g.add_argument("--model-ema-force-cpu", action="store_true")
 
@@ -274,6 +279,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--dist-timeout", type=positive, default=10, help="minutes that processes wait for each other")
     g.add_argument("--wandb", metavar="PROJECT", help="also send all numbers to Weights & Biases, if it is installed")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload what was trained to the Hugging Face Hub")
+    g.add_argument(
+        "--push-ema", action="store_true", help="… with the averaged weights in the place of the model's own"
+    )
     g.add_argument("--device", default="auto", help="auto, cuda or cpu")
     g.add_argument(
         "--amp-dtype",

@@ -35,7 +35,7 @@ from build import (
     wants_size,
 )
 from classes import check_names, names_known
-from configuration import about, check_kind, options_in_effect, parse_options, recipe
+from configuration import about, check_kind, options_file, options_in_effect, parse_options, recipe
 from datasets import DATA_SETS, SMALL, Batches, describe_classes
 from engine import Position, evaluate, not_finite, train_one_epoch
 from folders import download
@@ -264,11 +264,12 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
     Args:
         option: what messages call it.
     """
-    source = f"{option} {path}"
+    averaged = run.args.eval and run.args.model_ema
+    source = f"{option} {path}" + " (model_ema)" * averaged
     head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
     with about(option):
         rename = models.published_names(content, path, head_dim)
-        weights = rename(models.weights_of(content, path))
+        weights = rename(models.weights_of(content, path, "model_ema" if averaged else "model"))
     head = "head_weight" if isinstance(run.model, models.AuxNet) else f"{run.model.pretrained_cfg['classifier']}.weight"
     found, expected = (w[head].shape[:1] if head in w else () for w in (weights, run.model.state_dict()))
     if found and expected and found != expected:
@@ -282,8 +283,8 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
         return
     try:
         names = utils.parameter_names(run.optimizer, run.model)
-        state = content["optimizer"]["state"]
         groups = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
+        state = models.optimizer_state_of(content, path)
         if models.is_published(content):
             state = models.published_moments(state, models.weights_of(content, path), rename, names)
         elif groups != [len(group["params"]) for group in run.optimizer.param_groups]:
@@ -353,8 +354,9 @@ def begin_writing(run: Run) -> None:
     args = run.args
     if run.log is not None:
         models.remove_unfinished(run.output_dir)
+        models.remove_unfinished(run.output_dir / models.AVERAGED_FOLDER)
         with run.output.attempt(run.output_dir / "args.yaml"), models.written_whole(run.output_dir / "args.yaml") as to:
-            Path(to).write_text(yaml.safe_dump(options_in_effect(args)))
+            Path(to).write_text(yaml.safe_dump(options_file(args)))
         run.log.begin(round(1000 * run.epochs_done))
     if run.log is not None and run.checkpoint is not None:  # what the killed or full disk has cut off
         keep_best(run)
@@ -568,7 +570,7 @@ def keep_best(run: Run) -> None:
 
 
 def write_weights(run: Run) -> None:
-    """Stage 1: the learngene files. Else: the model in timm's own format."""
+    """Stage 1: the learngene files. Else: the model, and its average, in timm's own format."""
     if isinstance(run.model, models.AuxNet):
         options, names = recipe(run.args), names_known(run.args.data_set, run.classes)
         models.Learngene.of(run.model, options, classes=names).save(run.output_dir / "learngene.safetensors")
@@ -577,11 +579,24 @@ def write_weights(run: Run) -> None:
                 run.output_dir / "learngene_ema.safetensors"
             )
         return
+    write_model(run, run.model, run.output_dir)
+    averaged, beside = run.output_dir / models.AVERAGED_FOLDER, run.output_dir / "model_ema.safetensors"
+    if run.ema is not None:
+        averaged.mkdir(exist_ok=True)
+        write_model(run, run.ema.module, averaged)
+        utils.link(averaged / "model.safetensors", beside)
+    else:  # an earlier run's average would pass for that of this model
+        for path in (beside, averaged / "model.safetensors", averaged / "config.json"):
+            path.unlink(missing_ok=True)
+
+
+def write_model(run: Run, model: nn.Module, folder: Path) -> None:
+    """A folder that timm reads: ``model``, which is that of the run or its average."""
     name, size = run.args.des_arch or run.args.model, run.args.input_size
     small = DATA_SETS[run.args.data_set][2] is not None and size <= SMALL  # small images are used whole
     models.save_model(
-        run.model,
-        run.output_dir,
+        model,
+        folder,
         replace(models.parse_arch(name), img_size=size) if models.follows_grammar(name) else name,
         model_args={"img_size": size} if not models.follows_grammar(name) and wants_size(name) else {},
         data_config={
@@ -689,8 +704,13 @@ def push(run: Run) -> None:
     teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
     facts["teacher"] = teacher if args.distillation_type != "none" else "none"
     facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
+    folder = run.output_dir
+    if args.push_ema:  # a repository of its own, as timm takes model.safetensors and nothing else
+        folder = folder / models.AVERAGED_FOLDER
+        facts["weights"] = f"exponential moving average over the steps of training, decay {args.model_ema_decay:g}"
+        utils.link(run.output_dir / "log.txt", folder / "log.txt")
     card = models.model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, recipe(args), usage)
-    with models.written_whole(run.output_dir / "README.md") as unfinished:
+    with models.written_whole(folder / "README.md") as unfinished:
         Path(unfinished).write_text(card, encoding="utf-8", errors="backslashreplace")
     files = ["README.md", "log.txt"]
     if isinstance(run.model, models.AuxNet):
@@ -698,7 +718,7 @@ def push(run: Run) -> None:
     else:
         files += ["model.safetensors", "config.json"]
     with about("--push-to-hub"):
-        say(f"uploaded: {models.upload(run.output_dir, files, args.push_to_hub)}")
+        say(f"uploaded: {models.upload(folder, files, args.push_to_hub)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,6 +757,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_only(run: Run) -> int:
+    if run.args.model_ema:
+        say(f"the averaged weights of {run.args.resume} are evaluated")
     numbers = evaluate_run(run, run.model)
     say(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
     return 0

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from launchers import World, find_world
-from models import InputError, check_archive, in_a_line, written_whole
+from models import InputError, check_archive, found_in, in_a_line, written_whole
 from workers import WorkerError, describe, is_of_worker
 
 import torch
@@ -403,7 +403,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         ours = tuple(expected[name].shape) if name in expected else "nothing"
         theirs = tuple(weights[name].shape) if isinstance(weights.get(name), Tensor) else "nothing"
         if ours != theirs:
-            raise InputError(f"{source} is of another architecture: {name} has {theirs}, this model {ours}")
+            found = found_in(dict.fromkeys(sorted(weights, key=lambda name: name in expected)))  # what is strange first
+            raise InputError(
+                f"{source} is of another architecture: {name} has {theirs}, this model {ours}; found {found}"
+            )
     model.load_state_dict(weights)
 
 

@@ -15,6 +15,9 @@ from .files import (
     check_archive,
     fetch,
     flush_to_disk,
+    find_weights,
+    found_in,
+    optimizer_state_of,
     read_checkpoint,
     read_json,
     read_yaml,
@@ -25,7 +28,8 @@ from .files import (
     written_whole,
 )
 from .classes import class_names, first_difference
-from .directory import read_model, save_model
+from .directory import AVERAGED_FOLDER, averaged_folder, read_model, save_model
+from .foreign import fit_names, shapes_in, without_training_parts
 from .hub import check_upload, model_card, upload
 from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
 from .published import fuse_qkv, is_published, published_moments, published_names
@@ -51,6 +55,7 @@ from .vit import (
 )
 
 __all__ = [
+    "AVERAGED_FOLDER",
     "DEPTH_SCHEMES",
     "PARTS",
     "RIVALS",
@@ -63,6 +68,7 @@ __all__ = [
     "Learngene",
     "ViTArch",
     "adapt_channels",
+    "averaged_folder",
     "check_archive",
     "check_upload",
     "class_names",
@@ -71,9 +77,12 @@ __all__ = [
     "create_vit",
     "dropout_rates",
     "fetch",
+    "find_weights",
     "first_difference",
+    "fit_names",
     "flush_to_disk",
     "follows_grammar",
+    "found_in",
     "fuse_qkv",
     "in_a_line",
     "is_aux_name",
@@ -82,6 +91,7 @@ __all__ = [
     "mapping_or_default",
     "model_card",
     "nearest",
+    "optimizer_state_of",
     "parse_arch",
     "published_moments",
     "published_names",
@@ -95,11 +105,13 @@ __all__ = [
     "save_model",
     "save_published",
     "sha256",
+    "shapes_in",
     "source_arch",
     "timm_kwargs",
     "to_published",
     "upload",
     "weights_of",
+    "without_training_parts",
     "written_whole",
 ]
 

@@ -16,6 +16,7 @@ from .aux_net import WeightsOnMeta, vit_from_weights
 from .files import read_checkpoint, read_json, weights_of, written_whole
 from .vit import InputError, ViTArch, in_a_line, timm_kwargs
 
+AVERAGED_FOLDER = "model_ema"  # in the folder of a model, the folder of its average over the steps of training
 PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a Des-Net, given its sizes
 
 
@@ -78,6 +79,18 @@ def read_model(folder: str | os.PathLike) -> tuple[nn.Module, dict]:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = f"{type(error).__name__} {in_a_line(error)}"
         raise InputError(f"{folder / 'config.json'} does not describe model.safetensors: {what}") from error
+
+
+def averaged_folder(folder: str | os.PathLike) -> Path:
+    """The folder of the averaged weights of the model in ``folder``.
+
+    Raises:
+        InputError: there is none.
+    """
+    averaged = Path(folder) / AVERAGED_FOLDER
+    if not (averaged / "model.safetensors").is_file():
+        raise InputError(f"{folder} has no averaged weights: expected {averaged}, which main.py --model-ema writes")
+    return averaged
 
 
 def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:

@@ -3,7 +3,6 @@
 Also the other direction: a file is written whole or not at all.
 """
 
-import argparse
 import errno
 import hashlib
 import json
@@ -34,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .hub import from_hub
+from .plain_data import PLAIN_DATA
 from .vit import InputError, in_a_line
 
 YAML_LIMIT = 2**20  # bytes; those of this program have a thousandth of it
@@ -47,6 +47,29 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.boo
     torch.int32,
     torch.int64,
 }
+# read by their values; files that need scales besides have tensors of other names, which do not fit a model
+DTYPES |= {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+
+# of several dictionaries of tensors in a file the first of these is taken
+WEIGHT_KEYS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+)
+WEIGHT_KEYS += ("teacher", "student", "backbone", "encoder")
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa)(?![a-z])|momentum|averag", re.IGNORECASE)  # taken only if alone
+# what has tensors, or dictionaries of them, and is no model
+NO_WEIGHTS = re.compile(
+    r"(?<![a-z])(optim|sched|scaler|loss|criterion|amp$|rng|callback|hyper_param|args|config)", re.I
+)
+NESTING = 5  # dictionaries in each other that are searched for weights
+SHOWN = 6  # keys of a file that a message names
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching
@@ -195,7 +218,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """The content of a checkpoint, without running code from it: the weights are under ``model``.
 
     A bare state dict and a safetensors file become ``{"model": …}``; the header of a learngene file is added as
-    ``learngene``. The published checkpoints hold an ``argparse.Namespace``, which is allowed by name.
+    ``learngene``. Plain data are what `plain_data` lists, such as the ``argparse.Namespace`` of the published
+    checkpoints.
 
     Raises:
         InputError: the file is missing or damaged, or holds objects other than tensors and plain data.
@@ -214,7 +238,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             return content if header is None else {**content, "learngene": json.loads(header)}
         _refuse_bombs(path, zipped=start.startswith(b"PK"))
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(PLAIN_DATA), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pickle's protocol; what is wrong is said below
             with open(path, "rb") as file:  # by a path, newer torch goes by the name's suffix
                 content = torch.load(file, map_location="cpu", weights_only=True)
@@ -223,8 +247,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except Exception as error:  # a damaged file can fail in any way the parsers know
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:
-            raise InputError(f"{path} is refused: besides tensors and plain data it holds {foreign[1]}") from error
+            raise InputError(
+                f"{path} is refused: besides tensors and plain data it holds {foreign[1]}; save the state dict alone"
+            ) from error
         raise InputError(f"{path} is damaged or no file of weights: {type(error).__name__}") from error
+    if isinstance(content, (list, tuple)):  # such as (weights, epoch)
+        content = {str(number): part for number, part in enumerate(content)}
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}: expected a checkpoint or a state dict")
     return dict(content) if "model" in content else {"model": dict(content)}
@@ -270,27 +298,138 @@ def _directory_is_at(start: int, tail: bytes, size: int) -> bool:
 def weights_of(content: Mapping, path: str | os.PathLike, key: str = "model") -> dict[str, Tensor]:
     """The state dict under ``key`` of what `read_checkpoint` read from ``path``, without the prefixes of wrappers.
 
+    Floating-point tensors become float32, whatever precision the file has; others stay as they are.
+
     Raises:
         InputError: there is none, or it holds anything but whole tensors of finite numbers.
     """
+    weights = _state_dict_in(content, key)
+    if weights is None:
+        raise InputError(
+            f"{path} holds no weights under {key!r}: expected a checkpoint or a state dict, found {found_in(content)}"
+        )
+    return _checked(weights, path)
+
+
+def find_weights(content: Mapping, path: str | os.PathLike) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file of any program, wherever in ``content`` they are; as `weights_of` gives them.
+
+    Dictionaries with less than half of the tensors of the largest are left out. Of the rest averages come last, the
+    names of `WEIGHT_KEYS` first, in their order, then the one with most tensors.
+
+    Returns:
+        The weights, and what is to be said of them: which were taken where there are several, another precision.
+
+    Raises:
+        InputError: as `weights_of`.
+    """
+    found = _all_state_dicts(content)
+    if not found:
+        raise InputError(f"{path} holds no weights: expected a checkpoint or a state dict, found {found_in(content)}")
+
+    def rank(place: tuple[str, ...]) -> tuple:
+        averaged = any(AVERAGED.search(key) for key in place)
+        known = [WEIGHT_KEYS.index(key) if key in WEIGHT_KEYS else len(WEIGHT_KEYS) for key in place]
+        return averaged, known, -_count(found[place])
+
+    largest = max(map(_count, found.values()))
+    places = sorted((place for place in found if 2 * _count(found[place]) >= largest), key=rank)
+    weights, remarks = found[places[0]], []
+    others = places[1:]
+    if places[0] == ("model",):  # whose average has a name of its own, and an option
+        others = [place for place in others if place != ("model_ema",)]
+    if others:
+        keys = [
+            ".".join(place[len(content) == 1 :] or place) for place in (places[0], *others)
+        ]  # a lone model is added here
+        remarks += [f"the weights under {keys[0]!r} are taken, not those under {', '.join(keys[1:SHOWN])}"]
+    checked = _checked(weights, path)
+    cast = {str(t.dtype)[6:] for t in weights.values() if t.is_floating_point()} - {"float32"}
+    if cast:
+        remarks += [f"its {', '.join(sorted(cast))} tensors are read as float32"]
+    return checked, remarks
+
+
+def _state_dict_in(content: Mapping, key: str) -> Mapping | None:
     weights = content.get(key)
     weights = weights.get("state_dict", weights) if isinstance(weights, Mapping) else None
-    if not isinstance(weights, Mapping) or not any(isinstance(t, Tensor) for t in weights.values()):
-        raise InputError(f"{path} holds no weights under {key!r}: expected a checkpoint or a state dict")
+    return weights if isinstance(weights, Mapping) and _count(weights) else None
+
+
+def _all_state_dicts(content: object, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Mapping]:
+    """Every dictionary of tensors in ``content`` that can be a model: the keys that lead to it → itself."""
+    found = {}
+    if isinstance(content, Mapping) and place and _count(content):
+        found[place] = content
+    if isinstance(content, (list, tuple)):
+        content = {str(number): part for number, part in enumerate(content)}
+    if isinstance(content, Mapping) and len(place) < NESTING:
+        for key, part in content.items():
+            if isinstance(key, str) and not re.search(NO_WEIGHTS, key.lower()) and not isinstance(part, Tensor):
+                found |= _all_state_dicts(part, (*place, key))
+    return found
+
+
+def _count(weights: Mapping) -> int:
+    return sum(isinstance(tensor, Tensor) for tensor in weights.values())
+
+
+def found_in(content: Mapping) -> str:
+    """The first keys of a file's content, for a message; those below a single ``model`` where there are any."""
+    model = content.get("model")
+    keys = [*model] if isinstance(model, Mapping) and len(content) == 1 else [*content]
+    if not keys:
+        return "no keys"
+    return f"the keys {', '.join(str(key)[:60] for key in keys[:SHOWN])}" + ", …" * (len(keys) > SHOWN)
+
+
+def _checked(weights: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
+    """A state dict in float32, made sure of before memory is given to it; `weights_of` says what is refused."""
     if not all(isinstance(name, str) for name in weights):
         raise InputError(f"{path} is damaged: a name of its weights is no text")
     for name, tensor in weights.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.dtype not in DTYPES:
             raise InputError(f"{path} is refused: {name} is no ordinary tensor")
-    # views of one storage can declare any number of elements
-    declared = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    if declared > os.path.getsize(path):
-        raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
+    weights = in_float32(weights, path)
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():  # inf and nan stay in a sum
             raise InputError(f"{path} cannot be used: {name} holds values that are not finite")
     return clean_state_dict(weights)
+
+
+def in_float32(tensors: Mapping, path: str | os.PathLike) -> dict:
+    """Tensors and other values by name, the floating-point tensors among them in float32.
+
+    Raises:
+        InputError: the tensors are larger than the file at ``path``.
+    """
+    # views of one storage can declare any number of elements, which a conversion would write out
+    declared = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
+    if declared > os.path.getsize(path):
+        raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
+    return {
+        name: value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
+
+
+def optimizer_state_of(content: Mapping, path: str | os.PathLike) -> Mapping:
+    """The state of the optimiser in a checkpoint, number of the parameter → name → tensor or number.
+
+    It is in float32 where the weights are in another precision: somebody has cast the whole file. Else its precision is
+    the optimiser's own choice, and kept.
+
+    Raises:
+        InputError: the tensors are larger than the file at ``path``.
+        KeyError, TypeError, AttributeError: there is none.
+    """
+    state = content["optimizer"]["state"]
+    weights = (_state_dict_in(content, "model") or {}).values()
+    if all(t.dtype == torch.float32 for t in weights if isinstance(t, Tensor) and t.is_floating_point()):
+        return state
+    flat = in_float32({(n, name): value for n, values in state.items() for name, value in values.items()}, path)
+    return {n: {name: flat[n, name] for name in values} for n, values in state.items()}
 
 
 def read_yaml(path: str | os.PathLike) -> object:

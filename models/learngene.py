@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from . import lets, published, tleg
 from .aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
 from .classes import class_names
-from .files import fetch, read_checkpoint, weights_of, written_whole
+from .files import fetch, find_weights, found_in, read_checkpoint, weights_of, written_whole
+from .foreign import without_prefix
 from .vit import InputError, ViTArch, adapt_to_images, in_a_line, parse_arch
 
 METHODS = {"lets": "LeTs", "tleg": "TLEG"}
@@ -209,7 +210,11 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
         raise InputError("its header is no mapping")
     options = published.options_of(header.get("options", content.get("args")))
     # what is averaged stands beside the rest in a checkpoint, and alone in learngene_ema.safetensors
-    weights = weights_of(content, path, "model_ema" if use_ema and not header.get("averaged") else "model")
+    if use_ema and not header.get("averaged"):
+        weights, remarks = weights_of(content, path, "model_ema"), []
+    else:
+        weights, remarks = find_weights(content, path)
+    weights = without_prefix(weights, published.KEYS)
     averaged = use_ema or bool(header.get("averaged"))
     config = {key: value for key, value in header.items() if key not in ("method", "options", "averaged")}
     if "src_arch" in config:
@@ -220,16 +225,19 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
         _check_config(config)
         tensors = published.rename_from_published(weights, published.layout_of(method, config))
         kind = "published checkpoint" if "optimizer" in content else "published weights"
-        return Learngene(method, tensors, config, options, averaged, kind)
+        return Learngene(method, tensors, config, options, averaged, ", ".join([kind, *remarks]))
     if not header:
-        known = "blocks.0.norm1.weight" in weights
+        known = any(name.endswith("blocks.0.norm1.weight") for name in weights)
         kind = "the weights of a single ViT, which --finetune takes" if known else "something else"
-        raise InputError(f"it holds {kind}; expected a file of this project, or a published LeTs or TLEG checkpoint")
+        raise InputError(
+            f"it holds {kind} ({found_in(weights)}); expected a file of this project, or a published LeTs or TLEG "
+            "checkpoint"
+        )
     if header["method"] not in METHODS:
         raise InputError(f"unknown method {header['method']!r}")
     _check_config(config)
     kind = "checkpoint of this program" if "optimizer" in content else "learngene file"
-    return Learngene(header["method"], weights, config, options, averaged, kind)
+    return Learngene(header["method"], weights, config, options, averaged, ", ".join([kind, *remarks]))
 
 
 def _check_config(config: Mapping) -> None:

@@ -23,6 +23,7 @@ from .vit import AUX_DEPTH, InputError, ViTArch, in_a_line, parse_arch
 LETS_KEY = "patch_embed.trans_width_emb.trans_weight"  # which method a file is of, shows in one of its keys
 TLEG_KEY = "blocks.block.norm1.instances.0.weight_ilayer"
 DES_NET_KEY = "blocks.0.attn.q.weight"
+KEYS = {LETS_KEY, TLEG_KEY}
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 

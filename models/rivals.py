@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .files import found_in
 from .selection import Neurons, keep_neurons
 from .vit import InputError, ViTArch
 
@@ -18,9 +19,10 @@ def source_arch(vit: dict[str, Tensor], head_dim: int) -> ViTArch:
     Raises:
         InputError: it is not the state dict of a plain ViT with heads of ``head_dim`` neurons.
     """
-    needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "fc_norm.weight", "head.weight")
+    needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "fc_norm.weight")
     if missing := [name for name in needed if name not in vit]:
-        raise InputError(f"it has no {missing[0]}: expected the weights of a plain ViT without class token")
+        found = f"found {found_in(vit)}"
+        raise InputError(f"it has no {missing[0]}: expected the weights of a plain ViT without class token, {found}")
     width, patch_size = vit["patch_embed.proj.weight"].shape[0], vit["patch_embed.proj.weight"].shape[-1]
     if width % head_dim:
         raise InputError(f"its width {width} cannot be divided into heads of {head_dim} neurons")

@@ -72,9 +72,9 @@ def keep_neurons(vit: dict[str, Tensor], neurons: Neurons) -> dict[str, Tensor]:
         "pos_embed": vit["pos_embed"][..., emb],
         **{f"patch_embed.proj.{kind}": vit[f"patch_embed.proj.{kind}"][emb] for kind in ("weight", "bias")},
         **{f"fc_norm.{kind}": vit[f"fc_norm.{kind}"][emb] for kind in ("weight", "bias")},
-        "head.weight": vit["head.weight"][:, emb],
-        "head.bias": vit["head.bias"],
     }
+    if "head.weight" in vit and "head.bias" in vit:
+        kept |= {"head.weight": vit["head.weight"][:, emb], "head.bias": vit["head.bias"]}
     for l, hidden in enumerate(neurons.hidden):
         block = {name.removeprefix(f"blocks.{l}."): w for name, w in vit.items() if name.startswith(f"blocks.{l}.")}
         qkv_weight, qkv_bias = (block[f"attn.qkv.{kind}"].unflatten(0, (3, -1)) for kind in ("weight", "bias"))

@@ -170,7 +170,8 @@ def check_formats(text: str, model: nn.Module) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    model, transform, _ = load(args.model)
+    folder = models.averaged_folder(args.model) if args.model_ema else args.model
+    model, transform, _ = load(folder)
     formats = check_formats(args.formats, model)
     if args.images:
         images = [transform(read_picture(path)) for path in args.images]
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
         logits = [model(images[:size]) for size in sizes]
     batches = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
     for format in formats:
-        path = args.model / FORMATS[format][0]
+        path = folder / FORMATS[format][0]
         difference = write(program, format, path, images, logits)
         print(printable(f"{path}: largest difference of a logit {difference:.1e}, in batches of {batches} images"))
 
@@ -192,6 +193,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="with model.safetensors and config.json")
+    p.add_argument("--model-ema", action="store_true", help="export the averaged weights, in FOLDER/model_ema")
     p.add_argument("--formats", default="onnx,torch", help="onnx, torch (torch.export), or both")
     p.add_argument("--images", nargs="+", metavar="FILE", help="what to compare on; default: 16 handwritten digits")
     try:

@@ -99,11 +99,12 @@ def most_probable(logits: Tensor, names: Sequence[str], top_k: int) -> Iterable[
 def predict(args: argparse.Namespace) -> None:
     if args.top_k < 1:
         raise models.InputError(f"--top-k {args.top_k} is too small: at least 1")
-    model, transform, config = load(args.model)
+    folder = models.averaged_folder(args.model) if args.model_ema else args.model
+    model, transform, config = load(folder)
     with torch.inference_mode():  # one by one, as all of them together may be more than the memory holds
         logits = torch.cat([model(transform(read_picture(path))[None]) for path in args.images])
     if not logits.isfinite().all():
-        raise models.InputError(f"{args.model} gives logits that are not finite")
+        raise models.InputError(f"{folder} gives logits that are not finite")
     names = class_names(config)
     for path, row in zip(args.images, logits, strict=True):
         print(printable(path), *most_probable(row, names, args.top_k), sep="\n")
@@ -112,6 +113,7 @@ def predict(args: argparse.Namespace) -> None:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, metavar="FOLDER", help="with model.safetensors and config.json")
+    p.add_argument("--model-ema", action="store_true", help="take the averaged weights, in FOLDER/model_ema")
     p.add_argument("--top-k", type=int, default=5, help="how many classes to show")
     p.add_argument("images", nargs="+", metavar="IMAGE", help=f"file of the kind {', '.join(FORMATS)}")
     try:

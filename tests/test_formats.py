@@ -282,6 +282,8 @@ FIRST = {
     "--push-to-hub owner/vit",
     "push-gene": f"{BASE} --model aux_deit_nano_patch4_16_L4 --epochs 1 --output-dir OUT/push-gene "
     "--push-to-hub owner/gene",
+    "push-ema": f"{BASE} --model {VIT} --epochs 1 --output-dir OUT/push-ema --push-to-hub owner/average --push-ema",
+    "push-ema-gene": f"{BASE} --model aux_deit_nano_patch4_16_L4 --output-dir OUT/no --push-to-hub owner/g --push-ema",
     "push-other": f"{BASE} --model {VIT} --epochs 1 --output-dir OUT/no --push-to-hub somebody/vit",
     "push-name": f"{BASE} --model {VIT} --epochs 1 --output-dir OUT/no --push-to-hub vit",
     "push-nothing": f"{BASE} --model {VIT} --epochs 1 --push-to-hub owner/vit",
@@ -440,6 +442,16 @@ def test_pushed_model_comes_back_from_the_hub(runs):
     assert done.returncode == 0, done.stderr
 
 
+def test_averaged_weights_are_pushed_as_a_model_of_their_own(runs):
+    finished(runs, "push-ema")
+    files, folder = runs.hub.files("owner/average"), runs.out / "push-ema"
+    assert {*files} == {"model.safetensors", "config.json", "log.txt", "README.md", ".gitattributes"}
+    assert files["model.safetensors"] == (folder / "model_ema.safetensors").read_bytes()
+    assert files["model.safetensors"] != (folder / "model.safetensors").read_bytes()
+    assert "**weights**: exponential moving average over the steps" in files["README.md"].decode()
+    assert 'timm.create_model("hf-hub:owner/average", pretrained=True)' in files["README.md"].decode()
+
+
 def test_model_card_says_where_the_model_comes_from(runs):
     card = runs.hub.files("owner/vit")["README.md"].decode()
     gene = models.load_learngene(runs.out / "lets.safetensors")
@@ -475,6 +487,7 @@ def test_pushed_learngene_comes_back_from_the_hub(runs):
         ("push-name", "vit has no owner: expected OWNER/NAME"),
         ("push-nothing", "--output-dir is missing"),
         ("push-eval", "--eval writes nothing"),
+        ("push-ema-gene", "uploads a learngene with its average anyway"),
     ],
 )
 def test_push_that_cannot_be_is_refused_before_training(runs, name, said):
