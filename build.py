@@ -30,7 +30,7 @@ from datasets import (
 )
 from folders import SPLITS, summary
 from images import faster
-from losses import DistillationLoss, FamilyLoss
+from losses import BinaryCrossEntropy, DistillationLoss, FamilyLoss
 from models import InputError
 from samplers import ExactSampler, TrainSampler
 from shards import ShardCache
@@ -437,6 +437,8 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
             remode=args.remode,
             recount=args.recount,
             eval_crop_ratio=args.eval_crop_ratio,
+            three_augment=args.three_augment,
+            src=args.src,
         )
         if args.cache_data:
             augment = BatchAugment(transform) if is_train else augment
@@ -472,6 +474,8 @@ def splits_needed(args: argparse.Namespace) -> tuple[str, ...]:
 def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches, list[str]]:
     """Training and test images in batches, and the names of the classes."""
     train, test, classes, augment = build_sets(args)
+    if args.nb_classes not in (None, len(classes)):
+        raise InputError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes, expected as many")
     if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
         raise InputError(
             f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
@@ -513,6 +517,8 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
     """Mixup and cutmix, and the criterion that fits their targets."""
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         smoothed = args.smoothing > 0
+        if args.bce_loss:
+            return None, BinaryCrossEntropy(args.smoothing)
         return None, LabelSmoothingCrossEntropy(args.smoothing) if smoothed else nn.CrossEntropyLoss()
     if args.batch_size % 2 and args.epochs > 0 and not args.eval:
         raise InputError(f"--batch-size {args.batch_size} is odd: --mixup and --cutmix pair the images of a batch")
@@ -523,10 +529,10 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
+        label_smoothing=0.0 if args.bce_loss else args.smoothing,  # which smooths what it has made of the targets
         num_classes=num_classes,
     )
-    return mixup, SoftTargetCrossEntropy()
+    return mixup, BinaryCrossEntropy(args.smoothing) if args.bce_loss else SoftTargetCrossEntropy()
 
 
 def box_sides(minmax: Sequence[float], input_size: int) -> list[float]:

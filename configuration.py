@@ -1,6 +1,7 @@
 """What the options say together: command line and YAML files, which run they describe, and what is recorded of them."""
 
 import argparse
+import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import models
 from models import InputError
-from options import option_parser, parts, whole_numbers
+from options import Accepted, Refused, number_or_none, option_parser, parts, text_or_none, whole_numbers
 from shards import COMMAND, is_remote
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -41,6 +42,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise InputError(f"unknown option {unknown[0]}{models.nearest(unknown[0], parser._option_string_actions)}")
+    check_local_rank(args)
     if args.config:
         from_file = config_arguments(parser, args.config)
         try:
@@ -52,7 +54,24 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
             raise InputError(f"--config {args.config}: data_path is a command, which only the command line may give")
     # training averages unless it is told not to, evaluation takes the averaged weights only if it is told to
     args.model_ema = bool(args.model_ema) if args.eval else args.model_ema is not False
+    vars(args).pop("local_rank", None)  # another one in each process
     return args
+
+
+def check_local_rank(args: argparse.Namespace) -> None:
+    """Compare ``--local-rank``, which torch.distributed.launch gives without ``--use_env``, with the environment.
+
+    Raises:
+        InputError: the environment says something else, or nothing, so that the processes would not find each other.
+    """
+    given, expected = vars(args).get("local_rank", -1), os.environ.get("LOCAL_RANK")
+    if given > 0 and expected is None:
+        raise InputError(
+            f"--local-rank {given} is given, but LOCAL_RANK, RANK and WORLD_SIZE are missing in the environment: "
+            "expected a start by torchrun or torch.distributed.launch"
+        )
+    if given >= 0 and expected is not None and str(given) != expected:
+        raise InputError(f"--local-rank is {given}, LOCAL_RANK in the environment {expected}: expected the same")
 
 
 def with_dashes(argument: str) -> str:
@@ -78,27 +97,66 @@ def config_arguments(parser: Parser, path: str) -> list[str]:
 
 def arguments_of(parser: Parser, options: dict, source: str) -> list[str]:
     """Plain data {option: value} as the command line that says the same; messages begin with ``source``."""
-    arguments = []
+    arguments, given = [], {}
     for key, value in options.items():
         option = "--" + str(key).replace("_", "-")
         action = parser._option_string_actions.get(option)
         if action is None or option in ("--config", "--help"):
             raise InputError(f"{source}: unknown key {key}{models.nearest(option, parser._option_string_actions)}")
-        plain = not any(isinstance(v, (list, dict)) for v in (value if isinstance(value, list) else ()))
-        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                raise InputError(f"{source}: {key} is {reprlib.repr(value)}, expected true or false")
-            if value or isinstance(action, argparse.BooleanOptionalAction):
-                arguments.append(option if value else "--no-" + option[2:])
-        elif isinstance(value, list) and plain and action.nargs is not None:
-            arguments += [option, *map(str, value)]
-        elif isinstance(value, list) and plain and action.type in (whole_numbers, parts):
-            arguments.append(f"{option}={','.join(map(str, value))}")
-        elif isinstance(value, (list, dict, bool)):
-            raise InputError(f"{source}: {key} is {reprlib.repr(value)}, expected a single value")
-        elif value is not None:
-            arguments.append(f"{option}={value}")
+        if (other := given.setdefault(id(action), key)) != key:
+            raise InputError(f"{source}: {other} and {key} are the same option: expected one of them")
+        no = "--no-" + option[2:]
+        if isinstance(action, Accepted) and value is False and no in parser._option_string_actions:
+            arguments.append(no)  # which says why that is refused
+        elif not isinstance(action, Refused):
+            arguments += argument_of(action, option, key, value, source)
+        elif value not in (None, False, ""):
+            arguments.append(option)
     return arguments
+
+
+def argument_of(action: argparse.Action, option: str, key: object, value: object, source: str) -> list[str]:
+    """One option with its value as words of a command line, none where ``value`` is null and so is the default."""
+    two_way = isinstance(action, argparse.BooleanOptionalAction)
+    if isinstance(action, Accepted) and value is None:
+        return []
+    if action.nargs == 0 or two_way:
+        if not isinstance(value, bool):
+            raise InputError(f"{source}: {key} is {shown(value)}, expected true or false")
+        if two_way and option.startswith("--no-"):
+            option, value = action.option_strings[0], not value
+        return [option] if value else ["--no-" + option[2:]] if two_way else []
+    if value is None or value is False:
+        return switched_off(action, option, key, value, source)
+    plain = isinstance(value, list) and not any(isinstance(v, (list, dict)) for v in value)
+    if plain and action.nargs is not None:
+        return [option, *map(str, value)]
+    if plain and action.type in (whole_numbers, parts):
+        return [f"{option}={','.join(map(str, value))}"]
+    if isinstance(value, (list, dict, bool)):
+        raise InputError(f"{source}: {key} is {shown(value)}, expected a single value")
+    return [f"{option}={value}"]
+
+
+def switched_off(action: argparse.Action, option: str, key: object, value: bool | None, source: str) -> list[str]:
+    """What null or false (YAML's ``no`` and ``off``, too) means for an option that takes a value: none.
+
+    Raises:
+        InputError: the option cannot be without a value.
+    """
+    if action.default in (None, argparse.SUPPRESS):
+        return []
+    if action.type in (text_or_none, number_or_none) or "none" in (action.choices or ()):
+        return [f"{option}=none"]
+    if action.type is parts:
+        return [f"{option}="]
+    default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+    raise InputError(f"{source}: {key} is {shown(value)}, expected a value such as the default, {default}")
+
+
+def shown(value: object) -> str:
+    """A value of a YAML file for a message."""
+    return "null" if value is None else reprlib.repr(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,6 +197,7 @@ def check_kind(args: argparse.Namespace) -> str:
                 raise InputError(
                     f"--descendants is missing: --{option} says which are trained beside the Aux-Net, and how"
                 )
+    check_augmentation(args, defaults)
     if args.teacher_cache and args.distillation_type == "none":
         raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
     if args.teacher_cache_top and not args.teacher_cache:
@@ -160,6 +219,18 @@ def check_kind(args: argparse.Namespace) -> str:
         option = "--train-images" if args.train_images else "--holdout"
         raise InputError(f"{option} takes single images, which --data-set WDS cannot: expected another --data-set")
     return kind
+
+
+def check_augmentation(args: argparse.Namespace, defaults: dict) -> None:
+    """Raises InputError where options of the augmentation exclude each other."""
+    if args.src and not args.three_augment:
+        raise InputError("--ThreeAugment is missing: --src says how it crops")
+    if args.three_augment and args.cache_data:
+        raise InputError("--cache-data cannot augment with --ThreeAugment: expected one of them")
+    for option in ("aa", "reprob") if args.three_augment else ():
+        value = getattr(args, option)
+        if value and value != defaults[option]:
+            raise InputError(f"--ThreeAugment takes the place of --{option} {value}: expected one of them")
 
 
 def kind_of_run(args: argparse.Namespace) -> str:

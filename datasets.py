@@ -564,11 +564,18 @@ def build_transform(
     remode: str = "pixel",
     recount: int = 1,
     eval_crop_ratio: float = 0.875,
+    three_augment: bool = False,
+    src: bool = False,
 ) -> transforms.Compose:
     """PIL image → normalised tensor (3, input_size, input_size); DeiT's recipe for photographs.
 
     Photographs are cut out at random to train, and resized and cut from the middle to test. Data sets whose images
     are small are used whole at sizes up to 64: resized if need be, and shifted by up to an eighth to train.
+
+    Args:
+        three_augment: DeiT III's 3-Augment to train (timm's policy ``3a``, then ``color_jitter``), in the place of
+            ``aa`` and of random erasing.
+        src: its simple random crop: the shorter side resized, then shifted by up to 4 pixels.
     """
     small = DATA_SETS[name][2] is not None and input_size <= SMALL
     if not is_train:
@@ -583,17 +590,18 @@ def build_transform(
             input_size=input_size,
             is_training=True,
             color_jitter=color_jitter,
-            auto_augment=aa,
+            auto_augment="3a" if three_augment else aa,
             interpolation=interpolation,
             hflip=0.0 if name == "DIGITS" else 0.5,  # a mirrored digit is no digit
-            re_prob=reprob,
+            re_prob=0.0 if three_augment else reprob,
             re_mode=remode,
             re_count=recount,
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"--aa {aa} is unknown: expected a policy such as rand-m9-mstd0.5-inc1, or none") from error
-    if small:  # the first step is timm's random crop for photographs
+    if small or src:  # the first step is timm's random crop for photographs
         mode = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
-        shift = transforms.RandomCrop(input_size, padding=max(1, input_size // 8))
-        transform.transforms[:1] = [transforms.Resize((input_size, input_size), mode), shift]
+        resize = transforms.Resize((input_size, input_size) if small else input_size, mode)
+        padding = dict(padding=4, padding_mode="reflect") if src else dict(padding=max(1, input_size // 8))
+        transform.transforms[:1] = [resize, transforms.RandomCrop(input_size, **padding)]
     return transform

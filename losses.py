@@ -7,6 +7,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class BinaryCrossEntropy(nn.Module):
+    """DeiT III's: one binary decision per class, with the target 1 for every class that mixup has put into an image.
+
+    ``smoothing`` s then makes (1 − s) · t + s / classes of a target t; DeiT III has none. With timm's loss of this name
+    mixup smooths before the targets are compared with a threshold.
+    """
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of ``logits`` (batch, classes); targets are labels (batch,) or shares (batch, classes)."""
+        classes = logits.shape[1]
+        shares = F.one_hot(targets, classes) if targets.ndim == 1 else targets
+        targets = (shares > 0).float() * (1 - self.smoothing) + self.smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
 class DistillationLoss(nn.Module):
     """(1 − α) · base criterion + α · distillation (DeiT, equations 2 and 3, without a distillation token).
 

@@ -5,6 +5,9 @@ that reason, and a test compares them with what the rest of the program knows.
 """
 
 import argparse
+import os
+import textwrap
+from pathlib import Path
 
 DATA_SETS = ("CARS", "CIFAR10", "CIFAR100", "DIGITS", "FLOWERS", "FMNIST", "FOLDER", "FOOD101", "IMNET", "INAT19")
 DATA_SETS += ("MINIIMNET", "TINYIMNET", "WDS")
@@ -92,18 +95,103 @@ def text_or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
 
+def number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def place(text: str) -> str:
+    """A path, with a leading ``~`` or ``~user`` replaced; also an address or a command, which stays as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: expected a path")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise argparse.ArgumentTypeError(f"{text!r} names no user of this machine; ./{text} would be a path")
+    return expanded
+
+
+def place_or_none(text: str) -> str | None:
+    """`place`, or None for an empty text, which stands for "not given" in DeiT."""
+    return place(text) if text else None
+
+
+def local_path(text: str) -> Path:
+    """`place` as a `Path`, for options of scripts."""
+    return Path(place(text))
+
+
+class Accepted(argparse.Action):
+    """An option of DeiT's or LeTs' commands that has no effect here: its value is checked and forgotten."""
+
+    def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None, type: type | None = None):
+        hidden = argparse.SUPPRESS
+        super().__init__(option_strings, dest=hidden, nargs=nargs, default=hidden, type=type, help=hidden)
+
+    def __call__(self, *args: object) -> None:
+        """Leave the namespace as it is."""
+
+
+class Refused(argparse.Action):
+    """An option of DeiT's or LeTs' commands that would change the run in a way that is not implemented here."""
+
+    def __init__(self, option_strings: list[str], dest: str, reason: str):
+        hidden = argparse.SUPPRESS
+        super().__init__(option_strings, dest=hidden, nargs="?", default=hidden, help=hidden)
+        self.reason = reason
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: object, option: str) -> None:
+        parser.error(f"{option} {self.reason}")
+
+
+FLAGS_WITHOUT_EFFECT = ("--dist-eval", "--distributed", "--resplit", "--train-mode", "--tune-depth", "--tune-width")
+FLAGS_WITHOUT_EFFECT += ("--tune-small-model", "--trans-tie-param")
+OPTIONS_WITHOUT_EFFECT = {"--dist-url": str, "--dist-backend": str, "--world-size": int, "--patience-epochs": int}
+OPTIONS_WITHOUT_EFFECT |= {"--initialize-scheme": str, "--mapping-scheme": str, "--coeff-mapping": str}
+OPTIONS_WITHOUT_EFFECT |= {"--tune-residual-noise": float, "--learning-rate-res": float, "--weight-decay-res": float}
+SUBMITIT = "is an option of DeiT's run_with_submitit.py: start the processes with torchrun, or with scripts/slurm.sh"
+REFUSED = {
+    "--cosub": "is not implemented: expected a command without it; --descendants trains several networks together",
+    "--attn-only": "is not implemented: all layers are trained; expected a command without it",
+    "--no-train-mode": "is not implemented: --drop 0 --drop-path 0 train without dropout and drop-path",
+    "--pretrained": "is not implemented: --finetune takes the weights of a checkpoint",
+    "--load-tar": "is not implemented: --data-set WDS reads tar files",
+    "--tune-residual": "is not implemented: expanded weights have no additive terms; expected a command without it",
+    "--no-tune-depth": "is not implemented: depth coefficients are always trained; expected a command without it",
+    "--no-tune-width": "is not implemented: width matrices are always trained; expected a command without it",
+    "--no-tune-small-model": "is not implemented: --src-path with --freeze-src trains only what expands a ViT",
+    "--no-trans-tie-param": "is not implemented: layers always share width matrices; expected a command without it",
+    **dict.fromkeys(("--nodes", "--ngpus", "--node", "--gpu", "--timeout", "--job-dir", "--partition"), SUBMITIT),
+    **dict.fromkeys(("--use-volta32", "--comment"), SUBMITIT),
+}
+
+
+def add_foreign_options(p: argparse.ArgumentParser) -> None:
+    """Options of DeiT's and LeTs' programs that have no effect here, or are refused with the reason."""
+    names = textwrap.fill(", ".join([*FLAGS_WITHOUT_EFFECT, *OPTIONS_WITHOUT_EFFECT]), 76)
+    g = p.add_argument_group("accepted for the commands of DeiT and LeTs, without effect", names)
+    for name in FLAGS_WITHOUT_EFFECT:
+        g.add_argument(name, action=Accepted, nargs=0)
+    for name, kind in OPTIONS_WITHOUT_EFFECT.items():
+        g.add_argument(name, action=Accepted, type=kind)
+    for name, reason in REFUSED.items():
+        g.add_argument(name, action=Refused, reason=reason)
+    # given by torch.distributed.launch without --use_env, to each process its own
+    g.add_argument("--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
 def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """DeiT's options and this program's. Written with '-'; '_' is understood too."""
     p = kind("main.py", description=RUNS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("what to run")
-    g.add_argument("--config", help="YAML file whose keys are these options; the command line wins")
+    g.add_argument("--config", type=place_or_none, help="YAML file whose keys are these options; the command line wins")
     g.add_argument("--model", "--model-type", help="aux_deit_… (TLEG stage 1), or any model to train as it is")
     g.add_argument("--src-arch", help="LeTs stage 1: the learngene, such as deit_small_patch16_224_L8")
     g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12")
     g.add_argument("--des-arch", help="stage 2: the Des-Net, such as deit_base_patch16_224_L12")
-    g.add_argument("--load-gene", help="stage 2: learngene file, published checkpoint, or address of one")
+    g.add_argument(
+        "--load-gene", type=place_or_none, help="stage 2: learngene file, published checkpoint, or address of one"
+    )
     g.add_argument("--gene-ema", action=flag, default=False, help="take model_ema of the learngene's checkpoint")
     g.add_argument("--mapping-layer", type=whole_numbers, help="LeTs stage 2: Aux layer of each layer, '0,1,4,…'")
     g.add_argument("--mapping-layer-coeff", type=whole_numbers, help="LeTs stage 2: Aux layer whose coefficients")
@@ -111,11 +199,15 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--depth-select", default="default", help="LeTs stage 2: default, even, first, last, or pairs:0,2,…")
     g.add_argument("--skip-init", type=parts, default=[], help=f"stage 2: leave at random {','.join(PARTS)}")
     g.add_argument("--init", choices=RIVALS, help="start from a trained ViT of other sizes, without learngene")
-    g.add_argument("--init-path", help="the trained ViT of --init: checkpoint or address")
+    g.add_argument("--init-path", type=place_or_none, help="the trained ViT of --init: checkpoint or address")
     g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
     g.add_argument("--group-size", type=at_least(1), default=2, help="LeTs stage 1: learngene layers in a mixture")
     g.add_argument("--full-width", action=flag, default=False, help="LeTs stage 1: LiGO's width matrices")
-    g.add_argument("--src-path", help="LeTs stage 1: a trained ViT of --src-arch that the learngene starts from")
+    g.add_argument(
+        "--src-path",
+        type=place_or_none,
+        help="LeTs stage 1: a trained ViT of --src-arch that the learngene starts from",
+    )
     g.add_argument("--freeze-src", action=flag, default=False, help="LeTs stage 1: train only what expands --src-path")
     g.add_argument(
         "--trans-init-scheme",
@@ -147,8 +239,14 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss; 1: without the Aux-Net"
     )
-    g.add_argument("--finetune", help="start from the weights of a checkpoint; another head stays fresh")
-    g.add_argument("--resume", help="continue from a checkpoint; auto: from the newest whole one in --output-dir")
+    g.add_argument(
+        "--finetune", type=place_or_none, help="start from the weights of a checkpoint; another head stays fresh"
+    )
+    g.add_argument(
+        "--resume",
+        type=place_or_none,
+        help="continue from a checkpoint; auto: from the newest whole one in --output-dir",
+    )
     g.add_argument("--start-epoch", type=at_least(0), default=0)
     g.add_argument("--eval", action="store_true", help="evaluate and stop")
     g.add_argument("--epochs", type=at_least(0), default=300, help="0: initialise, evaluate, write the model")
@@ -157,6 +255,7 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--data-set", default="IMNET", choices=DATA_SETS)
     g.add_argument(
         "--data-path",
+        type=place_or_none,
         help="the folder that holds the data set; not needed for DIGITS. WDS also takes an address, or a command that "
         "writes the file {} to its standard output: 'pipe:aws s3 cp s3://bucket/imagenet/{} -'",
     )
@@ -165,7 +264,12 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         action="store_true",
         help="fetch CIFAR10, CIFAR100, FLOWERS, FMNIST or FOOD101 to --data-path if it is not there",
     )
-    g.add_argument("--shard-cache", metavar="DIR", help="WDS: keep shards from elsewhere here, on a disk of this host")
+    g.add_argument(
+        "--shard-cache",
+        type=place_or_none,
+        metavar="DIR",
+        help="WDS: keep shards from elsewhere here, on a disk of this host",
+    )
     g.add_argument("--shard-cache-gb", type=positive, default=200, help="… at most so many GB; ImageNet has 150")
     g.add_argument(
         "--train-images",
@@ -180,10 +284,13 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         help="set N of the training images aside, and evaluate on them instead of the test images: what is called "
         "test_… is then of them",
     )
+    g.add_argument("--nb-classes", type=at_least(1), help="of the data, which have to have as many; default: counted")
     g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
     g.add_argument("--input-size", type=at_least(1), help="pixels; default: the architecture's")
-    g.add_argument("--batch-size", type=at_least(1), default=64, help="images per process and step")
-    g.add_argument("--accum-iter", type=at_least(1), default=1, help="batches per optimiser step")
+    g.add_argument("--batch-size", "--batch", type=at_least(1), default=64, help="images per process and step")
+    g.add_argument(
+        "--accum-iter", "--accumulation-step", type=at_least(1), default=1, help="batches per optimiser step"
+    )
     g.add_argument("--num-workers", type=at_least(0), default=10)
     g.add_argument(
         "--cache-data",
@@ -193,12 +300,19 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         "other random numbers",
     )
     g.add_argument("--pin-mem", action=flag, default=True)
-    g.add_argument("--dist-eval", action="store_true", help="for DeiT's commands: evaluation is always distributed")
     g.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     g.add_argument("--eval-crop-ratio", type=ratio(above_zero=True), default=0.875)
 
     g = p.add_argument_group("augmentation")
-    g.add_argument("--color-jitter", type=float, default=0.3)
+    g.add_argument(
+        "--three-augment",
+        "--ThreeAugment",
+        action=flag,
+        default=False,
+        help="DeiT III's 3-Augment in the place of --aa and --reprob: grey, solarised or blurred, then --color-jitter",
+    )
+    g.add_argument("--src", action=flag, default=False, help="… with its simple random crop: resized, then shifted")
+    g.add_argument("--color-jitter", type=number_or_none, default=0.3)
     g.add_argument("--aa", type=text_or_none, default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
     g.add_argument("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))
     g.add_argument("--repeated-aug", action=flag, default=True)
@@ -219,11 +333,17 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--mixup-switch-prob", type=ratio(), default=0.5)
     g.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
     g.add_argument("--smoothing", type=ratio(below_one=True), default=0.1)
+    g.add_argument(
+        "--bce-loss",
+        action=flag,
+        default=False,
+        help="DeiT III's binary cross-entropy: 1 for every class that is mixed into an image (smoothed by --smoothing)",
+    )
 
     g = p.add_argument_group("regularisation and averaging")
     g.add_argument("--drop", type=ratio(), default=0.0, help="dropout of a ViT's positions, projections and MLPs")
     g.add_argument("--drop-path", type=ratio(below_one=True), default=0.1)
-    g.add_argument("--clip-grad", type=float)
+    g.add_argument("--clip-grad", type=number_or_none)
     g.add_argument(
         "--model-ema",
         action=flag,
@@ -252,19 +372,26 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--decay-epochs", type=float, default=30)
     g.add_argument("--warmup-epochs", type=at_least(0), default=5)
     g.add_argument("--cooldown-epochs", type=at_least(0), default=10)
-    g.add_argument("--decay-rate", type=float, default=0.1)
+    g.add_argument("--decay-rate", "--dr", type=float, default=0.1)
 
     g = p.add_argument_group("distillation")
     g.add_argument("--teacher-model", default="regnety_160")
-    g.add_argument("--teacher-path", help="checkpoint or http(s) address; default: timm's pretrained weights")
+    g.add_argument(
+        "--teacher-path", type=place_or_none, help="checkpoint or http(s) address; default: timm's pretrained weights"
+    )
     g.add_argument("--distillation-type", default="none", choices=DISTILLATION_TYPES)
     g.add_argument("--distillation-alpha", type=float, default=0.5)
     g.add_argument("--distillation-tau", type=float, default=1.0)
-    g.add_argument("--teacher-cache", metavar="DIR", help="keep the teacher's outputs for other runs, and use them")
+    g.add_argument(
+        "--teacher-cache",
+        type=place_or_none,
+        metavar="DIR",
+        help="keep the teacher's outputs for other runs, and use them",
+    )
     g.add_argument("--teacher-cache-top", type=at_least(1), metavar="K", help="… of K classes; default: all, exactly")
 
     g = p.add_argument_group("run")
-    g.add_argument("--output-dir", help="where everything is written; default: nothing is")
+    g.add_argument("--output-dir", type=place_or_none, help="where everything is written; default: nothing is")
     g.add_argument(
         "--eval-interval",
         type=at_least(1),
@@ -277,8 +404,15 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--keep-checkpoints", type=at_least(0), default=1, help="old checkpoints to keep, besides the best")
     g.add_argument("--on-nan", default="stop", choices=ON_NAN, help="what to do when loss or gradient is not finite")
     g.add_argument("--dist-timeout", type=positive, default=10, help="minutes that processes wait for each other")
-    g.add_argument("--wandb", metavar="PROJECT", help="also send all numbers to Weights & Biases, if it is installed")
-    g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload what was trained to the Hugging Face Hub")
+    g.add_argument(
+        "--wandb",
+        type=text_or_none,
+        metavar="PROJECT",
+        help="also send all numbers to Weights & Biases, if it is installed",
+    )
+    g.add_argument(
+        "--push-to-hub", type=text_or_none, metavar="OWNER/NAME", help="upload what was trained to the Hugging Face Hub"
+    )
     g.add_argument(
         "--push-ema", action="store_true", help="… with the averaged weights in the place of the model's own"
     )
@@ -293,4 +427,6 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
     g.add_argument("--seed", type=at_least(0, 2**32 - 1), default=0)
     g.add_argument("--log-interval", type=at_least(1), default=50, help="steps between two looks at the loss")
+
+    add_foreign_options(p)
     return p  # fmt: skip

@@ -33,6 +33,7 @@ CAST_BY_AUTOCAST = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d,
 OPTIONS = ("data_set", "cache_data", "seed", "input_size", "batch_size", "repeated_aug", "color_jitter", "aa")
 OPTIONS += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
 OPTIONS += ("mixup_switch_prob", "mixup_mode", "teacher_model", "teacher_cache_top")
+LATER_OPTIONS = ("three_augment", "src")  # named where they are on, so that caches made before them stay valid
 
 
 class Teacher:
@@ -233,8 +234,9 @@ def identity_of(
     Not among it is what changes the last digits alone, such as the device, or what the images show if it is
     changed: versions of libraries, or of the files. `TeacherCache` compares images.
     """
+    names = [*OPTIONS, *(name for name in LATER_OPTIONS if getattr(args, name))]
     return {
-        **{"--" + name.replace("_", "-"): getattr(args, name) for name in OPTIONS},
+        **{"--" + name.replace("_", "-"): getattr(args, name) for name in names},
         "precision": str(dtype).removeprefix("torch."),
         "number of processes": processes,
         "number of training images": len(dataset),

@@ -39,6 +39,7 @@ from .vit import InputError, in_a_line
 YAML_LIMIT = 2**20  # bytes; those of this program have a thousandth of it
 JSON_LIMIT = 2**24  # bytes; the names and meanings of all of ImageNet's classes take a twelfth of it
 NESTING_LIMIT = 20  # levels of YAML, which takes quadratic time to read
+PLAIN_TAGS = {("!!", name) for name in ("bool", "float", "int", "null", "str")}  # which are in published YAML files
 SCALAR_LIMIT = 1000  # characters of a value in YAML; some numbers take quadratic time, too
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8} | {
@@ -432,11 +433,24 @@ def optimizer_state_of(content: Mapping, path: str | os.PathLike) -> Mapping:
     return {n: {name: flat[n, name] for name in values} for n, values in state.items()}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that is there twice, YAML's own loader takes the last value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping, seen = super().construct_mapping(node, deep), set()
+        for key, _ in node.value if len(mapping) < len(node.value) else ():
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value} of line {key.start_mark.line + 1} is there twice")
+            seen.add(key.value)
+        return mapping
+
+
 def read_yaml(path: str | os.PathLike) -> object:
     """The plain data of a YAML file.
 
     Raises:
-        InputError: the file is missing, no YAML, or holds what could make much of little: tags, aliases, deep nesting.
+        InputError: the file is missing, no YAML, holds a key twice, or what could make much of little: tags other than
+            those of plain values, aliases, deep nesting.
     """
     text = _plain_text(path, YAML_LIMIT)
     try:
@@ -446,7 +460,7 @@ def read_yaml(path: str | os.PathLike) -> object:
             what = None
             if isinstance(token, yaml.AliasToken):
                 what = f"the alias *{token.value}"
-            elif isinstance(token, yaml.TagToken):
+            elif isinstance(token, yaml.TagToken) and token.value not in PLAIN_TAGS:
                 what = f"the tag {''.join(part or '' for part in token.value)}"
             elif isinstance(token, yaml.ScalarToken) and len(token.value) > SCALAR_LIMIT:
                 what = f"a value of more than {SCALAR_LIMIT} characters"
@@ -454,7 +468,7 @@ def read_yaml(path: str | os.PathLike) -> object:
                 what = f"more than {NESTING_LIMIT} levels"
             if what:
                 raise InputError(f"{path} holds {what}, which is not read here: write short, plain values")
-        return yaml.safe_load(text)
+        return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -18,12 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import console
 import models
+from options import local_path, place
 
 
 def main(argv: Sequence[str]) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", help="learngene file, checkpoint of this program, published checkpoint, or address")
-    p.add_argument("target", type=Path, help="the file to write, .safetensors or .pth")
+    p.add_argument(
+        "source", type=place, help="learngene file, checkpoint of this program, published checkpoint, or address"
+    )
+    p.add_argument("target", type=local_path, help="the file to write, .safetensors or .pth")
     p.add_argument("--head-dim", type=int, default=64, help="neurons of a head, which published files do not say")
     p.add_argument("--gene-ema", action="store_true", help="take the averaged weights of a checkpoint")
     args = p.parse_args(argv)

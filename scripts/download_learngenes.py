@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import console
 import models
 from models import InputError
+from options import local_path
 
 import gdown
 import torch
@@ -264,8 +265,10 @@ def describe(paths: Sequence[Path], head_dim: int) -> None:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help="what to download; default: list what there is")
-    p.add_argument("--registry", type=Path, default=REGISTRY, metavar="FILE", help="default: %(default)s")
-    p.add_argument("--output-dir", type=Path, default=Path("learngenes"), metavar="DIR", help="default: %(default)s")
+    p.add_argument("--registry", type=local_path, default=REGISTRY, metavar="FILE", help="default: %(default)s")
+    p.add_argument(
+        "--output-dir", type=local_path, default=Path("learngenes"), metavar="DIR", help="default: %(default)s"
+    )
     p.add_argument("--head-dim", type=int, default=64, help="neurons of an attention head, to read published files")
     args = p.parse_args()
     try:

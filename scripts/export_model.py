@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import console
 import models
 from datasets import build_dataset
+from options import local_path, place
 from scripts.predict import load, printable, read_picture
 
 import torch
@@ -192,10 +193,14 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="with model.safetensors and config.json")
+    p.add_argument(
+        "--model", required=True, type=local_path, metavar="FOLDER", help="with model.safetensors and config.json"
+    )
     p.add_argument("--model-ema", action="store_true", help="export the averaged weights, in FOLDER/model_ema")
     p.add_argument("--formats", default="onnx,torch", help="onnx, torch (torch.export), or both")
-    p.add_argument("--images", nargs="+", metavar="FILE", help="what to compare on; default: 16 handwritten digits")
+    p.add_argument(
+        "--images", type=place, nargs="+", metavar="FILE", help="what to compare on; default: 16 handwritten digits"
+    )
     try:
         run(p.parse_args())
     except models.InputError as error:

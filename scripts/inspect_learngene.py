@@ -18,6 +18,7 @@ import console
 import models
 from models import lets, tleg
 from models.vit import SIZES
+from options import local_path, place
 
 import numpy as np
 import torch
@@ -306,10 +307,14 @@ def root_mean_square(tensor: torch.Tensor) -> float:
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("file", metavar="FILE", help="learngene file, published checkpoint, or the address of one")
+    p.add_argument(
+        "file", type=place, metavar="FILE", help="learngene file, published checkpoint, or the address of one"
+    )
     p.add_argument("--head-dim", type=int, default=64, help="neurons of an attention head, for published checkpoints")
     p.add_argument("--gene-ema", action="store_true", help="take the averaged weights of a checkpoint")
-    p.add_argument("--plot", type=Path, metavar="PICTURE", help="also draw what stage 1 learned, e.g. as learngene.png")
+    p.add_argument(
+        "--plot", type=local_path, metavar="PICTURE", help="also draw what stage 1 learned, e.g. as learngene.png"
+    )
     return p.parse_args()
 
 

@@ -39,7 +39,7 @@ from datasets import DATA_SETS, SMALL, describe_classes
 from engine import evaluate
 from models import InputError, ViTArch, read_json
 from models.vit import FORWARD_AND_BACKWARD, MAX_DEPTH
-from options import at_least
+from options import at_least, place, place_or_none
 from run import writable_folder
 from scripts.inspect_learngene import name_of
 from utils import Progress
@@ -184,12 +184,14 @@ def milliseconds(text: str) -> float:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this script, and those after ``--``."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--load-gene", required=True, help="learngene file, published checkpoint, or address of one")
+    p.add_argument(
+        "--load-gene", type=place, required=True, help="learngene file, published checkpoint, or address of one"
+    )
     p.add_argument("--depths", type=numbers, required=True, help="numbers of layers, such as 3-12 or 3-6,9,12")
     p.add_argument("--heads", type=numbers, required=True, help="numbers of heads, likewise")
-    p.add_argument("--output-dir", required=True, help="a folder per Des-Net, and family.csv, .md and .png")
+    p.add_argument("--output-dir", type=place, required=True, help="a folder per Des-Net, and family.csv, .md and .png")
     p.add_argument("--data-set", choices=sorted(DATA_SETS), help="whose test images to evaluate on; default: none")
-    p.add_argument("--data-path", help="the folder that holds it; not needed for DIGITS")
+    p.add_argument("--data-path", type=place_or_none, help="the folder that holds it; not needed for DIGITS")
     p.add_argument("--no-eval", action="store_true", help="only initialise and write (--data-set gives the classes)")
     p.add_argument("--epochs", type=at_least(0), default=0, help="fine-tune each Des-Net with main.py")
     p.add_argument("--max-params", type=amount, help="leave out Des-Nets of more parameters, such as 10M")

@@ -28,7 +28,7 @@ from configuration import Parser
 from datasets import build_dataset, check_classes
 from folders import SPLITS, is_hidden, summary
 from models import InputError
-from options import at_least, positive
+from options import at_least, local_path, place_or_none, positive
 from samplers import derived_seed, shuffled
 from shards import INDEX, Shard, members_of, parse_index
 
@@ -206,11 +206,13 @@ def index_shards(folder: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     p = Parser("make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data-path", help="the folder with train/ and val/, one folder per class in each")
-    p.add_argument("--output-dir", help="where the shards are written")
+    p.add_argument(
+        "--data-path", type=place_or_none, help="the folder with train/ and val/, one folder per class in each"
+    )
+    p.add_argument("--output-dir", type=place_or_none, help="where the shards are written")
     p.add_argument("--shard-mb", type=positive, default=100, help="size of a shard in MB")
     p.add_argument("--seed", type=at_least(0), default=0, help="of the order")
-    p.add_argument("--index", type=Path, metavar="FOLDER", help="write only the index of shards of other makers")
+    p.add_argument("--index", type=local_path, metavar="FOLDER", help="write only the index of shards of other makers")
     try:
         args = p.parse_args(argv)
         if args.index is not None:

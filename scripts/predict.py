@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import console
 import models
 from images import as_rgb, upright
+from options import place
 
 import torch
 from PIL import Image
@@ -112,10 +113,12 @@ def predict(args: argparse.Namespace) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, metavar="FOLDER", help="with model.safetensors and config.json")
+    p.add_argument(
+        "--model", type=place, required=True, metavar="FOLDER", help="with model.safetensors and config.json"
+    )
     p.add_argument("--model-ema", action="store_true", help="take the averaged weights, in FOLDER/model_ema")
     p.add_argument("--top-k", type=int, default=5, help="how many classes to show")
-    p.add_argument("images", nargs="+", metavar="IMAGE", help=f"file of the kind {', '.join(FORMATS)}")
+    p.add_argument("images", type=place, nargs="+", metavar="IMAGE", help=f"file of the kind {', '.join(FORMATS)}")
     try:
         predict(p.parse_args())
     except models.InputError as error:

@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.chdir(REPOSITORY)
-    out = Path(args.output_dir)
+    out = Path(os.path.expanduser(args.output_dir))
     start = time.monotonic()
     for group in plan(out, args.seed):
         run_group(group, threads=2 if len(group) == 1 else 1)

@@ -35,7 +35,7 @@ import console
 import models
 from configuration import Parser
 from models import InputError, read_json, written_whole
-from options import at_least, positive
+from options import at_least, local_path, positive
 from run import main as run_main
 from scripts import study_report
 from scripts.study_plan import WEIGHTS, Run, Study, order_of, read_study
@@ -431,12 +431,16 @@ def show_plan(runner: Runner) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("config", type=Path, help="the YAML file of the study")
+    p.add_argument("config", type=local_path, help="the YAML file of the study")
     p.add_argument("--jobs", type=at_least(1), help="runs at a time; default: one per processor, on a GPU 4")
     p.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many; later calls continue")
     p.add_argument("--only", nargs="+", metavar="GROUP", help="these groups alone, and what they need")
-    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="what is kept goes to DIR/NAME")
-    p.add_argument("--output", type=Path, default=Path("output/study"), metavar="DIR", help="all the rest to DIR/NAME")
+    p.add_argument(
+        "--results", type=local_path, default=Path("results"), metavar="DIR", help="what is kept goes to DIR/NAME"
+    )
+    p.add_argument(
+        "--output", type=local_path, default=Path("output/study"), metavar="DIR", help="all the rest to DIR/NAME"
+    )
     p.add_argument("--list", action="store_true", help="print what there is to do, and do nothing")
     return p.parse_args(argv)
 

@@ -420,8 +420,8 @@ def checked_options(run: Run) -> argparse.Namespace:
     args = parse_options(run.arguments(Path("output"), run.lr))
     kind = check_kind(args)
     for option in FILES:  # references are checked elsewhere
-        file = run.options.get(option)
-        if isinstance(file, str) and "{" not in file and not is_address(file) and not Path(file).exists():
+        file, place = run.options.get(option), getattr(args, option.replace("-", "_"))
+        if isinstance(file, str) and place and "{" not in file and not is_address(place) and not Path(place).exists():
             raise InputError(f"{option} is {file}, which is not there: expected a file, or a reference to a group")
     args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
     name = args.des_arch or args.model

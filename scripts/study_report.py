@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import console
 import models
+from options import local_path
 from scripts.study_claims import claims, family_macs
 from scripts.study_plots import draw_ablations, draw_cost, draw_epochs, draw_family
 from scripts.study_results import NONE, Results, after, cell, in_short, in_units, read_results, table
@@ -210,7 +211,7 @@ def write(folder: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", type=Path, help="where results.csv and study.yaml are, e.g. results/cpu")
+    p.add_argument("folder", type=local_path, help="where results.csv and study.yaml are, e.g. results/cpu")
     args = p.parse_args(argv)
     try:
         write(args.folder)

@@ -99,7 +99,7 @@ def test_the_recipe_is_the_published_one():
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.3])
-@pytest.mark.parametrize("aa", [None, "augmix-m5-w2", "original", "rand-m9-mstd0.5-inc1-n3-p1"])
+@pytest.mark.parametrize("aa", [None, "3a", "augmix-m5-w2", "original", "rand-m9-mstd0.5-inc1-n3-p1"])
 def test_other_policies_draw_the_same(aa: str | None, jitter: float):
     for seed in range(3):
         ours, published = both(picture(120, 100, seed), seed, aa=aa, color_jitter=jitter)

@@ -201,6 +201,7 @@ def test_other_images_of_the_same_names_are_found_out(root, cache, tmp_path):
         ("--seed 1", "was made with --seed 0, this run has 1"),
         ("--batch-size 4", "was made with --batch-size 8, this run has 4"),
         ("--aa none", 'was made with --aa "rand-m9-mstd0.5-inc1", this run has null'),
+        ("--ThreeAugment", "was made with --three-augment null, this run has true"),
         ("--mixup 0.5", "was made with --mixup 0.8, this run has 0.5"),
         ("--no-repeated-aug", "was made with --repeated-aug true, this run has false"),
         ("--teacher-cache-top 2", "was made with --teacher-cache-top null, this run has 2"),
