@@ -34,7 +34,7 @@ def check_names(args: argparse.Namespace, classes: Sequence[str], gene: models.L
         source = f"--teacher-path {args.teacher_path}" if args.teacher_path else f"--teacher-model {args.teacher_model}"
         theirs = names_in(args.teacher_path) if args.teacher_path else names_of_timm(args.teacher_model, ours)
         if difference := models.first_difference(theirs, ours):
-            raise InputError(f"{source} was trained on other classes than those of --data-path: {difference}")
+            raise InputError(f"{source} was trained on other classes than the data have: {difference}")
     if args.resume:  # which has the last word on all weights
         return
     if gene is not None:

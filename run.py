@@ -278,7 +278,7 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
     if difference := models.first_difference(
         models.class_names(path, content), names_known(run.args.data_set, run.classes)
     ):
-        raise InputError(f"{source} was trained on other classes than those of --data-path: {difference}")
+        raise InputError(f"{source} was trained on other classes than the data have: {difference}")
     if run.args.eval:
         return
     try:
