@@ -340,10 +340,13 @@ def find_weights(content: Mapping, path: str | os.PathLike) -> tuple[dict[str, T
     if places[0] == ("model",):  # whose average has a name of its own, and an option
         others = [place for place in others if place != ("model_ema",)]
     if others:
-        keys = [
-            ".".join(place[len(content) == 1 :] or place) for place in (places[0], *others)
-        ]  # a lone model is added here
+        below = int([*content] == ["model"])  # which `read_checkpoint` may have put around all
+        keys = [".".join(place[below:] or place) for place in (places[0], *others)]
         remarks += [f"the weights under {keys[0]!r} are taken, not those under {', '.join(keys[1:SHOWN])}"]
+    rest = [str(name)[:60] for name, value in weights.items() if not isinstance(value, Tensor)]
+    if rest:
+        remarks += [f"what is no tensor is left out: {', '.join(rest[:SHOWN])}"]
+    weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     checked = _checked(weights, path)
     cast = {str(t.dtype)[6:] for t in weights.values() if t.is_floating_point()} - {"float32"}
     if cast:
@@ -357,17 +360,22 @@ def _state_dict_in(content: Mapping, key: str) -> Mapping | None:
     return weights if isinstance(weights, Mapping) and _count(weights) else None
 
 
-def _all_state_dicts(content: object, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Mapping]:
+def _all_state_dicts(content: Mapping) -> dict[tuple[str, ...], Mapping]:
     """Every dictionary of tensors in ``content`` that can be a model: the keys that lead to it → itself."""
-    found = {}
-    if isinstance(content, Mapping) and place and _count(content):
-        found[place] = content
-    if isinstance(content, (list, tuple)):
-        content = {str(number): part for number, part in enumerate(content)}
-    if isinstance(content, Mapping) and len(place) < NESTING:
-        for key, part in content.items():
-            if isinstance(key, str) and not re.search(NO_WEIGHTS, key.lower()) and not isinstance(part, Tensor):
-                found |= _all_state_dicts(part, (*place, key))
+    found, seen = {}, set()  # what stands in several places is looked at once, however often that is
+
+    def search(part: object, place: tuple[str, ...]) -> None:
+        if not isinstance(part, (Mapping, list, tuple)) or len(place) > NESTING or id(part) in seen:
+            return
+        seen.add(id(part))
+        parts = part if isinstance(part, Mapping) else {str(number): value for number, value in enumerate(part)}
+        if isinstance(part, Mapping) and place and _count(part):
+            found[place] = part
+        for key, value in parts.items():
+            if isinstance(key, str) and not re.search(NO_WEIGHTS, key.lower()):
+                search(value, (*place, key))
+
+    search(content, ())
     return found
 
 

@@ -50,7 +50,7 @@ def part_for(weights: Mapping[str, Tensor], known: Collection[str]) -> Fitted:
         return dict(weights), []
     taken = {n.removeprefix(f"{best}."): t for n, t in weights.items() if n.startswith(f"{best}.")}
     others = [name for name in weights if not name.startswith(f"{best}.")]
-    remark = f"the weights named {best}.… are taken, not {len(others)} others such as {min(others, default=None)}"
+    remark = f"the weights named {best}.… are taken; left out: {len(others)}, such as {min(others, default=None)}"
     return taken, [remark] if others else []
 
 

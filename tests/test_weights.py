@@ -88,6 +88,7 @@ WRAPPED: dict[str, Callable[[Weights], object]] = {
     "prefix without a dot": lambda w: prefixed("student_", w),
     "compiled block": lambda w: {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in w.items()},
     "not the average": lambda w: {"ema_state_dict": cast(w, torch.float64), "state_dict": w},
+    "with a number": lambda w: {**w, "epoch": 3, "note": None},
     "the average alone": lambda w: {"model_ema": w},
     "teacher": lambda w: {"student": prefixed("b.", with_tokens()), "teacher": prefixed("b.", w)},
     "loss with a buffer": lambda w: {"dino_loss": {"center": torch.ones(3)}, "encoder": w, "center": torch.ones(3)},
@@ -109,13 +110,21 @@ def test_weights_are_found_whatever_their_key_and_prefix(tmp_path, kind):
             "under 'state_dict' are taken, not those under stat",
         ),
         (lambda w: {"student": w, "teacher": cast(w, torch.float64)}, "under 'teacher' are taken, not those under stu"),
-        (lambda w: prefixed("image.", w) | {"text.a": torch.ones(3)}, "named image.… are taken, not 1 others such as"),
+        (lambda w: prefixed("image.", w) | {"text.a": torch.ones(3)}, "named image.… are taken; left out: 1, such as"),
         (lambda w: cast(w, torch.float16), "its float16 tensors are read as float32"),
     ],
 )
 def test_a_choice_is_said(tmp_path, capsys, content, said):
     load(content(own_weights()), tmp_path / "file.pth")
     assert capsys.readouterr().out.count(said) == 1
+
+
+def test_dictionaries_that_are_many_in_few_are_searched_once(tmp_path):
+    content: dict = {"a": 1}
+    for _ in range(5):
+        content = {str(i): content for i in range(1000)}
+    with pytest.raises(models.InputError, match="holds no weights"):
+        load(content, tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize("method", ["lets", "tleg"])
