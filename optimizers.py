@@ -74,16 +74,13 @@ def nearest(opt: str) -> str:
 
 def unusable(args: argparse.Namespace, error: Exception) -> InputError:
     """The error for an optimiser that fails with these options."""
-    reason = in_a_line(error) or type(error).__name__
-    if isinstance(error, (AssertionError, ImportError)):  # CUDA or a package is missing
-        reason += f"; {nearest(args.opt)} needs neither"
-    if not args.opt_betas:
-        return InputError(f"--opt {args.opt} cannot be used: {reason}")
-    takes = get_optimizer_info(args.opt.rpartition("_")[2]).num_betas
-    if len(args.opt_betas) != takes:
+    reason, takes = in_a_line(error) or type(error).__name__, get_optimizer_info(args.opt.rpartition("_")[2]).num_betas
+    if isinstance(error, (AssertionError, ImportError, TypeError)):  # CUDA, a package or an argument is missing
+        reason += f"; --opt {nearest(args.opt)} can"
+    elif args.opt_betas and len(args.opt_betas) != takes:
         reason = f"it takes {takes} betas"
-    betas = " ".join(map(str, args.opt_betas))
-    return InputError(f"--opt {args.opt} with --opt-betas {betas} cannot be used: {reason}")
+    betas = f" with --opt-betas {' '.join(map(str, args.opt_betas))}" if args.opt_betas else ""
+    return InputError(f"--opt {args.opt}{betas} cannot be used: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,12 +297,12 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> Optimizer
         if getattr(whole.optimizer, "is_second_order", False):
             raise InputError(
                 f"--opt {args.opt} cannot be used: it needs second derivatives, which are not computed here; "
-                f"{nearest(args.opt)} needs the gradient alone"
+                f"--opt {nearest(args.opt)} can"
             )
         if isinstance(without_wrapper(whole.optimizer), Kron) and not torch.backends.opt_einsum.is_available():
             raise InputError(
                 f"--opt {args.opt} cannot be used: it needs opt_einsum, a package, to step within minutes; "
-                f"{nearest(args.opt)} does not need it"
+                f"--opt {nearest(args.opt)} can"
             )
         try:
             whole.step(HALF)
@@ -325,7 +322,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> Optimizer
 
 def not_resumable(args: argparse.Namespace, why: str) -> InputError:
     return InputError(
-        f"--opt {args.opt} cannot be used: a run could not be resumed exactly, as {why}; {nearest(args.opt)} can"
+        f"--opt {args.opt} cannot be used: a run could not be resumed exactly, as {why}; --opt {nearest(args.opt)} can"
     )
 
 
