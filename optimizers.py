@@ -175,10 +175,12 @@ def trying(device: torch.device) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the run's own optimiser are shown
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def same(a: object, b: object) -> bool:
@@ -292,8 +294,9 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> Optimizer
         InputError: it cannot.
     """
     kinds = [(group, torch.Size(shape), torch.float32) for group in (0, 1) for shape in SHAPES]
+    visible = argparse.Namespace(**{**vars(args), "lr": 0.01, "unscale_lr": True})  # a tiny rate changes no weight
     with trying(device):
-        whole, resumed = (Sample(args, [0.0, args.weight_decay], kinds, device) for _ in range(2))
+        whole, resumed = (Sample(visible, [0.0, args.weight_decay], kinds, device) for _ in range(2))
         if getattr(whole.optimizer, "is_second_order", False):
             raise InputError(
                 f"--opt {args.opt} cannot be used: it needs second derivatives, which are not computed here; "
