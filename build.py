@@ -32,6 +32,7 @@ from folders import SPLITS, summary
 from images import faster
 from losses import BinaryCrossEntropy, DistillationLoss, FamilyLoss
 from models import InputError
+from optimizers import check_optimizer, compiles, create_optimizer, images_per_step, scaled_lr
 from samplers import ExactSampler, TrainSampler
 from shards import ShardCache
 from teacher import Teacher, TeacherCache, claim, identity_of
@@ -41,7 +42,7 @@ import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import get_pretrained_cfg, is_model_in_modules
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import get_optimizer_info
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -87,6 +88,35 @@ def autocast_of(args: argparse.Namespace, device: torch.device) -> tuple[Abstrac
     if dtype == torch.float32:
         return nullcontext(), False
     return torch.autocast(device.type, dtype=dtype), dtype == torch.float16
+
+
+def check_means(args: argparse.Namespace, device: torch.device) -> None:
+    """Find out whether what trains a model works here, before anything long.
+
+    Raises:
+        InputError: --opt or --compile cannot be used.
+    """
+    optimizer = check_optimizer(args, device)
+    if args.compile:
+        check_compiler("--compile", device)
+    elif compiles(optimizer):
+        check_compiler(f"--opt {args.opt}, which compiles its steps,", device)
+
+
+def check_compiler(what: str, device: torch.device) -> None:
+    """Compile a trivial function: what torch needs for that depends on the device, its version and the machine.
+
+    Raises:
+        InputError: ``what`` cannot be used, as it cannot be compiled.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of torch, of a compiler, of the system
+        reason = models.in_a_line(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]  # hints for torch's developers
+        raise InputError(
+            f"{what} cannot be used: torch.compile fails on {device} ({reason}); it needs a C++ compiler such as g++, "
+            "which CXX may name, and Python's headers"
+        ) from error
 
 
 def input_size_of(args: argparse.Namespace, name: str) -> int:
@@ -557,20 +587,30 @@ def build_criterion(args: argparse.Namespace, base_criterion: nn.Module) -> Dist
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
     """DeiT's: the learning rate grows with the images of an optimiser step, its floor and warm-up start do not."""
-    images = args.batch_size * utils.world_size() * args.accum_iter
-    lr = args.lr if args.unscale_lr else args.lr * images / 512
     length = argparse.Namespace(**{**vars(args), "epochs": max(1, args.epochs)})
-    fused = {"fused": True} if args.opt in ("adam", "adamw") else {}  # one pass over the weights instead of a dozen
+    optimizer = create_optimizer(args, model)
     try:
-        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr}, **fused)
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(length))
     except (ValueError, AssertionError, IndexError) as error:
-        raise InputError(
-            f"--opt {args.opt}, --opt-betas {args.opt_betas} or --sched {args.sched} cannot be used: {error}"
-        ) from error
+        raise InputError(f"--sched {args.sched} cannot be used: {error}") from error
     if scheduler is None or args.sched.startswith("plateau"):  # plateau needs more than the epoch to resume exactly
         raise InputError(f"--sched {args.sched} cannot be used: expected cosine, step, linear, poly, tanh or multistep")
     return optimizer, scheduler
+
+
+def doubts(args: argparse.Namespace, scheduler: Scheduler) -> list[str]:
+    """What the options ask for, and who wrote them may not want: a sentence each. Nothing is changed."""
+    lr = scaled_lr(args)
+    scaled = "" if args.unscale_lr else f", scaled to {images_per_step(args)} images per optimiser step"
+    effects = []
+    if getattr(scheduler, "lr_min", 0) > lr:  # schedules in steps have none
+        effects.append(f"below --min-lr {args.min_lr:g}, to which it rises through the whole run")
+    if args.warmup_epochs and args.warmup_lr > lr:
+        effects.append(f"below --warmup-lr {args.warmup_lr:g}, from which it falls during warm-up")
+    found = [f"the learning rate {lr:g} (--lr {args.lr:g}{scaled}) is {' and '.join(effects)}"] if effects else []
+    if args.opt_betas and not get_optimizer_info(args.opt.rpartition("_")[2]).has_betas:
+        found.append(f"--opt-betas has no effect: --opt {args.opt} has no betas")
+    return found
 
 
 def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+ALL_PROCESSES = 2**32 - 1  # in place of the number of one of them
 HOPELESS = 50  # steps left out in a row; float16 alone may need 16 to find its scale
 
 
@@ -252,6 +253,8 @@ def train_one_epoch(
         if not last_of_group:
             continue
         look = len(watch.losses) >= log_interval or place == num_batches - 1
+        # what the optimiser draws has to be the same in all processes
+        random_seed(derived_seed(seed, epoch, first + place, ALL_PROCESSES))
         norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, look, skip_nan)
         if stepped and ema is not None:
             ema.update(ema_source)

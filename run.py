@@ -27,8 +27,10 @@ from build import (
     build_model,
     build_optimizer,
     build_teaching,
+    check_means,
     des_option,
     device_of,
+    doubts,
     input_size_of,
     load_gene,
     splits_needed,
@@ -41,6 +43,7 @@ from engine import Position, evaluate, not_finite, train_one_epoch
 from folders import download
 from losses import DistillationLoss, FamilyLoss
 from models import InputError
+from optimizers import load_state, sample_of, tensors_in
 from teacher import Teacher, TeacherCache
 from utils import NotFiniteError, say
 
@@ -128,6 +131,8 @@ def set_up(args: argparse.Namespace) -> Run:
     check_upload(args)
     device = device_of(args)
     autocast, half = autocast_of(args, device)
+    if not args.eval:
+        check_means(args, device)
     args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
     random_seed(args.seed)
     gene = load_gene(args) if kind == "descend" else None
@@ -283,19 +288,20 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
         return
     try:
         names = utils.parameter_names(run.optimizer, run.model)
-        groups = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
-        state = models.optimizer_state_of(content, path)
+        saved = {**content["optimizer"], "state": models.optimizer_state_of(content, path)}
+        groups = [len(group["params"]) for group in saved["param_groups"]]
         if models.is_published(content):
-            state = models.published_moments(state, models.weights_of(content, path), rename, names)
+            state = models.published_moments(saved["state"], models.weights_of(content, path), rename, names)
+            saved = {"state": state, "param_groups": [{} for _ in run.optimizer.param_groups]}
         elif groups != [len(group["params"]) for group in run.optimizer.param_groups]:
             raise InputError("its optimizer has other groups of parameters")
-        utils.load_optimizer_state(run.optimizer, state, names, content["optimizer"]["param_groups"])
+        load_state(run.optimizer, saved, names, sample_of(run.args, run.optimizer))
         if run.ema is not None:
             average = rename(models.weights_of(content, path, "model_ema"))
             utils.load_weights(run.ema.module, average, f"{source} (model_ema)")
         if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
             run.scaler.load_state_dict(content["scaler"])
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise InputError(
             f"{source} holds no training state that fits these options ({models.in_a_line(error)}): "
             "--finetune takes weights alone"
@@ -315,6 +321,8 @@ def train(run: Run) -> int:
     """
     args = run.args
     initialised = run.kind == "descend" or args.init or args.finetune
+    for doubt in doubts(args, run.scheduler) if utils.is_main() and run.epoch < args.epochs else ():
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
     begin_writing(run)
     with utils.StopSignals() as signals:
         try:
@@ -552,8 +560,8 @@ def write_checkpoint(run: Run) -> None:
 def check_state(run: Run) -> None:
     """Raises NotFiniteError, on all processes together, if anything that a checkpoint would hold is not finite."""
     tensors = [*run.model.state_dict().values(), *(run.ema.module.state_dict().values() if run.ema else ())]
-    tensors += [value for state in run.optimizer.state.values() for value in state.values()]
-    floating = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
+    tensors += tensors_in(run.optimizer.state_dict()["state"])
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     finite = all(bool(tensor.isfinite().all()) for tensor in floating)
     if utils.maximum(not finite)[0]:
         finding = f"weights or their averages are not finite in epoch {run.epoch} after step {run.position.steps}"

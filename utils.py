@@ -416,37 +416,6 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping, names: list[str], groups: Sequence[Mapping] = ()
-) -> None:
-    """Take over an optimiser's ``state``; learning rate, decay and the like stay those of the options.
-
-    Args:
-        names: of the parameters, in the order of their numbers.
-        groups: the file's groups of parameters, where some optimisers count their steps.
-
-    Raises:
-        InputError: the state is not that of these parameters.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    needed = (
-        {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) else set()
-    )
-    for number, values in state.items():
-        if missing := needed - values.keys():
-            raise InputError(f"its optimizer has no {min(missing)} of {names[number]}")
-        for name in values.keys() & {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "step"}:
-            value = values[name]
-            shape = () if name == "step" else parameters[number].shape
-            if not isinstance(value, Tensor) or value.shape != shape or not value.sum().isfinite():
-                raise InputError(f"its optimizer's {name} of {names[number]} is not that of this model")
-    own = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(own, groups, strict=False):
-        counted = {name: saved[name] for name in saved.keys() - group.keys()}
-        group.update({n: v for n, v in counted.items() if type(v) is int or (isinstance(v, Tensor) and v.ndim == 0)})
-    optimizer.load_state_dict({"state": state, "param_groups": own})
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Logging
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,10 @@ CASES = {
     "drop": Case(f"{PLAIN} --drop 2", ("--drop", "2")),
     "drop_aux": Case(f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --drop 2", ("--drop", "2")),
     "optimiser": Case(f"{PLAIN} --opt nonsense", ("--opt nonsense",)),
+    "optimiser_unknown_prefix": Case(f"{PLAIN} --opt cautious_adamw", ("--opt cautious_adamw", "adamw?")),
+    "optimiser_second_order": Case(f"{PLAIN} --opt adahessian", ("--opt adahessian", "--opt adamw"), BOTH),
+    "optimiser_of_package": Case(f"{PLAIN} --opt fusedadam", ("--opt fusedadam", "--opt adam")),
+    "betas_of_adan": Case(f"{PLAIN} --opt adan --opt-betas 0.9 0.98", ("--opt adan", "0.9 0.98", "3 betas")),
     "betas": Case(f"{PLAIN} --opt-betas 0.9", ("--opt-betas", "0.9")),
     "schedule": Case(f"{PLAIN} --sched nonsense", ("--sched nonsense",)),
     "initialisation": Case(
