@@ -48,6 +48,7 @@ def _opened(stream: TextIO | None, number: int, ignored: Collection[int]) -> Tex
     if type(stream) is not io.TextIOWrapper or stream.fileno() != number:
         return stream
     stream.flush()
-    buffer = io.BufferedWriter(_Descriptor(number, ignored))
+    raw = _Descriptor(number, ignored)
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED, as Python itself does
     buffering = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
     return io.TextIOWrapper(buffer, encoding=stream.encoding, errors="backslashreplace", **buffering)

@@ -29,6 +29,8 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+tqdm.set_lock(threading.RLock())  # its own is shared by processes, which print no bars here, and left behind by _exit
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Distributed set-up
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ CAUSES = {
         "too many open files: raise the limit with 'ulimit -n', or use fewer --num-workers; --num-workers 0 needs the "
         "fewest"
     ),
-    r"is killed by signal: (Killed|Terminated)|MemoryError|[Cc]annot allocate memory|can't allocate memory": (
+    r"is killed by signal: (Killed|Terminated)|Connection(Reset|Refused)|EOFError"  # it ended while it was sending
+    r"|MemoryError|[Cc]annot allocate memory|can't allocate memory": (
         "no memory is left for the images, or a data worker was killed, as the kernel does then: use fewer "
         "--num-workers or a smaller --batch-size"
     ),

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -234,7 +235,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise InputError(f"{path} is empty: expected a file of weights")
     try:
         if start[8:] == b"{":  # safetensors: the header's length in eight bytes, then the header
-            with safe_open(path, framework="pt") as file:
+            with open(path, "rb") as named, safe_open(_in_utf8(path, named), framework="pt") as file:
                 header = (file.metadata() or {}).get("learngene")
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             return content if header is None else {**content, "learngene": json.loads(header)}
@@ -257,6 +258,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}: expected a checkpoint or a state dict")
     return dict(content) if "model" in content else {"model": dict(content)}
+
+
+def _in_utf8(path: str | os.PathLike, file: IO) -> str | os.PathLike:
+    """A name of an open file that safetensors takes, which wants it in UTF-8."""
+    try:
+        os.fspath(path).encode()
+        return path
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{file.fileno()}"
 
 
 def _refuse_bombs(path: str | os.PathLike, zipped: bool) -> None:

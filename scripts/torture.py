@@ -5,7 +5,7 @@ scripts/torture.py --minutes 60
 scripts/torture.py --kills 25 --processes 1
 
 Each round trains a LeTs Aux-Net on scikit-learn's digits, with a teacher, mixup, drop-path and averaging. It is killed
-by SIGKILL, at a random moment or just when a checkpoint is being written; some processes get SIGTERM or SIGUSR1
+by SIGKILL, at a random moment or just when a checkpoint is being written; some get SIGTERM, SIGUSR1 or SIGHUP
 instead; the newest checkpoint is sometimes damaged while nobody looks; and every restart has another number of data
 workers. In the end log.txt, learngene, average and the state of the optimiser have to equal, bit for bit, those of the
 run that nobody disturbed. Exit status 1 if any of them differs.
@@ -49,6 +49,7 @@ ENDINGS = {  # how a run is disturbed → how often
     "SIGKILL while a checkpoint is written": 5,
     "SIGTERM": 2,
     "SIGUSR1": 2,
+    "SIGHUP": 1,
     "SIGKILL, and the newest checkpoint damaged": 1,
 }
 LONGEST = 240  # seconds; a run that takes longer hangs
