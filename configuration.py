@@ -60,13 +60,13 @@ def check_local_rank(args: argparse.Namespace) -> None:
     """Compare ``--local-rank``, which torch.distributed.launch gives without ``--use_env``, with the environment.
 
     Raises:
-        InputError: the environment says something else, or nothing, so that the processes would not find each other.
+        InputError: the environment says something else, or nothing, and the processes would not find each other.
     """
     given, expected = vars(args).get("local_rank", -1), os.environ.get("LOCAL_RANK")
     if given > 0 and expected is None:
         raise InputError(
-            f"--local-rank {given} is given, but LOCAL_RANK, RANK and WORLD_SIZE are missing in the environment: "
-            "expected a start by torchrun or torch.distributed.launch"
+            f"--local-rank {given} is given, but LOCAL_RANK is missing in the environment: expected a start by "
+            "torchrun or torch.distributed.launch"
         )
     if given >= 0 and expected is not None and str(given) != expected:
         raise InputError(f"--local-rank is {given}, LOCAL_RANK in the environment {expected}: expected the same")

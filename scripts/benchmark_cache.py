@@ -22,6 +22,7 @@ import models
 from batch_augment import BatchAugment
 from cache import AugmentedBatches, check_memory, check_small, read_all, resized
 from datasets import DATA_SETS, SeededDataset, build_dataset, build_transform, collate
+from options import place
 from samplers import TrainSampler
 
 import torch
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data-set", default="DIGITS", choices=sorted(DATA_SETS))
-    p.add_argument("--data-path")
+    p.add_argument("--data-path", type=place)
     p.add_argument("--input-size", type=int, default=28)
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import models
+from options import place
 
 import matplotlib
 
@@ -152,7 +153,7 @@ def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--plot", help="a picture of the growth")
+    p.add_argument("--plot", type=place, help="a picture of the growth")
     args = p.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
+from options import place
 
 from interleaved import machine
 
@@ -28,7 +29,7 @@ def seconds(load_gene: str, des_arch: str) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--load-gene", help="default: a LeTs learngene of published size with random weights")
+    p.add_argument("--load-gene", type=place, help="default: a LeTs learngene of published size with random weights")
     p.add_argument("--des-arch", default="deit_base_patch16_224_L12")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--once", action="store_true", help="print the seconds of one start in this process")

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import Batches, SeededDataset, build_dataset, build_transform, collate
 from images import Normalise, RawImage, batch_of, faster, load
+from options import place
 from samplers import TrainSampler
 
 import numpy as np
@@ -55,7 +56,7 @@ BATCH_SIZE = 64
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", type=int, default=256, help=f"of an epoch, at least {BATCH_SIZE}")
-    p.add_argument("--folder", help="where the images are, or are put and kept")
+    p.add_argument("--folder", type=place, help="where the images are, or are put and kept")
     p.add_argument("--workers", type=int, default=1, help="of each loader, on as many processor cores")
     p.add_argument("--repeats", type=int, default=5, help="counted epochs of each loader, after one that is not")
     p.add_argument("--repeated-aug", action="store_true", help="every image three times in a row")
