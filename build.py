@@ -559,7 +559,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | Non
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        label_smoothing=0.0 if args.bce_loss else args.smoothing,  # which smooths what it has made of the targets
+        label_smoothing=0.0 if args.bce_loss else args.smoothing,  # its criterion smooths
         num_classes=num_classes,
     )
     return mixup, BinaryCrossEntropy(args.smoothing) if args.bce_loss else SoftTargetCrossEntropy()

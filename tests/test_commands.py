@@ -74,20 +74,21 @@ dist_url: env://
 # every option of DeiT's, DeiT III's and LeTs' main.py that is not in REFUSED, with a value; most of them the default
 FOREIGN = """
     --batch-size 64 --batch 64 --epochs 300 --unscale-lr --model resnet18 --input-size 224 --drop 0.0
-    --drop-path 0.1 --model-ema --no-model-ema --model-ema-decay 0.99996 --model-ema-force-cpu --opt adamw --opt-eps 1e-8
-    --opt-betas 0.9 0.999 --clip-grad 1.0 --accumulation-step 1 --momentum 0.9 --weight-decay 0.05 --sched cosine
-    --lr 5e-4 --lr-noise 0.1 0.9 --lr-noise-pct 0.67 --lr-noise-std 1.0 --warmup-lr 1e-6 --min-lr 1e-5
-    --decay-epochs 30 --warmup-epochs 5 --cooldown-epochs 10 --patience-epochs 10 --decay-rate 0.1 --dr 0.1
-    --color-jitter 0.4 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --train-interpolation bicubic --repeated-aug
-    --no-repeated-aug --train-mode --ThreeAugment --src --bce-loss --reprob 0.25 --remode pixel --recount 1
-    --resplit --mixup 0.8 --cutmix 1.0 --cutmix-minmax 0.2 0.8 --mixup-prob 1.0 --mixup-switch-prob 0.5
+    --drop-path 0.1 --model-ema --no-model-ema --model-ema-decay 0.99996 --model-ema-force-cpu --opt adamw
+    --opt-eps 1e-8 --opt-betas 0.9 0.999 --clip-grad 1.0 --accumulation-step 1 --momentum 0.9 --weight-decay 0.05
+    --sched cosine --lr 5e-4 --lr-noise 0.1 0.9 --lr-noise-pct 0.67 --lr-noise-std 1.0 --warmup-lr 1e-6
+    --min-lr 1e-5 --decay-epochs 30 --warmup-epochs 5 --cooldown-epochs 10 --patience-epochs 10 --decay-rate 0.1
+    --dr 0.1 --color-jitter 0.4 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --train-interpolation bicubic
+    --repeated-aug --no-repeated-aug --train-mode --ThreeAugment --src --bce-loss --reprob 0.25 --remode pixel
+    --recount 1 --resplit --mixup 0.8 --cutmix 1.0 --cutmix-minmax 0.2 0.8 --mixup-prob 1.0 --mixup-switch-prob 0.5
     --mixup-mode batch --teacher-model regnety_160 --teacher-path x --distillation-type none
-    --distillation-alpha 0.5 --distillation-tau 1.0 --finetune x --data-path x --data-set IMNET --nb-classes 1000 --inat-category name
-    --output_dir x --device cuda --seed 0 --resume x --start_epoch 0 --eval --eval-crop-ratio 0.875 --dist-eval
-    --num_workers 10 --pin-mem --no-pin-mem --distributed --world_size 1 --dist_url env:// --src-arch x
-    --tgt-arch x --des-arch x --tune_depth --tune_width --trans_tie_param --trans_init_scheme stackbert_noisy rand
-    --tune_small_model --tune_residual_noise 0.01 --learning_rate_res 1e-3 --weight_decay_res 0.0 --load-gene x
-    --initialize_scheme seq --mapping_scheme 8_16 --mapping_layer 0,1 --coeff_mapping e2 --mapping_layer_coeff 0,2"""
+    --distillation-alpha 0.5 --distillation-tau 1.0 --finetune x --data-path x --data-set IMNET --nb-classes 1000
+    --inat-category name --output_dir x --device cuda --seed 0 --resume x --start_epoch 0 --eval
+    --eval-crop-ratio 0.875 --dist-eval --num_workers 10 --pin-mem --no-pin-mem --distributed --world_size 1
+    --dist_url env:// --src-arch x --tgt-arch x --des-arch x --tune_depth --tune_width --trans_tie_param
+    --trans_init_scheme stackbert_noisy rand --tune_small_model --tune_residual_noise 0.01 --learning_rate_res 1e-3
+    --weight_decay_res 0.0 --load-gene x --initialize_scheme seq --mapping_scheme 8_16 --mapping_layer 0,1
+    --coeff_mapping e2 --mapping_layer_coeff 0,2"""
 
 REFUSED = {  # one line, status 2, with all of these in it
     "--cosub": ["--cosub", "not implemented"],
