@@ -83,11 +83,11 @@ def positive(text: str) -> float:
 
 
 class OneOrTwo(argparse.Action):
-    """One number that stands for both of two, or two numbers."""
+    """One value that stands for both of two, or two values."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if len(values) > 2:
-            raise argparse.ArgumentError(self, f"{len(values)} numbers are given, expected one or two")
+            raise argparse.ArgumentError(self, f"{len(values)} values are given, expected one or two")
         setattr(namespace, self.dest, values * 2 if len(values) == 1 else values)
 
 
@@ -211,7 +211,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--freeze-src", action=flag, default=False, help="LeTs stage 1: train only what expands --src-path")
     g.add_argument(
         "--trans-init-scheme",
-        nargs=2,
+        nargs="+",
+        action=OneOrTwo,
         metavar=("D", "W"),
         default=["stackbert_noisy", "rand"],
         help=f"D: {', '.join(DEPTH_SCHEMES)}; W: {', '.join(WIDTH_SCHEMES)}",

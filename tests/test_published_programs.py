@@ -173,10 +173,11 @@ def test_dropout_is_where_the_published_programs_have_it(arguments, count):
     assert vit.head_drop.p == 0
 
 
-def test_one_noise_is_for_both():
+def test_one_value_is_for_both():
+    assert parse_options(["--trans_init_scheme", "rand"]).trans_init_scheme == ["rand", "rand"]
     for given, expected in (("0.1", [0.1, 0.1]), ("0.1 0.2", [0.1, 0.2])):
         assert parse_options(["--trans_init_noise", *given.split()]).trans_init_noise == expected
-    with pytest.raises(models.InputError, match="--trans-init-noise: 3 numbers are given, expected one or two"):
+    with pytest.raises(models.InputError, match="--trans-init-noise: 3 values are given, expected one or two"):
         parse_options(["--trans-init-noise", "1", "2", "3"])
 
 
