@@ -20,7 +20,7 @@ from images import Normalise, RawBatch, RawImage, batch_of, load
 from models import InputError, in_a_line
 from samplers import Key
 from shards import ShardCache, ShardDataset, is_remote
-from workers import Lifeline, WorkerError, describe, shortened
+from workers import Lifeline, WorkerError, await_end_of_one, describe, shortened
 
 import numpy as np
 import torch
@@ -213,6 +213,8 @@ class Batches:
                 except Exception as error:
                     if self.loader.num_workers == 0 or isinstance(error, InputError):
                         raise
+                    if isinstance(error, (ConnectionError, EOFError)) and batches is not None:
+                        await_end_of_one(batches._workers)
                     raise describe(error) from error
                 yield batch
         finally:

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from errno import EMFILE, ENFILE
 from pathlib import Path
@@ -209,8 +209,13 @@ def what_happened(error: Exception) -> str | None:
 def first_to_fail(patience: float = 10) -> bool:
     """Whether no other process has failed before this one; also true where the others cannot be asked any more."""
     answers: list[int] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the store's process is gone
+            answers.append(_store.add("failures", 1))
+
     if _store is not None:
-        asking = threading.Thread(target=lambda: answers.append(_store.add("failures", 1)), daemon=True)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(patience)
     return not answers or answers[0] == 1
@@ -329,16 +334,17 @@ def interruptible() -> AbstractContextManager[None]:
     return nullcontext() if StopSignals.current is None else StopSignals.current.wait()
 
 
-def all_are_at(place: str, patience: timedelta = timedelta(seconds=5)) -> bool:
-    """Whether all processes come here within ``patience``, and from the same ``place``; only then they may work on."""
+def all_are_at(place: str, patience: float = 5) -> bool:
+    """Whether all processes come here within ``patience`` seconds, from the same ``place``: only then they go on."""
     if _store is None:
         return True
     try:
         _store.set(f"stopped {rank()}", place)
-        names = [f"stopped {number}" for number in range(world_size())]
-        _store.wait(names, patience)
-        return all(_store.get(name).decode() == place for name in names)
-    except RuntimeError:  # some did not come, or the store's process is gone
+        names, end = [f"stopped {number}" for number in range(world_size())], time.monotonic() + patience
+        while not _store.check(names) and time.monotonic() < end:
+            time.sleep(0.05)
+        return _store.check(names) and all(_store.get(name).decode() == place for name in names)
+    except RuntimeError:  # the store's process is gone
         return False
 
 

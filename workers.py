@@ -8,7 +8,10 @@ import re
 import signal
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 from models import InputError
 
@@ -54,6 +57,19 @@ def describe(error: BaseException, where: str = "") -> WorkerError:
         if re.search(pattern, text):
             return WorkerError(f"{cause} ({shortened(text)})")
     return WorkerError(f"a data worker failed{where}: {shortened(text)}; {WITHOUT}, and shows where it fails")
+
+
+def await_end_of_one(workers: Sequence[BaseProcess], seconds: float = 2) -> None:
+    """After a connection to one of them broke: it is ending, and says why only by its exit status.
+
+    Raises:
+        RuntimeError: one has ended, and by what signal or with what status, in torch's words.
+    """
+    wait([worker.sentinel for worker in workers], seconds)  # torch may raise here already
+    for worker in workers:
+        if worker.exitcode:
+            how = f"is killed by signal: {signal.strsignal(-worker.exitcode)}" if worker.exitcode < 0 else "exited"
+            raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}")
 
 
 def is_of_worker(error: BaseException) -> bool:
