@@ -178,8 +178,6 @@ def train_descendants(aux_net: models.LeTs, args: argparse.Namespace) -> None:
     Raises:
         InputError: the learngene makes no Des-Nets of these sizes, or no so many.
     """
-    if args.compile:
-        raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
     alone = args.descendant_weight == 1
     with about(f"--descendants {args.descendants}, of --descendant-depths and --descendant-heads"):
         aux_net.train_descendants(descendants_of(args), args.descendants, alone)

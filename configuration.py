@@ -197,6 +197,8 @@ def check_kind(args: argparse.Namespace) -> str:
                 raise InputError(
                     f"--descendants is missing: --{option} says which are trained beside the Aux-Net, and how"
                 )
+    if args.descendants and args.compile:
+        raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
     check_augmentation(args, defaults)
     if args.teacher_cache and args.distillation_type == "none":
         raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")

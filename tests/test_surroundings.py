@@ -28,7 +28,7 @@ import pytest
 from conftest import ENVIRONMENT, MAIN, SECONDS
 from PIL import Image
 
-TINY = "--model deit_nano_patch8_16_L2_H1 --warmup-epochs 0 --device cpu --log-interval 1 --epochs"
+TINY = "--model deit_nano_patch8_16_L2_H1 --warmup-epochs 0 --min-lr 0 --device cpu --log-interval 1 --epochs"
 DIGITS = f"--data-set DIGITS --batch-size 32 --train-images 64 --num-workers 0 {TINY}"
 PICTURES = f"--data-set FOLDER --input-size 16 --batch-size 6 --no-repeated-aug {TINY}"
 UNWRITTEN = ("long TMPDIR", "no TMPDIR", "spawn", "forkserver")  # cases without --output-dir
