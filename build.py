@@ -30,6 +30,7 @@ from datasets import (
 )
 from folders import SPLITS, summary
 from images import faster
+from launchers import is_plain_task
 from losses import BinaryCrossEntropy, DistillationLoss, FamilyLoss
 from models import InputError
 from optimizers import check_optimizer, compiles, create_optimizer, images_per_step, scaled_lr
@@ -66,6 +67,8 @@ def device_of(args: argparse.Namespace) -> torch.device:
     if match is None:
         raise InputError(f"--device {args.device} is unknown: expected auto, cuda, cuda:N or cpu")
     number, available = int(match[1] or utils.local_rank()), torch.cuda.device_count()
+    if match[1] is None and available == 1 and is_plain_task():
+        number = 0  # srun --gpus-per-task shows each task its own device alone
     if number >= available:
         raise InputError(f"--device {args.device}: CUDA device {number} is needed, there are {available} here")
     device = torch.device("cuda", number)

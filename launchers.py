@@ -134,6 +134,11 @@ def is_step(environment: Environment) -> bool:
     return rank != "0" or any(name in environment for name in OF_STEP)
 
 
+def is_plain_task(environment: Environment = os.environ) -> bool:
+    """Whether srun has started this process, and not a launcher in between that gives devices by their numbers."""
+    return is_step(environment) and TORCHRUN.job not in environment
+
+
 def place_in(launcher: Launcher, environment: Environment) -> tuple[int | None, int | None]:
     """The rank and the number of processes that a launcher gives, None for what it does not.
 

@@ -21,10 +21,14 @@ from typing import NamedTuple
 
 import launchers
 import models
+from build import device_of
+from configuration import parse_options
+from launchers import World
 from models import InputError
 from samplers import TrainSampler
 
 import pytest
+import torch
 from conftest import ENVIRONMENT, MAIN, SECONDS
 from PIL import Image
 
@@ -454,6 +458,29 @@ def test_launchers(environment, expected):
         assert found[:3] == (rank, size, local_rank)
         assert found.address == address
         assert found.port == port or port is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "environment", "number"),
+    [
+        (1, {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}, 0),  # --gpus-per-task: its own alone
+        (2, {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}, 1),
+        (1, {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "a"}, None),
+        (1, {}, None),
+    ],
+)
+def test_device_of_a_task(monkeypatch, devices, environment, number):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("utils._world", World(1, 2, 1, 2, "127.0.0.1", 1))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = parse_options(["--device", "cuda"])
+    if number is None:
+        with pytest.raises(InputError, match="CUDA device 1 is needed, there are 1 here"):
+            device_of(args)
+    else:
+        assert device_of(args) == torch.device("cuda", number)
 
 
 @pytest.mark.parametrize(
