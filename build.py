@@ -100,7 +100,7 @@ def check_means(args: argparse.Namespace, device: torch.device) -> None:
         InputError: --opt or --compile cannot be used.
     """
     optimizer = check_optimizer(args, device)
-    if args.compile:
+    if args.compile and args.epochs > 0:
         check_compiler("--compile", device)
     elif compiles(optimizer):
         check_compiler(f"--opt {args.opt}, which compiles its steps,", device)
@@ -212,8 +212,10 @@ def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
             weights = models.RIVALS[args.init](weights | head, source, arch)
         except KeyError as error:
             raise InputError(f"it has no {error.args[0]}: found {models.found_in(weights)}") from error
-        weights = fit_head(fit_images(weights, model, args.init_path), model, args.init_path, other_head=True)
+        weights, remarks = fit_head(fit_images(weights, model, args.init_path), model, other_head=True)
     utils.load_weights(model, weights, f"--init-path {args.init_path}")
+    for remark in remarks:
+        say(f"{args.init_path}: {remark}")
 
 
 def load_gene(args: argparse.Namespace) -> models.Learngene:
@@ -295,12 +297,13 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
             say(f"{source}: {gene}")
             return utils.load_weights(model, gene.tensors, f"{option} {source}")
         weights = read_foreign_weights(source, model)
+    found = list(weights)
     with about(f"{option} {source}"):
-        weights = fit_head(fit_images(weights, model, source), model, source, other_head)
-        weights, remarks = models.without_training_parts(weights, model.state_dict().keys())
-    for remark in remarks:
+        weights, remarks = fit_head(fit_images(weights, model, source), model, other_head)
+        weights, more = models.without_training_parts(weights, model.state_dict().keys())
+    utils.load_weights(model, weights, f"{option} {source}", found)
+    for remark in remarks + more:
         say(f"{source}: {remark}")
-    utils.load_weights(model, weights, f"{option} {source}")
 
 
 def read_foreign_weights(source: str, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -350,13 +353,14 @@ def fit_images(weights: dict[str, torch.Tensor], model: nn.Module, source: str) 
 
 
 def fit_head(
-    weights: dict[str, torch.Tensor], model: nn.Module, source: str, other_head: bool
-) -> dict[str, torch.Tensor]:
-    """The head of ``model`` in place of none, another kind, or one for another number of classes.
+    weights: dict[str, torch.Tensor], model: nn.Module, other_head: bool
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The head of ``model`` in place of none, another kind, or one for another number of classes, and a line for each.
 
     Raises:
         InputError: that is so, without ``other_head``.
     """
+    remarks = []
     for name in as_list(model.pretrained_cfg["classifier"]):
         own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
         theirs = [key for key in weights if key.startswith(f"{name}.")]
@@ -365,24 +369,23 @@ def fit_head(
             if not other_head:
                 missing = next((key for key in own if key not in theirs), f"{name} of this kind")
                 raise InputError(f"has no {missing}, the head that a teacher needs: found {models.found_in(weights)}")
-            say(f"{source} has {'another' if theirs else 'no'} head ({name}): it is fresh")
-            own |= pooled_norm(weights, model, source)
+            remarks.append(f"it has {'another' if theirs else 'no'} head ({name}): it is fresh")
+            norm = pooled_norm(weights, model)
+            remarks += ["it has no fc_norm: it is fresh"] if norm else []
+            own |= norm
         elif head is not None and head.ndim and head.shape[0] != model.num_classes:
             if not other_head:
                 raise InputError(f"has {head.shape[0]} classes, the data {model.num_classes}")
-            say(f"{source} has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
+            remarks.append(f"it has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
         else:
             continue
         weights = {key: value for key, value in weights.items() if key not in theirs} | own
-    return weights
+    return weights, remarks
 
 
-def pooled_norm(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:
+def pooled_norm(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The fc_norm of ``model`` where ``weights`` have none, which belongs to the head in those who leave that out."""
-    own = {key: value for key, value in model.state_dict().items() if key.startswith("fc_norm.") and key not in weights}
-    if own:
-        say(f"{source} has no fc_norm: it is fresh")
-    return own
+    return {key: t for key, t in model.state_dict().items() if key.startswith("fc_norm.") and key not in weights}
 
 
 def as_list(names: str | Sequence[str] | None) -> Sequence[str]:

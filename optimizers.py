@@ -24,6 +24,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers,
 from timm.optim.kron import Kron
 from timm.utils import random_seed
 from torch import Tensor, nn
+from torch.backends import opt_einsum
 from torch.optim import Optimizer
 
 HALF = 8  # steps before and after the trial resumes: Lookahead averages after every 6th, RAdam changes its rule at 6
@@ -102,7 +103,7 @@ class Sample:
             groups: the weight decay of each, the only thing in which the groups of a run differ.
             kinds: of the parameters, whose values are random.
         """
-        self.order = sorted(set(kinds), key=lambda kind: kind[0])
+        self.order = sorted(dict.fromkeys(kinds), key=lambda kind: kind[0])
         self.parameters: list[nn.Parameter] = []
         members = [{"params": [], "weight_decay": decay} for decay in groups]
         for number, (group, shape, dtype) in enumerate(self.order):
@@ -302,7 +303,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> Optimizer
                 f"--opt {args.opt} cannot be used: it needs second derivatives, which are not computed here; "
                 f"--opt {nearest(args.opt)} can"
             )
-        if isinstance(without_wrapper(whole.optimizer), Kron) and not torch.backends.opt_einsum.is_available():
+        if isinstance(without_wrapper(whole.optimizer), Kron) and not opt_einsum.is_available():
             raise InputError(
                 f"--opt {args.opt} cannot be used: it needs opt_einsum, a package, to step within minutes; "
                 f"--opt {nearest(args.opt)} can"

@@ -271,6 +271,9 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
     """
     averaged = run.args.eval and run.args.model_ema
     source = f"{option} {path}" + " (model_ema)" * averaged
+    if content.get("model_ema") is None and (averaged or (run.ema is not None and not run.args.eval)):
+        right = "without --model-ema the model's own are evaluated" if averaged else "--no-model-ema continues it"
+        raise InputError(f"{option} {path} holds no averaged weights (model_ema): {right}")
     head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
     with about(option):
         rename = models.published_names(content, path, head_dim)
@@ -586,6 +589,8 @@ def write_weights(run: Run) -> None:
             models.Learngene.of(run.ema.module, options, averaged=True, classes=names).save(
                 run.output_dir / "learngene_ema.safetensors"
             )
+        else:  # an earlier run's average would pass for that of this learngene
+            (run.output_dir / "learngene_ema.safetensors").unlink(missing_ok=True)
         return
     write_model(run, run.model, run.output_dir)
     averaged, beside = run.output_dir / models.AVERAGED_FOLDER, run.output_dir / "model_ema.safetensors"

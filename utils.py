@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from errno import EMFILE, ENFILE
@@ -400,8 +400,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, found: Iterable[str] | None = None
+) -> None:
     """``model.load_state_dict``, strictly.
+
+    Args:
+        found: the names in the file at ``source``, where they are not those of ``weights``.
 
     Raises:
         InputError: names or shapes differ; the message gives the first difference.
@@ -411,10 +416,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         ours = tuple(expected[name].shape) if name in expected else "nothing"
         theirs = tuple(weights[name].shape) if isinstance(weights.get(name), Tensor) else "nothing"
         if ours != theirs:
-            found = found_in(dict.fromkeys(sorted(weights, key=lambda name: name in expected)))  # what is strange first
+            names = sorted(weights if found is None else found, key=lambda name: name in expected)  # strange ones first
             raise InputError(
-                f"{source} is of another architecture: {name} has {theirs}, this model {ours}; found {found}"
+                f"{source} is of another architecture: {name} has {theirs}, this model {ours}; "
+                f"found {found_in(dict.fromkeys(names))}"
             )
+        if expected[name].is_floating_point() and not weights[name].is_floating_point():
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise InputError(f"{source} holds {kind} in {name}, expected floating-point numbers: is it quantised?")
     model.load_state_dict(weights)
 
 

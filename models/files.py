@@ -568,7 +568,7 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what `written_whole` has left in a folder when its process was killed."""
     for left in folder.glob(".*.*"):
         if re.fullmatch(
-            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index|writable)\S*\.\d+",
+            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index|\.writable)\S*\.\d+",
             left.name,
         ):
             left.unlink(missing_ok=True)

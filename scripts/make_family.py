@@ -58,7 +58,7 @@ BATCHES = (1, 64)  # images at once whose latency is measured; the limit is on t
 HELD_IN_MEMORY = 2**30  # bytes of test images that are decoded only once, for all models
 # what main.py would do besides fine-tuning, or to one depth only
 NOT_FOR_A_FAMILY = ("src_arch", "tgt_arch", "init", "init_path", "finetune", "resume", "eval", "push_to_hub")
-NOT_FOR_A_FAMILY += ("mapping_layer", "mapping_layer_coeff")
+NOT_FOR_A_FAMILY += ("push_ema", "mapping_layer", "mapping_layer_coeff")
 INITIALISATION = ("width_select", "depth_select", "skip_init")  # options of main.py that descend takes
 WHERE_IT_RUNS = ("device", "num_workers", "pin_mem", "log_interval")  # they do not change what is trained
 RECORD = ("identity", "training", "device", "latency_ms_1", "latency_ms_64", "accuracy_before", "accuracy_after")

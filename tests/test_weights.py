@@ -356,6 +356,9 @@ SECOND = {
     "own-config": "--config OUT/vit/args.yaml --eval --resume OUT/vit/checkpoint.pth",
     "average-config": "--config OUT/average.yaml --eval --resume OUT/vit/checkpoint.pth",
     "average-missing": f"{EVAL} {NAME} --eval --model-ema --resume OUT/no-average.pth",
+    "average-not-continued": f"{DIGITS} --model {NAME} --resume OUT/no-average.pth",
+    "quantised": f"{EVAL} {NAME} --finetune OUT/quantised.pth",
+    "nothing-fits": f"{EVAL} {NAME} --finetune OUT/nothing-fits.pth",
     "average-of-nothing": f"{EVAL} {NAME} --eval --model-ema --finetune OUT/vit/checkpoint.pth",
     "again": f"{TRAIN} --model {NAME} --no-model-ema --output-dir OUT/again",
     "push-nothing": f"{TRAIN} --model {NAME} --push-ema",
@@ -383,6 +386,9 @@ def write_inputs(out: Path) -> None:
     gene = models.load_learngene(out / "aux" / "learngene.safetensors")
     save_file(cast(gene.tensors, torch.float16), out / "half-gene.safetensors", {"learngene": json.dumps(gene.header)})
     torch.save({name: value for name, value in checkpoint.items() if name != "model_ema"}, out / "no-average.pth")
+    quantised = {name: (100 * tensor).to(torch.int8) for name, tensor in checkpoint["model"].items()}
+    torch.save(quantised, out / "quantised.pth")
+    torch.save({"foo": torch.zeros(3), "bar": torch.zeros(2)}, out / "nothing-fits.pth")
     other = {"model_state_dict": prefixed("model.", checkpoint["model"]), "best": np.float64(3), "epoch": 7}
     torch.save(other, out / "other.pth")
     torch.save({"teacher": prefixed("backbone.", without(checkpoint["model"], "head."))}, out / "headless.pth")
@@ -426,7 +432,10 @@ def test_a_file_of_options_asks_for_the_average_only_where_it_says_so(runs):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("average-missing", "no-average.pth holds no weights under 'model_ema'"),
+        ("average-missing", "no-average.pth holds no averaged weights (model_ema): without --model-ema"),
+        ("average-not-continued", "no-average.pth holds no averaged weights (model_ema): --no-model-ema continues it"),
+        ("quantised", "holds int8 in "),
+        ("nothing-fits", "found the keys foo, bar\n"),
         ("average-of-nothing", "--resume is missing: --eval --model-ema"),
         ("push-nothing", "--push-to-hub is missing: --push-ema"),
         ("teacher-headless", "has no head.weight, the head that a teacher needs"),
