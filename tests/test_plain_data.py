@@ -12,6 +12,7 @@ from build import load_foreign_weights
 from models import InputError, files, plain_data, shown
 from models.classes import class_names
 from models.files import in_float32
+from models.published import options_of
 from run import schedule_lag_in
 
 import numpy as np
@@ -153,6 +154,7 @@ def test_names_of_weights_that_are_no_text_are_not_written_out(tmp_path):
         key = frozenset([key, (key,)])  # which keeps its hash
     (tmp_path / "file").write_bytes(b"content")
     assert files.found_in({key: 1}) == "the keys a frozenset"
+    assert options_of({key: 1, "lr": 2}) == {"lr": 2}
     with pytest.raises(InputError, match="no text"):
         models.find_weights({"model": {key: torch.ones(1), "a": torch.ones(1)}}, tmp_path / "file")
     assert [shown(value) for value in ("x" * 70, 3, None, True)] == ["x" * 60, "3", "None", "True"]
