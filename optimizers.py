@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import utils
-from models import InputError, in_a_line
+from models import InputError, in_a_line, shown
 from samplers import derived_seed
 
 import numpy as np
@@ -216,12 +216,12 @@ def load_state(optimizer: Optimizer, saved: Mapping, names: Sequence[str], sampl
     state, kinds = {}, dict(enumerate(kinds_of(optimizer)))
     for number, values in saved["state"].items():
         if number not in kinds:
-            raise InputError(f"its optimizer has a parameter {str(number)[:50]!r}, this model {len(kinds)} parameters")
+            raise InputError(f"its optimizer has a parameter {shown(number)!r}, this model {len(kinds)} parameters")
         kind, name = kinds[number], names[number]
         if missing := sample.always[kind].keys() - values.keys():
             raise InputError(f"its optimizer has no {min(missing)} of {name}")
         if foreign := values.keys() - last[kind].keys():
-            raise InputError(f"its optimizer has {str(min(foreign))[:50]} of {name}, which this one does not have")
+            raise InputError(f"its optimizer has {shown(min(foreign))} of {name}, which this one does not have")
         state[number] = {key: fitted(value, last[kind][key], f"{key} of {name}") for key, value in values.items()}
     groups = []
     for group, theirs, counters in zip(own["param_groups"], saved["param_groups"], sample.counters(), strict=True):

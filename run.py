@@ -220,7 +220,7 @@ def resume(run: Run) -> None:
     run.checkpoint = Path(path)
     try:
         if type(content["epoch"]) is not int or not -1 <= content["epoch"] < 10**6:
-            raise InputError(f"epoch is {str(content['epoch'])[:50]!r}")
+            raise InputError(f"epoch is {models.shown(content['epoch'])!r}")
         run.epoch = content["epoch"] + 1
         run.position = position_in(content, run)
         run.schedule_lag = schedule_lag_in(content)
@@ -259,7 +259,7 @@ def schedule_lag_in(content: Mapping) -> int:
     """`Run.schedule_lag` of the run that wrote a checkpoint; before it was recorded, this program had none."""
     lag = content.get("schedule_lag", 1 if models.is_published(content) else 0)
     if type(lag) is not int or lag not in (0, 1):
-        raise InputError(f"schedule_lag is {str(lag)[:50]!r}, expected 0 or 1")
+        raise InputError(f"schedule_lag is {models.shown(lag)!r}, expected 0 or 1")
     return lag
 
 

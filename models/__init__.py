@@ -51,6 +51,7 @@ from .vit import (
     is_aux_name,
     nearest,
     parse_arch,
+    shown,
     timm_kwargs,
 )
 
@@ -106,6 +107,7 @@ __all__ = [
     "save_published",
     "sha256",
     "shapes_in",
+    "shown",
     "source_arch",
     "timm_kwargs",
     "to_published",

@@ -1,14 +1,14 @@
 """The names of the classes that a file of weights was trained on, where it knows them."""
 
 import json
+import mmap
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .files import read_checkpoint, read_json
+from .files import _in_utf8, read_checkpoint, read_json
 
 
 def class_names(path: str | os.PathLike, content: Mapping | None = None) -> list[str] | None:
@@ -28,15 +28,15 @@ def class_names(path: str | os.PathLike, content: Mapping | None = None) -> list
         if content is None:
             if not _mentions_classes(path):
                 return None
-            content = read_checkpoint(path)
+            content = read_checkpoint(path, mapped=True)  # its reader reads the tensors
         return _checked(content.get("classes"))
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError):
         return None
 
 
 def _beside(path: Path) -> object:
     """What a safetensors file says in its header, or the ``config.json`` of its folder."""
-    with safe_open(path, framework="pt") as file:
+    with open(path, "rb") as named, safe_open(_in_utf8(path, named), framework="pt") as file:
         metadata = file.metadata() or {}
     if "learngene" in metadata:
         return json.loads(metadata.get("classes", "null"))
@@ -46,13 +46,13 @@ def _beside(path: Path) -> object:
 
 def _mentions_classes(path: str | os.PathLike) -> bool:
     """Whether it is worth reading a checkpoint for them: most files from elsewhere have none."""
-    with zipfile.ZipFile(path) as archive:
-        plain = (entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED)
-        return any(b"classes" in archive.read(entry) for entry in plain if entry.filename.endswith("data.pkl"))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"classes") >= 0  # torch compresses nothing, in any of its formats
 
 
 def _checked(names: object) -> list[str] | None:
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    plain = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return list(names) if plain else None
 
 
 def first_difference(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> str | None:

@@ -16,6 +16,7 @@ import sys
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -34,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .hub import from_hub
-from .plain_data import PLAIN_DATA
-from .vit import InputError, in_a_line
+from .plain_data import plain_data_alone
+from .vit import InputError, in_a_line, shown
 
 YAML_LIMIT = 2**20  # bytes; those of this program have a thousandth of it
 JSON_LIMIT = 2**24  # bytes; the names and meanings of all of ImageNet's classes take a twelfth of it
@@ -72,6 +73,7 @@ NO_WEIGHTS = re.compile(
 )
 NESTING = 5  # dictionaries in each other that are searched for weights
 SHOWN = 6  # keys of a file that a message names
+TIES_LIMIT = 100  # names of one tensor, such as of a layer that is repeated
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching
@@ -216,12 +218,15 @@ def _version_of(partial: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
     """The content of a checkpoint, without running code from it: the weights are under ``model``.
 
     A bare state dict and a safetensors file become ``{"model": …}``; the header of a learngene file is added as
     ``learngene``. Plain data are what `plain_data` lists, such as the ``argparse.Namespace`` of the published
     checkpoints.
+
+    Args:
+        mapped: leave the tensors on the disk until they are used, where the format allows it.
 
     Raises:
         InputError: the file is missing or damaged, or holds objects other than tensors and plain data.
@@ -240,10 +245,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
             return content if header is None else {**content, "learngene": json.loads(header)}
         _refuse_bombs(path, zipped=start.startswith(b"PK"))
-        with torch.serialization.safe_globals(PLAIN_DATA), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol; what is wrong is said below
-            with open(path, "rb") as file:  # by a path, newer torch goes by the name's suffix
-                content = torch.load(file, map_location="cpu", weights_only=True)
+        content = _unpickled(path, mapped and start.startswith(b"PK"))
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail in any way the parsers know
@@ -258,6 +260,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}: expected a checkpoint or a state dict")
     return dict(content) if "model" in content else {"model": dict(content)}
+
+
+def _unpickled(path: str | os.PathLike, mapped: bool) -> object:
+    with plain_data_alone(os.path.getsize(path)), warnings.catch_warnings(), open(path, "rb") as file:
+        warnings.simplefilter("ignore")  # of the pickle's protocol; `read_checkpoint` says what is wrong
+        # torch maps only what has a path, and goes by the suffix of a path: this one has none
+        source = f"/proc/self/fd/{file.fileno()}" if mapped else file
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _in_utf8(path: str | os.PathLike, file: IO) -> str | os.PathLike:
@@ -353,7 +363,7 @@ def find_weights(content: Mapping, path: str | os.PathLike) -> tuple[dict[str, T
         below = int([*content] == ["model"])  # which `read_checkpoint` may have put around all
         keys = [".".join(place[below:] or place) for place in (places[0], *others)]
         remarks += [f"the weights under {keys[0]!r} are taken, not those under {', '.join(keys[1:SHOWN])}"]
-    rest = [str(name)[:60] for name, value in weights.items() if not isinstance(value, Tensor)]
+    rest = [shown(name) for name, value in weights.items() if not isinstance(value, Tensor)]
     if rest:
         remarks += [f"what is no tensor is left out: {', '.join(rest[:SHOWN])}"]
     weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
@@ -399,7 +409,7 @@ def found_in(content: Mapping) -> str:
     keys = [*model] if isinstance(model, Mapping) and len(content) == 1 else [*content]
     if not keys:
         return "no keys"
-    return f"the keys {', '.join(str(key)[:60] for key in keys[:SHOWN])}" + ", …" * (len(keys) > SHOWN)
+    return f"the keys {', '.join(map(shown, keys[:SHOWN]))}" + ", …" * (len(keys) > SHOWN)
 
 
 def _checked(weights: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
@@ -411,26 +421,36 @@ def _checked(weights: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
         if not plain or tensor.dtype not in DTYPES:
             raise InputError(f"{path} is refused: {name} is no ordinary tensor")
     weights = in_float32(weights, path)
-    for name, tensor in weights.items():
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in weights.items()}.values():
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():  # inf and nan stay in a sum
             raise InputError(f"{path} cannot be used: {name} holds values that are not finite")
     return clean_state_dict(weights)
 
 
 def in_float32(tensors: Mapping, path: str | os.PathLike) -> dict:
-    """Tensors and other values by name, the floating-point tensors among them in float32.
+    """Tensors and other values by name, the floating-point tensors among them in float32; tied ones stay tied.
 
     Raises:
-        InputError: the tensors are larger than the file at ``path``.
+        InputError: the tensors are larger than the file at ``path``, or one has more than `TIES_LIMIT` names.
     """
+    views = {name: _view_of(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+    distinct = {view: tensors[name] for name, view in views.items()}
     # views of one storage can declare any number of elements, which a conversion would write out
-    declared = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
+    declared = sum(t.numel() * t.element_size() for t in distinct.values())
     if declared > os.path.getsize(path):
         raise InputError(f"{path} is refused: it has {os.path.getsize(path):,} bytes and declares {declared:,}")
-    return {
-        name: value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in tensors.items()
-    }
+    if max(Counter(views.values()).values(), default=0) > TIES_LIMIT:
+        raise InputError(f"{path} is refused: a tensor has more than {TIES_LIMIT} names in it")
+    cast = {view: t.detach().float() if t.is_floating_point() else t for view, t in distinct.items()}
+    return {name: cast[views[name]] if name in views else value for name, value in tensors.items()}
+
+
+def _view_of(tensor: Tensor) -> tuple:
+    """Equal for two tensors if they are the same elements of the same storage."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.numel():
+        return (id(tensor),)
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return *place, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def optimizer_state_of(content: Mapping, path: str | os.PathLike) -> Mapping:

@@ -19,7 +19,7 @@ from .aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
 from .classes import class_names
 from .files import fetch, find_weights, found_in, read_checkpoint, weights_of, written_whole
 from .foreign import without_prefix
-from .vit import InputError, ViTArch, adapt_to_images, in_a_line, parse_arch
+from .vit import InputError, ViTArch, adapt_to_images, in_a_line, parse_arch, shown
 
 METHODS = {"lets": "LeTs", "tleg": "TLEG"}
 # part of a ViT → what stands in the names of its weights, and in no others
@@ -234,7 +234,7 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
             "checkpoint"
         )
     if header["method"] not in METHODS:
-        raise InputError(f"unknown method {header['method']!r}")
+        raise InputError(f"unknown method {shown(header['method'])!r}")
     _check_config(config)
     kind = "checkpoint of this program" if "optimizer" in content else "learngene file"
     return Learngene(header["method"], weights, config, options, averaged, ", ".join([kind, *remarks]))
@@ -246,7 +246,7 @@ def _check_config(config: Mapping) -> None:
         for name, size in (value if isinstance(value, Mapping) else {key: value}).items():
             if type(size) is not (bool if name == "full_width" else int):
                 expected = "true or false" if name == "full_width" else "a whole number"
-                raise InputError(f"{name} is {str(size)[:50]!r}, expected {expected}")
+                raise InputError(f"{name} is {shown(size)!r}, expected {expected}")
         if isinstance(value, Mapping):
             ViTArch(**value)
 

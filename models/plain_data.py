@@ -9,10 +9,15 @@ import datetime
 import math
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 
 import numpy as np
+import torch
+
+PATH_LIMIT = 4096  # characters of a path, as in Linux
+AXES_LIMIT = 64  # of an array, as in NumPy
 
 
 class NumpyDtype:
@@ -33,9 +38,16 @@ class NumpyDtype:
 
 def elements_of(content: bytes, dtype: NumpyDtype, count: int) -> np.ndarray:
     """``count`` elements, all of which have to be in ``content``."""
-    if not isinstance(dtype, NumpyDtype) or not isinstance(content, bytes):
+    if not isinstance(content, bytes):
         raise refused("numpy.ndarray")
-    return np.frombuffer(content, dtype.dtype, count)
+    return np.frombuffer(content, _plain(dtype), count)
+
+
+def _plain(dtype: NumpyDtype) -> np.dtype:
+    """NumPy's type. A pickle can turn a Namespace with attributes of its choice into a `NumpyDtype`."""
+    if type(dtype) is not NumpyDtype or not isinstance(dtype.dtype, np.dtype) or dtype.dtype.kind not in "biufcSU":
+        raise refused("numpy.dtype")
+    return dtype.dtype
 
 
 class NumpyArray:
@@ -43,7 +55,11 @@ class NumpyArray:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_columns, content = state
+        if type(shape) is not tuple or len(shape) > AXES_LIMIT or not isinstance(content, bytes):
+            raise refused("numpy.ndarray")
         if not all(type(size) is int and size >= 0 for size in shape):
+            raise refused("numpy.ndarray")
+        if 0 not in shape and any(size > len(content) for size in shape):  # their product can be a huge number
             raise refused("numpy.ndarray")
         self.array = elements_of(content, dtype, math.prod(shape)).reshape(shape, order="F" if by_columns else "C")
 
@@ -59,7 +75,7 @@ class TorchVersion:
 
 def numpy_scalar(dtype: NumpyDtype, content: bytes) -> bool | int | float | complex | str | bytes:
     """In the place of ``numpy.…multiarray.scalar``: Python's own number or text of the same value."""
-    if content == b"" and isinstance(dtype, NumpyDtype):  # an empty text
+    if content == b"" and _plain(dtype).kind in "SU":  # an empty text
         return dtype.dtype.type().item()
     value = elements_of(content, dtype, 1).item()
     return float(value) if isinstance(value, np.floating) else value  # Python has nothing longer for a longdouble
@@ -72,6 +88,9 @@ def numpy_array(*_: object) -> NumpyArray:
 
 def path_text(*parts: str) -> str:
     """In the place of pathlib's classes: the path as text."""
+    # a path of paths of …, each twice as long, fits in few bytes of a pickle
+    if not all(type(part) is str for part in parts) or sum(map(len, parts)) > PATH_LIMIT:
+        raise refused("pathlib.Path")
     return str(PurePosixPath(*parts))
 
 
@@ -102,9 +121,41 @@ def _table() -> list[Callable | tuple[Callable, str]]:
     for module in ("pathlib", "pathlib._local"):  # Python 3.13 has the second
         for system in ("Posix", "Windows"):
             table += [(path_text, f"{module}.{system}Path"), (path_text, f"{module}.Pure{system}Path")]
-    table += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, frozenset]
+    table += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta]
+    table += [datetime.timezone, frozenset]
     table += [(TorchVersion, "torch.torch_version.TorchVersion"), (empty_dict, "collections.defaultdict")]
     return table + [(factory, f"builtins.{name}") for name in ("int", "float", "list", "dict", "str")]
 
 
 PLAIN_DATA = _table()
+
+
+@contextmanager
+def plain_data_alone(size: int) -> Iterator[None]:
+    """While it lasts, ``torch.load(weights_only=True)`` also reads `PLAIN_DATA`, and encodes text as latin1 alone.
+
+    NumPy's pickles need that codec. With hex, which torch allows, a pickle can double bytes again and again.
+
+    Args:
+        size: of the file in bytes, which the encoded text cannot exceed.
+    """
+    left = size
+
+    def encode(text: str, codec: str) -> bytes:
+        nonlocal left
+        if type(text) is not str or codec != "latin1" or len(text) > left:
+            raise refused("_codecs.encode")
+        left -= len(text)
+        return text.encode(codec)
+
+    allowed = torch._weights_only_unpickler._get_allowed_globals()  # a cached dictionary
+    own = allowed.get("_codecs.encode")
+    with torch.serialization.safe_globals(PLAIN_DATA):
+        if own is None:  # this torch refuses it anyway
+            yield
+            return
+        allowed["_codecs.encode"] = encode
+        try:
+            yield
+        finally:
+            allowed["_codecs.encode"] = own

@@ -168,6 +168,7 @@ def options_of(args: object) -> dict:
     """What a published checkpoint recorded of its options, as far as it is plain data."""
     recorded = vars(args) if isinstance(args, Namespace) else args if isinstance(args, Mapping) else {}
     plain = (str, int, float, bool, type(None))
+    recorded = {name: value for name, value in recorded.items() if isinstance(name, plain)}  # tuples can be long text
     return {
         str(name): list(value) if isinstance(value, (list, tuple)) else value
         for name, value in recorded.items()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -53,6 +54,14 @@ class InputError(ValueError):
 def in_a_line(error: Exception) -> str:
     """What an error of a library says, short enough for one sentence of ours; some add a stack trace."""
     return " ".join(str(error).split())[:300]
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: text and numbers in at most 60 characters, of anything else its type.
+
+    Lists of lists of …, each twice in the next, are terabytes as text.
+    """
+    return str(value)[:60] if isinstance(value, (str, int, float, NoneType)) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
