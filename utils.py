@@ -177,8 +177,9 @@ def failures_reported_once() -> Iterator[None]:
         sys.exit(1)
     except Exception as raised:
         error = worker_error_behind(raised) or raised
-        if isinstance(error, InputError) or world_size() > 1 or what_happened(error):
-            message = f"error: {what_happened(error)}" if what_happened(error) else traceback.format_exc()
+        known = what_happened(error)  # asked once: what a worker has left behind can be read once
+        if known or world_size() > 1:
+            message = f"error: {known}" if known else traceback.format_exc()
             if first_to_fail():
                 where = f"process {rank()} of {world_size()} failed\n" if message.startswith("Traceback") else ""
                 print(where + message, file=sys.stderr, flush=True)
