@@ -223,8 +223,9 @@ class Batches:
                     if self.loader.num_workers == 0 or isinstance(error, InputError):
                         raise
                     ended = isinstance(error, (ConnectionError, EOFError)) or "exited unexpectedly" in str(error)
-                    if ended and batches is not None:
-                        await_end_of_one(batches._workers)  # by what, is not in the error
+                    iterator = batches or self.loader._iterator  # where workers that stay do not start again
+                    if ended and iterator is not None:
+                        await_end_of_one(iterator._workers)  # by what, is not in the error
                     raise describe(error) from error
                 yield batch
         finally:

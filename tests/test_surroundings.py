@@ -55,15 +55,16 @@ def opened(file, *args, **kwargs):
 PIL.Image.open = opened
 """
 PLOTTED = """
-import multiprocessing
+import multiprocessing, os
 from matplotlib.figure import Figure
 def savefig(*args, **kwargs):
     for worker in multiprocessing.active_children():
         worker.kill()
-        worker.join()
+        {0}
     raise OSError(28, "No space left on device")
 Figure.savefig = savefig
 """
+WAITED = "os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)"
 
 
 class Case(NamedTuple):
@@ -290,7 +291,8 @@ def outcomes(folder) -> dict[str, Outcome]:
         ),
         "exception": (failing("raise KeyError('label')"), of(pictures, 1, 2), "--save-every-steps", 1),
         "killed": (failing("os.kill(os.getpid(), 9)"), of(pictures, 1)),
-        "killed at a plot": ({"code": PLOTTED}, of(pictures, 1, 2)),
+        "killed at a plot": ({"code": PLOTTED.format(WAITED)}, of(pictures, 1, 2)),
+        "killed unseen": ({"code": PLOTTED.format("worker.join()")}, of(pictures, 1, 2)),  # by torch's handler
         "bus error": (failing("os.kill(os.getpid(), 7)"), of(pictures, 1)),
         "open files": (failing("raise OSError(24, 'Too many open files')"), of(pictures, 1), "--skip-bad-images"),
         "any bytes": ({}, of(odd, 1)),
@@ -356,6 +358,7 @@ def test_works(folder, outcomes, name):
         ("no replace", 2, ("--output-dir", "cannot be written: Permission denied")),
         ("exception", 1, (".png: KeyError: 'label'", "--num-workers 0", "shows where")),
         ("killed", 1, ("killed", "memory", "fewer --num-workers", "smaller --batch-size")),
+        ("killed unseen", 1, ("killed", "memory", "fewer --num-workers", "smaller --batch-size")),
         ("killed at a plot", 1, ("killed", "memory", "fewer --num-workers", "smaller --batch-size")),
         ("bus error", 1, ("/dev/shm", "--shm-size", "--num-workers 0")),
         ("open files", 1, ("too many open files", "ulimit -n", "--num-workers")),
