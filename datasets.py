@@ -9,6 +9,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from errno import EMFILE, ENFILE, ENOMEM
 from functools import partial
 from pathlib import Path
@@ -192,6 +193,15 @@ class Batches:
         if self.loader._iterator is not None:  # there is no public way
             self.loader._iterator._shutdown_workers()
 
+    def _started(self) -> Iterator:
+        """The loader's iterator. No signal interrupts a fork, whose hooks hold locks and swallow exceptions.
+
+        Workers that stay from an earlier iteration are not forked again, but waited for: they may be busy.
+        """
+        self.lifeline.prepare()
+        with nullcontext() if self.loader._iterator is None else utils.interruptible():
+            return iter(self.loader)
+
     def _loaded(self) -> Iterator[tuple[Tensor | RawBatch, Tensor, list[str | InputError | WorkerError]]]:
         """What the loader gives; a signal may interrupt the wait for it.
 
@@ -202,10 +212,9 @@ class Batches:
         try:
             while True:
                 try:
+                    if batches is None:
+                        batches = self._started()
                     with utils.interruptible():
-                        if batches is None:
-                            self.lifeline.prepare()
-                            batches = iter(self.loader)
                         batch = next(batches)
                 except StopIteration:
                     complete = True
@@ -213,8 +222,10 @@ class Batches:
                 except Exception as error:
                     if self.loader.num_workers == 0 or isinstance(error, InputError):
                         raise
-                    if isinstance(error, (ConnectionError, EOFError)) and batches is not None:
-                        await_end_of_one(batches._workers)
+                    ended = isinstance(error, (ConnectionError, EOFError)) or "exited unexpectedly" in str(error)
+                    iterator = batches or self.loader._iterator  # where workers that stay do not start again
+                    if ended and iterator is not None:
+                        await_end_of_one(iterator._workers)  # by what, is not in the error
                     raise describe(error) from error
                 yield batch
         finally:

@@ -57,6 +57,8 @@ OF_MPI = ("COMM_WORLD_RANK", "COMM_WORLD_SIZE", "COMM_WORLD_LOCAL_RANK", "COMM_W
 OPEN_MPI = Launcher("mpirun", *(f"OMPI_{name}" for name in OF_MPI), "PMIX_NAMESPACE")
 MVAPICH = Launcher("mpirun", *(f"MV2_{name}" for name in OF_MPI), "PMI_JOBID")
 MPICH = Launcher("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_JOBID")  # Intel's, too
+OF_JSM = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")  # IBM's
+JSRUN = Launcher("jsrun", *(f"JSM_NAMESPACE_{name}" for name in OF_JSM), "PMIX_NAMESPACE")
 SRUN = Launcher(
     "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID"
 )
@@ -73,11 +75,13 @@ def find_world(environment: Environment = os.environ) -> World | None:
     Raises:
         InputError: the variables give half of what is needed, or contradict each other.
     """
-    environment = newest_names({name: value for name, value in environment.items() if value})
+    given = {name: value for name, value in environment.items() if value}
+    environment = newest_names(given)
     rank, size = place_in(TORCHRUN, environment)
     other = next(iter(beside_torchrun(environment)), None)
     if None in (rank, size):
         if other is None and rank is None and size in (None, 1):  # some containers set WORLD_SIZE=1
+            check_alone(given)
             return None
         if other is None:
             raise half_of(TORCHRUN, environment)
@@ -93,15 +97,27 @@ def find_world(environment: Environment = os.environ) -> World | None:
     return world_of(TORCHRUN, environment)
 
 
+def check_alone(environment: Environment) -> None:
+    """Raises InputError where a variable numbers this process behind another one, though nothing gives their number."""
+    for name in (TORCHRUN.local_rank, "PMIX_RANK", SRUN.rank):
+        number = whole_number(name, environment)
+        if not number:
+            continue
+        missing = "no variable gives the number of processes: torchrun, mpirun and srun do"
+        if name == SRUN.rank:
+            missing = "SLURM_STEP_ID is missing: process 0 would take itself for a batch script, and train alone"
+        raise InputError(f"{name} is {number} in the environment, but {missing}; for a run of one process unset {name}")
+
+
 def beside_torchrun(environment: Environment) -> list[Launcher]:
-    """Those of mpirun and srun that have started several processes, the one that started this process first.
+    """Those of mpirun, jsrun and srun that have started several processes, the one that started this process first.
 
     In a job of SLURM mpirun starts helpers with srun, and its processes inherit their variables. srun itself sets some
     of MPICH's variables (--mpi=pmi2), but not the rank on the host.
     """
     last = (MPICH, SRUN) if MPICH.local_rank in environment else (SRUN, MPICH)
     found = []
-    for launcher in (OPEN_MPI, MVAPICH, *last):
+    for launcher in (OPEN_MPI, MVAPICH, JSRUN, *last):
         rank, size = place_in(launcher, environment)
         if (rank is None) != (size is None) and size != 1:
             raise half_of(launcher, environment)
@@ -125,13 +141,13 @@ def newest_names(environment: dict[str, str]) -> dict[str, str]:
 def is_step(environment: Environment) -> bool:
     """Whether srun has started this process as one of its tasks.
 
-    A batch script has SLURM_PROCID and the number of the job's tasks as well, but is no step.
+    A batch script has SLURM_PROCID and the number of the job's tasks as well, but none of a step's variables.
     """
-    rank = environment.get(SRUN.rank)
     shell = "SLURM_PTY_PORT" in environment and sys.stdin is not None and sys.stdin.isatty()  # srun --pty bash
-    if rank is None or shell or environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID")) in SHELLS:
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID"))
+    if SRUN.rank not in environment or shell or step in SHELLS:
         return False
-    return rank != "0" or any(name in environment for name in OF_STEP)
+    return any(name in environment for name in OF_STEP)
 
 
 def is_plain_task(environment: Environment = os.environ) -> bool:

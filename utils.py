@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from launchers import World, find_world
 from models import InputError, check_archive, found_in, in_a_line, written_whole
-from workers import WorkerError, describe, is_of_worker
+from workers import WorkerError, describe, is_of_worker, worker_error_behind
 
 import torch
 import torch.distributed as dist
@@ -175,9 +175,11 @@ def failures_reported_once() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave_together()
         sys.exit(1)
-    except Exception as error:
-        if isinstance(error, InputError) or world_size() > 1 or what_happened(error):
-            message = f"error: {what_happened(error)}" if what_happened(error) else traceback.format_exc()
+    except Exception as raised:
+        error = worker_error_behind(raised) or raised
+        known = what_happened(error)  # asked once: what a worker has left behind can be read once
+        if known or world_size() > 1:
+            message = f"error: {known}" if known else traceback.format_exc()
             if first_to_fail():
                 where = f"process {rank()} of {world_size()} failed\n" if message.startswith("Traceback") else ""
                 print(where + message, file=sys.stderr, flush=True)
@@ -344,7 +346,9 @@ def all_are_at(place: str, patience: float = 5) -> bool:
         while not _store.check(names) and time.monotonic() < end:
             time.sleep(0.05)
         return _store.check(names) and all(_store.get(name).decode() == place for name in names)
-    except RuntimeError:  # the store's process is gone
+    except RuntimeError as error:  # the store's process is gone
+        if is_of_worker(error):
+            raise
         return False
 
 
@@ -462,6 +466,8 @@ class Output:
             yield
             self.failed.pop(str(what), None)
         except OSError as error:
+            if worker_error_behind(error):
+                raise
             self.failed[str(what)] = error.strerror or str(error)
             self._warn(what, self.failed[str(what)])
 
@@ -471,6 +477,8 @@ class Output:
         try:
             yield
         except Exception as error:
+            if worker_error_behind(error):
+                raise
             reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {in_a_line(error)}"
             if what not in self.warned:
                 self._warn(what, reason[:300])

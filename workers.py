@@ -6,12 +6,14 @@ import multiprocessing.util
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 
 from models import InputError
 
@@ -77,6 +79,19 @@ def is_of_worker(error: BaseException) -> bool:
     return "DataLoader worker" in str(error)
 
 
+def worker_error_behind(error: BaseException | None) -> BaseException | None:
+    """What torch raised in the name of a data worker, if that is ``error`` or what led to it; else None.
+
+    Torch's handler of SIGCHLD raises it inside any library, which may wrap it, and inside any handler of errors, which
+    must let it pass.
+    """
+    while error is not None and not isinstance(error, WorkerError):
+        if is_of_worker(error):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
 def what_was_raised(error: BaseException) -> str:
     """The type and message of an exception; of one from a worker, those that it had there."""
     if error.__cause__ is not None and is_of_worker(error) and is_of_worker(error.__cause__):
@@ -110,7 +125,8 @@ class Lifeline:
 
     def __init__(self, loader: DataLoader):
         self.read = self.write = None
-        if loader.num_workers:
+        self.needed = loader.num_workers > 0
+        if self.needed:
             # forks need not import anything, and the data set is not copied; other ways of starting are not needed here
             loader.multiprocessing_context = "fork"
             loader.worker_init_fn = self.tie
@@ -122,6 +138,8 @@ class Lifeline:
             InputError: there is no place for the sockets through which they send.
         """
         global _reasons
+        if not self.needed:
+            return
         use_short_folder()
         if _reasons is None:
             _reasons = os.pipe()
@@ -132,8 +150,9 @@ class Lifeline:
 
     def cut(self) -> None:
         if self.write is not None:
-            _lifelines.discard(self.write)
-            os.close(self.write)
+            if self.write in _lifelines:  # else `cut_all` has closed it, and its number may be another file's by now
+                _lifelines.remove(self.write)
+                os.close(self.write)
             os.close(self.read)
             self.read = self.write = None
 
@@ -142,8 +161,8 @@ class Lifeline:
         leave_signals_to_main(worker)
         for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
             signal.signal(number, signal.SIG_DFL)  # of which torch's handlers print a line, and the main process, too
-        for end in _lifelines:  # inherited; the main process alone is to have them
-            os.close(end)
+        cut_all()  # the inherited ends, which only the main process may have
+        sys.excepthook = unless_main_left
         threading.Thread(target=end_with_main, args=(self.read,), daemon=True).start()
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_send)
 
@@ -199,6 +218,15 @@ def leave_signals_to_main(worker: int) -> None:
 def end_with_main(lifeline: int) -> None:
     os.read(lifeline, 1)  # returns when nobody can write any more
     os._exit(0)
+
+
+def unless_main_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an error of the thread that serves this worker's tensors, except a main process that stops receiving them.
+
+    multiprocessing.resource_sharer calls sys.excepthook from that thread, and nothing else does in a worker.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def cannot_send(error: Exception, item: object) -> None:

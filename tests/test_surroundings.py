@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import pty
 import runpy
@@ -16,13 +17,18 @@ import termios
 import traceback
 from importlib import import_module
 from itertools import count
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import launchers
 import models
+import utils
+import workers
 from build import device_of
 from configuration import parse_options
+from datasets import Batches, Sample
 from launchers import World
 from models import InputError
 from samplers import TrainSampler
@@ -31,6 +37,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, MAIN, SECONDS
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 TINY = "--model deit_nano_patch8_16_L2_H1 --warmup-epochs 0 --min-lr 0 --device cpu --log-interval 1 --epochs"
 DIGITS = f"--data-set DIGITS --batch-size 32 --train-images 64 --num-workers 0 {TINY}"
@@ -47,6 +54,17 @@ def opened(file, *args, **kwargs):
     return before(file, *args, **kwargs)
 PIL.Image.open = opened
 """
+PLOTTED = """
+import multiprocessing, os
+from matplotlib.figure import Figure
+def savefig(*args, **kwargs):
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        {0}
+    raise OSError(28, "No space left on device")
+Figure.savefig = savefig
+"""
+WAITED = "os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)"
 
 
 class Case(NamedTuple):
@@ -273,6 +291,8 @@ def outcomes(folder) -> dict[str, Outcome]:
         ),
         "exception": (failing("raise KeyError('label')"), of(pictures, 1, 2), "--save-every-steps", 1),
         "killed": (failing("os.kill(os.getpid(), 9)"), of(pictures, 1)),
+        "killed at a plot": ({"code": PLOTTED.format(WAITED)}, of(pictures, 1, 2)),
+        "killed unseen": ({"code": PLOTTED.format("worker.join()")}, of(pictures, 1, 2)),  # by torch's handler
         "bus error": (failing("os.kill(os.getpid(), 7)"), of(pictures, 1)),
         "open files": (failing("raise OSError(24, 'Too many open files')"), of(pictures, 1), "--skip-bad-images"),
         "any bytes": ({}, of(odd, 1)),
@@ -338,6 +358,8 @@ def test_works(folder, outcomes, name):
         ("no replace", 2, ("--output-dir", "cannot be written: Permission denied")),
         ("exception", 1, (".png: KeyError: 'label'", "--num-workers 0", "shows where")),
         ("killed", 1, ("killed", "memory", "fewer --num-workers", "smaller --batch-size")),
+        ("killed unseen", 1, ("killed", "memory", "fewer --num-workers", "smaller --batch-size")),
+        ("killed at a plot", 1, ("killed", "memory", "fewer --num-workers", "smaller --batch-size")),
         ("bus error", 1, ("/dev/shm", "--shm-size", "--num-workers 0")),
         ("open files", 1, ("too many open files", "ulimit -n", "--num-workers")),
     ],
@@ -362,6 +384,143 @@ def test_what_is_to_be_looked_at_alone_costs_no_run(folder, outcomes):
     assert outcome.said[0].count("warning: TensorBoard's events cannot be written (ModuleNotFoundError") == 1
     assert outcome.said[0].count("curves.png cannot be written (ModuleNotFoundError") == 1
     assert (folder / "no pictures" / "model.safetensors").exists()
+
+
+class Numbers(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(torch.zeros(1), index, [])
+
+
+def batches_of(num_workers: int, persistent: bool = False) -> Batches:
+    loader = DataLoader(
+        Numbers(), 2, num_workers=num_workers, persistent_workers=persistent, collate_fn=datasets.collate
+    )
+    return Batches(loader, False, torch.device("cpu"))
+
+
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+
+def wrapped() -> Exception:
+    """What is raised by a library that handles an error of a worker, and fails in turn."""
+    try:
+        try:
+            raise RuntimeError(KILLED)
+        except RuntimeError:
+            raise OSError(28, "No space left on device")  # noqa: B904  so that it is the context alone
+    except OSError as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [RuntimeError(KILLED), wrapped()])
+@pytest.mark.parametrize("attempt", ["attempt", "attempt_extra"])
+def test_a_dead_worker_is_no_file_that_cannot_be_written(tmp_path, capfd, monkeypatch, attempt, error):
+    """Torch raises that in the main process wherever it is, here where a plot is written."""
+    left = []
+    monkeypatch.setattr("utils.leave_at_once", left.append)
+    output, path = utils.Output(), tmp_path / "curves.png"
+    with pytest.raises(type(error)), utils.failures_reported_once():  # noqa: SIM117
+        with getattr(output, attempt)(str(path)), models.written_whole(path):
+            raise error
+    assert (left, output.failed, list(tmp_path.iterdir())) == ([1], {}, [])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: no memory is left for the images, or a data worker was killed")
+
+
+def test_a_dead_worker_is_no_checkpoint_that_does_not_fit(tmp_path, capfd, monkeypatch):
+    left = []
+    monkeypatch.setattr("utils.leave_at_once", left.append)
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {}}, path)
+    monkeypatch.setattr("torch.load", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError(KILLED)))
+    with pytest.raises(InputError), utils.failures_reported_once():
+        models.read_checkpoint(path)
+    assert left == [1]
+    assert capfd.readouterr().err.startswith("error: no memory is left for the images, or a data worker was killed")
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_no_signal_interrupts_the_start_of_workers(monkeypatch, persistent):
+    """It ends the wait that follows, and so no hook of a fork meets an exception."""
+    batches, started = batches_of(1, persistent), []
+    start = multiprocessing.process.BaseProcess.start
+
+    def signalled(process):
+        signal.raise_signal(signal.SIGTERM)
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", signalled)
+    with utils.StopSignals() as signals:
+        with pytest.raises(utils.Stopped):
+            next(iter(batches))
+        assert (len(started), signals.noted) == (1, signal.SIGTERM)
+    batches.close()
+
+
+def test_a_signal_interrupts_the_wait_for_workers_that_stay(monkeypatch):
+    batches = batches_of(1, persistent=True)
+    with utils.StopSignals() as signals:
+        assert len([*batches]) == 2
+        waits = []
+        monkeypatch.setattr(type(batches.loader._iterator), "_reset", lambda *args: waits.append(signals.waiting))
+        iter(batches._started())
+    batches.close()
+    assert waits == [True]
+
+
+def test_a_worker_that_only_exited_is_asked_for_the_signal(monkeypatch):
+    """Torch 2.6 does not say what ended a worker that would leave a core dump."""
+    batches = batches_of(1)
+
+    def broken(iterator):
+        (worker,) = iterator._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        raise RuntimeError(f"DataLoader worker (pid(s) {worker.pid}) exited unexpectedly")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", broken)
+    with pytest.raises(RuntimeError, match="is killed by signal: Killed"):
+        next(iter(batches))
+
+
+def test_a_worker_whose_main_process_stops_receiving_is_silent(capfd):
+    """A broken connection to the thread from which the main process takes tensors ends without a traceback."""
+    batches = batches_of(1)
+    batches.lifeline.prepare()
+
+    def work() -> None:
+        batches.lifeline.tie(0)
+        shared = DupFd(0)
+        with socket.socket(socket.AF_UNIX) as broken:
+            broken.connect(shared._id[0])
+        os.close(shared.detach())  # which that thread serves after the broken connection
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    batches.close()
+    assert (process.exitcode, capfd.readouterr().err) == (0, "")
+
+
+def test_a_lifeline_without_workers_opens_nothing(monkeypatch):
+    monkeypatch.setattr("os.pipe", lambda: pytest.fail("a pipe is opened"))
+    monkeypatch.setattr("workers.use_short_folder", lambda: pytest.fail("TMPDIR is looked at"))
+    assert len([*batches_of(0)]) == 2
+
+
+def test_a_lifeline_closes_its_descriptors_once(monkeypatch):
+    monkeypatch.setattr("workers._lifelines", set())
+    lifeline = batches_of(1).lifeline
+    lifeline.prepare()
+    number = lifeline.write
+    workers.cut_all()
+    assert os.dup2(0, number) == number  # a file that is opened later
+    lifeline.cut()
+    os.close(number)
 
 
 @pytest.mark.parametrize("name", ["slow, 0 workers", "slow, 1 worker"])
@@ -421,6 +580,7 @@ BATCH = {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 4, "SLURM_PROCID": 0, "SLURM_LOCALID
 TWO_NODES = {"SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NODELIST": "gpu[07-08],cpu1"}
 TORCHRUN = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 29500}
 MPI = {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": 1}
+JSM = {"JSM_NAMESPACE_RANK": 1, "JSM_NAMESPACE_SIZE": 2, "JSM_NAMESPACE_LOCAL_RANK": 1}
 HYDRA = {"PMI_RANK": 1, "PMI_SIZE": 2, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 2}
 
 
@@ -430,7 +590,11 @@ HYDRA = {"PMI_RANK": 1, "PMI_SIZE": 2, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 
         ({}, None),
         ({"WORLD_SIZE": 1}, None),  # of a container
         ({"RANK": "", "WORLD_SIZE": ""}, None),
-        ({"LOCAL_RANK": 1}, None),
+        ({"LOCAL_RANK": 0, "PMIX_RANK": 0}, None),
+        ({"PMIX_RANK": 1, "PMIX_NAMESPACE": "a"} | MPI, (1, 2, 1, "127.0.0.1", None)),
+        (JSM, (1, 2, 1, "127.0.0.1", None)),
+        (JSM | {"JSM_NAMESPACE_LOCAL_RANK": 0, "MASTER_ADDR": "host"}, (1, 2, 0, "host", None)),
+        (BATCH | {"SLURM_PROCID": 1} | TORCHRUN, (1, 2, 1, "host", 29500)),
         (TORCHRUN, (1, 2, 1, "host", 29500)),
         ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 1}, None),
         (MPI, (1, 2, 1, "127.0.0.1", None)),
@@ -496,12 +660,20 @@ def test_device_of_a_task(monkeypatch, devices, environment, number):
         ({"RANK": 0, "WORLD_SIZE": 2}, "MASTER_ADDR is not set in the environment of process 0 of 2"),
         ({"OMPI_COMM_WORLD_RANK": 1}, "OMPI_COMM_WORLD_SIZE is not set"),
         (MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": 0}, "MASTER_ADDR is not set"),  # on another host
+        ({"LOCAL_RANK": 1}, "LOCAL_RANK is 1 in the environment, but no variable gives the number"),
+        ({"LOCAL_RANK": 1, "WORLD_SIZE": 1}, "LOCAL_RANK is 1"),
+        (
+            {"PMIX_RANK": 1, "PMIX_NAMESPACE": "a"},
+            "PMIX_RANK is 1 in the environment, but no variable gives the number",
+        ),
+        ({"JSM_NAMESPACE_RANK": 1}, "JSM_NAMESPACE_SIZE is not set"),
+        (BATCH | {"SLURM_PROCID": 1}, "SLURM_PROCID is 1 in the environment, but SLURM_STEP_ID is missing"),
         (STEP | {"RANK": 0, "WORLD_SIZE": 1}, "but this is process 1 of 4 of srun"),
         (STEP | {"WORLD_SIZE": 2}, "but this is process 1 of 4 of srun"),
     ],
 )
 def test_launchers_that_cannot_be_right(environment, expected):
-    with pytest.raises(InputError, match=r"RANK|WORLD_SIZE|MASTER") as error:
+    with pytest.raises(InputError, match=r"RANK|PROCID|WORLD_SIZE|MASTER") as error:
         launchers.find_world(texts(environment))
     assert expected in str(error.value)
 
