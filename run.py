@@ -271,9 +271,9 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
     """
     averaged = run.args.eval and run.args.model_ema
     source = f"{option} {path}" + " (model_ema)" * averaged
-    if content.get("model_ema") is None and (averaged or (run.ema is not None and not run.args.eval)):
-        right = "without --model-ema the model's own are evaluated" if averaged else "--no-model-ema continues it"
-        raise InputError(f"{option} {path} holds no averaged weights (model_ema): {right}")
+    no_average = "optimizer" in content and content.get("model_ema") is None
+    if averaged and no_average:
+        raise InputError(f"{option} {path} holds no model_ema: without --model-ema its own weights are evaluated")
     head_dim = run.model.arch.head_dim if isinstance(run.model, models.AuxNet) else 1  # which other models do not use
     with about(option):
         rename = models.published_names(content, path, head_dim)
@@ -289,6 +289,8 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
         raise InputError(f"{source} was trained on other classes than the data have: {difference}")
     if run.args.eval:
         return
+    if run.ema is not None and no_average:
+        raise InputError(f"{source} holds no model_ema: --no-model-ema continues it")
     try:
         names = utils.parameter_names(run.optimizer, run.model)
         saved = {**content["optimizer"], "state": models.optimizer_state_of(content, path)}

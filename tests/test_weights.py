@@ -432,8 +432,8 @@ def test_a_file_of_options_asks_for_the_average_only_where_it_says_so(runs):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("average-missing", "no-average.pth holds no averaged weights (model_ema): without --model-ema"),
-        ("average-not-continued", "no-average.pth holds no averaged weights (model_ema): --no-model-ema continues it"),
+        ("average-missing", "no-average.pth holds no model_ema: without --model-ema"),
+        ("average-not-continued", "no-average.pth holds no model_ema: --no-model-ema continues it"),
         ("quantised", "holds int8 in "),
         ("nothing-fits", "found the keys foo, bar\n"),
         ("average-of-nothing", "--resume is missing: --eval --model-ema"),
