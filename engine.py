@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 
 import utils
-from models import InputError
+from common.errors import InputError
 from samplers import derived_seed
 from utils import NotFiniteError
 
@@ -87,10 +87,10 @@ class Stopwatch:
         return sum(start.elapsed_time(end) / 1000 if self.on_device else end - start for start, end in self.spans)
 
 
-class Watch:
+class StepMeter:
     """What there is to see of an epoch: losses, kept on the device, and where the time goes.
 
-    Nothing waits for the device but `look`.
+    Nothing waits for the device but `flush`.
     """
 
     def __init__(self, position: Position, device: torch.device, optimizer: Optimizer, epoch: int, skip_nan: bool):
@@ -119,7 +119,7 @@ class Watch:
             self.images += len(batch[0])
             yield batch
 
-    def taught(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def teacher_logits(self, teacher: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """What ``teacher`` says of ``images``, with the time that takes."""
         with self.teaching:
             return teacher(images)
@@ -129,7 +129,7 @@ class Watch:
         self.position.add(loss, images)
         self.losses.append(loss)
 
-    def look(self, norm: Tensor, judge_norm: bool) -> dict[str, float]:
+    def flush(self, norm: Tensor, judge_norm: bool) -> dict[str, float]:
         """What happened since the last look, of all processes.
 
         Args:
@@ -236,9 +236,9 @@ def train_one_epoch(
     """
     model.train()
     position = Position() if position is None else position
-    watch = Watch(position, device, optimizer, epoch, skip_nan)
+    meter = StepMeter(position, device, optimizer, epoch, skip_nan)
     first, num_batches, images_of_group = position.steps, len(loader), 0
-    batches = undone_if_stopped(watch.timed(loader), model, accum_iter)
+    batches = undone_if_stopped(meter.timed(loader), model, accum_iter)
     for place, (images, targets) in enumerate(mixed(batches, device, mixup, seed, epoch, first)):
         images_of_group += len(images) * utils.world_size()
         group = min(accum_iter, num_batches - place // accum_iter * accum_iter)
@@ -246,27 +246,27 @@ def train_one_epoch(
         synchronised = nullcontext() if last_of_group or not hasattr(model, "no_sync") else model.no_sync()
         with synchronised:
             with autocast:
-                taught = None if teacher is None else watch.taught(teacher, images)
-                loss = criterion(model(images), targets, taught)
+                teacher_logits = None if teacher is None else meter.teacher_logits(teacher, images)
+                loss = criterion(model(images), targets, teacher_logits)
             scaler.scale(loss / group).backward()
-        watch.add(loss.detach(), len(images))
+        meter.add(loss.detach(), len(images))
         if not last_of_group:
             continue
-        look = len(watch.losses) >= log_interval or place == num_batches - 1
+        log_now = len(meter.losses) >= log_interval or place == num_batches - 1
         # what the optimiser draws has to be the same in all processes
         random_seed(derived_seed(seed, epoch, first + place, ALL_PROCESSES))
-        norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, look, skip_nan)
+        norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, log_now, skip_nan)
         if stepped and ema is not None:
             ema.update(ema_source)
         position.advance(first + place + 1, images_of_group)
         images_of_group = 0
-        watch.count(stepped)
-        if look:
-            report(watch.look(norm, judge_norm=not scaler.is_enabled()))
+        meter.count(stepped)
+        if log_now:
+            report(meter.flush(norm, judge_norm=not scaler.is_enabled()))
         after_step()
     loss, counted = position.totals().tolist()
     if not counted:
-        raise watch.error("no loss was finite", position.steps)
+        raise meter.error("no loss was finite", position.steps)
     return {"loss": loss / counted, "lr": optimizer.param_groups[0]["lr"]}
 
 

@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import console
+from common import console
 from options import option_parser
 
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         option_parser().print_help()
         return 0
-    from run import main as run  # torch and timm take seconds to import, for which --help does not wait
+    from training.loop import main as run  # torch and timm take seconds to import, for which --help does not wait
 
     return run(argv)
 

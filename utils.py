@@ -1,25 +1,22 @@
 """Distributed set-up, checkpoints and logging."""
 
-import json
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from errno import EMFILE, ENFILE
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from launchers import World, find_world
-from models import InputError, check_archive, found_in, in_a_line, written_whole
-from workers import WorkerError, describe, is_of_worker, worker_error_behind
+from common.errors import InputError, one_line
+from common.launchers import World, find_world
+from common.workers import WorkerError, describe, is_of_worker, worker_error_behind
 
 import torch
 import torch.distributed as dist
@@ -27,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, which print no bars here, and left behind by _exit
 
@@ -64,7 +61,7 @@ def init_distributed(timeout: timedelta) -> None:
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"process {_world.rank} of {_world.size} has not met the others at {_world.address}:{_world.port} within "
-            f"{timeout.total_seconds() / 60:g} minutes (--dist-timeout): {in_a_line(error)[:300]}"
+            f"{timeout.total_seconds() / 60:g} minutes (--dist-timeout): {one_line(error)[:300]}"
         ) from error
 
 
@@ -194,16 +191,16 @@ def what_happened(error: Exception) -> str | None:
     if is_of_worker(error):
         return str(describe(error))
     if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
-        return f"too many open files: raise the limit with 'ulimit -n' ({in_a_line(error)[:300]})"
+        return f"too many open files: raise the limit with 'ulimit -n' ({one_line(error)[:300]})"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
         return (
-            f"out of memory on process {rank()} of {world_size()} ({in_a_line(error)[:300]}); a smaller --batch-size "
+            f"out of memory on process {rank()} of {world_size()} ({one_line(error)[:300]}); a smaller --batch-size "
             "with a larger --accum-iter, --grad-checkpointing, or fewer --num-workers need less"
         )
     if isinstance(error, RuntimeError) and world_size() > 1 and LOST.search(str(error)):
         return (
             f"process {rank()} of {world_size()} has lost its connection to the others: one of them was killed, or the "
-            f"network is down ({in_a_line(error)[:300]})"
+            f"network is down ({one_line(error)[:300]})"
         )
     return None
 
@@ -353,249 +350,12 @@ def all_are_at(place: str, patience: float = 5) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, content: dict, keep: int = 0) -> None:
-    """Write tensors and plain data, whole or not at all; the ``keep`` files before it stay, as ``checkpoint.1.pth``, ….
-
-    Raises:
-        OSError: it cannot be written; ``path`` is then what it was before.
-    """
-    with written_whole(path) as unfinished:
-        torch.save(content, unfinished)
-        for age in range(keep, 1, -1):
-            if older(path, age - 1).exists():
-                os.replace(older(path, age - 1), older(path, age))
-        if keep and path.exists():
-            link(path, older(path, 1))
-    age = keep + 1
-    while older(path, age).exists():  # more were kept before
-        older(path, age).unlink()
-        age += 1
-
-
-def older(path: Path, age: int) -> Path:
-    """checkpoint.pth → checkpoint.2.pth"""
-    return path.with_suffix(f".{age}{path.suffix}")
-
-
-def link(path: Path, name: Path) -> None:
-    """Make ``name`` the same file as ``path``, or a copy where the file system has no links."""
-    with written_whole(name) as unfinished:
-        Path(unfinished).unlink(missing_ok=True)  # a name of another file, if a process of this number was killed
-        try:
-            os.link(path, unfinished)
-        except OSError:
-            shutil.copyfile(path, unfinished)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, passing over damaged ones with a warning; None if there is none."""
-    ages = (re.fullmatch(r"checkpoint(?:\.(\d+))?\.pth", path.name) for path in folder.glob("checkpoint*.pth"))
-    for match in sorted((match for match in ages if match), key=lambda match: int(match[1] or 0)):
-        path = folder / match[0]
-        try:
-            check_archive(path)
-            return path
-        except InputError as error:
-            print(f"warning: --resume auto passes over {error}", file=sys.stderr, flush=True)
-    return None
-
-
-def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str, found: Iterable[str] | None = None
-) -> None:
-    """``model.load_state_dict``, strictly.
-
-    Args:
-        found: the names in the file at ``source``, where they are not those of ``weights``.
-
-    Raises:
-        InputError: names or shapes differ; the message gives the first difference.
-    """
-    expected = model.state_dict()
-    for name in [*expected, *weights]:
-        ours = tuple(expected[name].shape) if name in expected else "nothing"
-        theirs = tuple(weights[name].shape) if isinstance(weights.get(name), Tensor) else "nothing"
-        if ours != theirs:
-            names = sorted(weights if found is None else found, key=lambda name: name in expected)  # strange ones first
-            raise InputError(
-                f"{source} is of another architecture: {name} has {theirs}, this model {ours}; "
-                f"found {found_in(dict.fromkeys(names))}"
-            )
-        if expected[name].is_floating_point() and not weights[name].is_floating_point():
-            kind = str(weights[name].dtype).removeprefix("torch.")
-            raise InputError(f"{source} holds {kind} in {name}, expected floating-point numbers: is it quantised?")
-    model.load_state_dict(weights)
-
-
-def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """The names of the optimiser's parameters in the order in which its state dict numbers them."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Logging
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def say(line: str) -> None:
+def print_main(line: str) -> None:
     """Print a line once, however many processes there are."""
     if is_main():
         tqdm.write(line)  # above a bar, if there is one
         sys.stdout.flush()
-
-
-class Output:
-    """The files of a run. One that cannot be written, on a full disk say, is warned of, and the run goes on.
-
-    Attributes:
-        failed: what could not be written when it was last tried, and why.
-    """
-
-    def __init__(self):
-        self.failed: dict[str, str] = {}
-        self.warned: set[str] = set()
-
-    @contextmanager
-    def attempt(self, what: object) -> Iterator[None]:
-        try:
-            yield
-            self.failed.pop(str(what), None)
-        except OSError as error:
-            if worker_error_behind(error):
-                raise
-            self.failed[str(what)] = error.strerror or str(error)
-            self._warn(what, self.failed[str(what)])
-
-    @contextmanager
-    def attempt_extra(self, what: str) -> Iterator[None]:
-        """The same for what is there to be looked at: no run fails for want of it, whatever its library raises."""
-        try:
-            yield
-        except Exception as error:
-            if worker_error_behind(error):
-                raise
-            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {in_a_line(error)}"
-            if what not in self.warned:
-                self._warn(what, reason[:300])
-            self.warned.add(what)
-
-    def _warn(self, what: object, reason: str) -> None:
-        tqdm.write(
-            f"warning: {what} cannot be written ({reason}): the run goes on, what was written before is kept",
-            file=sys.stderr,
-        )
-
-
-class Progress:
-    """How far a long step is and the time it has left: a bar on a terminal, lines elsewhere; main process only."""
-
-    def __init__(self, total: int, title: str, initial: int = 0):
-        self.title, self.total, self.initial, self.done = title, total, initial, initial
-        self.start = time.monotonic()
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total,
-            desc=title,
-            initial=initial,
-            disable=not (self.terminal and is_main()),
-            leave=False,
-            dynamic_ncols=True,
-        )
-
-    def advance(self, steps: int = 1) -> None:
-        self.done += steps
-        self.bar.update(steps)
-
-    def show(self, numbers: Mapping[str, float]) -> None:
-        """Numbers to stand beside the bar, or in the line that is printed now."""
-        shown = {name: f"{value:.4g}" for name, value in numbers.items()}
-        self.bar.set_postfix(shown)
-        if is_main() and not self.terminal:
-            seconds = (time.monotonic() - self.start) / (self.done - self.initial)
-            left = tqdm.format_interval(seconds * (self.total - self.done))
-            line = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.title} {self.done}/{self.total}, {line}, {left} left", flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
-class EpochLog:
-    """``log.txt``, one JSON object per epoch, and these and more numbers as TensorBoard events and ``curves.png``."""
-
-    def __init__(self, folder: Path, epochs: Sequence[dict], output: Output, mirror: Callable[[dict, int], None]):
-        """
-        Args:
-            epochs: the lines of the epochs before the first one of this run.
-            mirror: called with all numbers and their place, in thousandths of an epoch, as TensorBoard gets them.
-        """
-        self.folder, self.epochs, self.output, self.mirror = folder, list(epochs), output, mirror
-        self.path, self.curves = folder / "log.txt", folder / "curves.png"
-        self.events = None
-
-    def begin(self, place: int) -> None:
-        """Keep what is before this run, and of the events those up to ``place`` thousandths of an epoch."""
-        self.place = place
-        self._write()
-        if self.epochs:
-            self._draw()
-
-    def add(self, numbers: dict) -> None:
-        """The numbers of an epoch."""
-        self.epochs.append(numbers)
-        self._write()
-        self.show(numbers, numbers["epoch"] + 1)
-        self._draw()
-
-    def show(self, numbers: Mapping[str, float], epochs: float) -> None:
-        """Numbers that are to be looked at alone, after so many ``epochs``."""
-        self.mirror(numbers, round(1000 * epochs))
-        with self.output.attempt_extra("TensorBoard's events"):
-            try:
-                if self.events is None:
-                    from torch.utils.tensorboard import SummaryWriter  # seconds that other runs need not wait for
-
-                    self.events = SummaryWriter(str(self.folder), purge_step=self.place + 1)
-                for name, value in numbers.items():
-                    self.events.add_scalar(name, value, round(1000 * epochs))
-                self.events.flush()
-            except Exception:
-                self.events, self.place = None, round(1000 * epochs)  # another file for what comes after
-                raise
-
-    def close(self) -> None:
-        if self.events is not None:
-            with self.output.attempt_extra("TensorBoard's events"):
-                self.events.close()
-
-    def _write(self) -> None:
-        with self.output.attempt(self.path), written_whole(self.path) as unfinished:
-            Path(unfinished).write_text("".join(json.dumps(line) + "\n" for line in self.epochs))
-
-    def _draw(self) -> None:
-        with self.output.attempt_extra(str(self.curves)), written_whole(self.curves) as unfinished:
-            self._figure().savefig(unfinished, format="png", dpi=120)
-
-    def _figure(self) -> "Figure":
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
-        for axes, quantity, unit in zip(figure.subplots(1, 2), ("loss", "acc1"), ("loss", "accuracy, %"), strict=True):
-            for name in sorted({name for line in self.epochs for name in line if name.endswith(quantity)}):
-                points = [(line["epoch"] + 1, line[name]) for line in self.epochs if name in line]
-                axes.plot(*zip(*points, strict=True), label=name.removesuffix("_" + quantity), marker=".")
-            axes.set(xlabel="epoch", ylabel=unit)
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
-        return figure

@@ -5,116 +5,32 @@ vit = gene.descend("deit_base_patch16_224_L12")         # a plain timm VisionTra
 aux_net = models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")
 """
 
-from . import torchvision_ops  # noqa: F401, I001  before timm, which imports torchvision
+from common import torchvision_ops  # noqa: F401, I001  before timm, which imports torchvision
 
 import timm
 from torch import nn
 
-from .aux_net import AuxNet
-from .files import (
-    check_archive,
-    fetch,
-    flush_to_disk,
-    find_weights,
-    found_in,
-    optimizer_state_of,
-    read_checkpoint,
-    read_json,
-    read_yaml,
-    receive,
-    remove_unfinished,
-    sha256,
-    weights_of,
-    written_whole,
-)
-from .classes import class_names, first_difference
-from .directory import AVERAGED_FOLDER, averaged_folder, read_model, save_model
-from .foreign import fit_names, shapes_in, without_training_parts
-from .hub import check_upload, model_card, upload
-from .learngene import PARTS, Learngene, load_learngene, save_published, to_published
-from .published import fuse_qkv, is_published, published_moments, published_names
-from .levit import rename_levit
-from .lets import DEPTH_SCHEMES, WIDTH_SCHEMES, LeTs, mapping_or_default
-from .rivals import RIVALS, source_arch
-from .selection import WIDTH_SELECTIONS
-from .tleg import TLEG
-from .vit import (
-    GRAMMAR,
-    PUBLISHED_NAMES,
-    InputError,
-    ViTArch,
-    adapt_channels,
-    create_vit,
-    dropout_rates,
-    follows_grammar,
-    in_a_line,
-    is_aux_name,
-    nearest,
-    parse_arch,
-    shown,
-    timm_kwargs,
-)
+from common.errors import InputError, nearest
+from models.aux_net import AuxNet
+from models.learngene import Learngene, load_learngene
+from models.lets import LeTs
+from models.tleg import TLEG
+from models.vit import GRAMMAR, PUBLISHED_NAMES, ViTArch, create_vit, follows_grammar, is_aux_name, parse_arch
 
 __all__ = [
-    "AVERAGED_FOLDER",
-    "DEPTH_SCHEMES",
-    "PARTS",
-    "RIVALS",
     "TLEG",
-    "WIDTH_SCHEMES",
-    "WIDTH_SELECTIONS",
     "AuxNet",
     "InputError",
     "LeTs",
     "Learngene",
     "ViTArch",
-    "adapt_channels",
-    "averaged_folder",
-    "check_archive",
-    "check_upload",
-    "class_names",
     "create_aux_net",
     "create_model",
     "create_vit",
-    "dropout_rates",
-    "fetch",
-    "find_weights",
-    "first_difference",
-    "fit_names",
-    "flush_to_disk",
     "follows_grammar",
-    "found_in",
-    "fuse_qkv",
-    "in_a_line",
     "is_aux_name",
-    "is_published",
     "load_learngene",
-    "mapping_or_default",
-    "model_card",
-    "nearest",
-    "optimizer_state_of",
     "parse_arch",
-    "published_moments",
-    "published_names",
-    "read_checkpoint",
-    "read_json",
-    "read_model",
-    "read_yaml",
-    "receive",
-    "remove_unfinished",
-    "rename_levit",
-    "save_model",
-    "save_published",
-    "sha256",
-    "shapes_in",
-    "shown",
-    "source_arch",
-    "timm_kwargs",
-    "to_published",
-    "upload",
-    "weights_of",
-    "without_training_parts",
-    "written_whole",
 ]
 
 

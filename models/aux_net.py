@@ -3,14 +3,14 @@
 from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 
+from models.vit import ViTArch, create_vit
+
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-
-from .vit import ViTArch, create_vit
 
 
 class WeightsOnMeta(TorchFunctionMode):

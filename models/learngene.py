@@ -9,17 +9,21 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from common.download import fetch
+from common.errors import InputError, one_line, shown
+from common.files import atomic_write, read_checkpoint
+from models import lets, tleg
+from models.aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
+from models.formats import published
+from models.formats.class_names import class_names
+from models.formats.foreign import without_prefix
+from models.formats.weights import find_weights, found_in, weights_of
+from models.vit import ViTArch, adapt_to_images, parse_arch
+
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-
-from . import lets, published, tleg
-from .aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
-from .classes import class_names
-from .files import fetch, find_weights, found_in, read_checkpoint, weights_of, written_whole
-from .foreign import without_prefix
-from .vit import InputError, ViTArch, adapt_to_images, in_a_line, parse_arch, shown
 
 METHODS = {"lets": "LeTs", "tleg": "TLEG"}
 # part of a ViT → what stands in the names of its weights, and in no others
@@ -166,7 +170,7 @@ class Learngene:
         metadata = {"learngene": json.dumps(self.header)}
         if self.classes:
             metadata["classes"] = json.dumps(self.classes)  # beside the header, which holds sizes for all readers
-        with written_whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
 
 
@@ -199,7 +203,7 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
     except InputError as error:
         raise InputError(f"{path} is not a learngene that can be used: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"{path} is an incomplete learngene: {type(error).__name__} {in_a_line(error)}") from error
+        raise InputError(f"{path} is an incomplete learngene: {type(error).__name__} {one_line(error)}") from error
     return gene
 
 
@@ -276,5 +280,5 @@ def save_published(gene: Learngene, path: str | os.PathLike) -> None:
     content = {"model": to_published(gene), "args": Namespace(**gene.options), "learngene": gene.header}
     if gene.classes:
         content["classes"] = gene.classes
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         torch.save(content, unfinished)

@@ -26,23 +26,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
+from common.errors import InputError
+from models.aux_net import AuxNet, random_vit_weights
+from models.axes import widen_in, widen_out
+from models.depth_mapping import layers_of
+from models.factored import FactoredInLinear, FactoredOutLinear
+from models.selection import choose_rows, rows_of_heads
+from models.vit import ViTArch
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
-
-from .aux_net import AuxNet, random_vit_weights
-from .selection import choose_rows, rows_of_heads
-from .vit import InputError, ViTArch
 
 MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
-DEPTH_STRATEGIES = ("default", "even", "first", "last")
 # matrices of a layer whose input, or whose output, is the embedding
-READING, WRITING = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
+READERS, WRITERS = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,16 +66,6 @@ def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int
     for u, (group, row) in enumerate(distinct):
         select[u, row, group] = 1
     return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
-
-
-def widen_out(A: Tensor, w: Tensor) -> Tensor:
-    """⟨A⟩ w: the output axis of ``w`` (…, out, in) grows by the rows of A."""
-    return torch.cat([w, A @ w], dim=-2)
-
-
-def widen_in(w: Tensor, A: Tensor) -> Tensor:
-    """w ⟨A⟩ᵀ: the input axis of ``w`` (…, out, in) grows by the rows of A; a vector counts as a row."""
-    return torch.cat([w, w @ A.mT], dim=-1)
 
 
 def widening(p: dict[str, Tensor]) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
@@ -103,18 +95,18 @@ def expand(p: dict[str, Tensor], plan: DepthPlan, widen_embedding: bool = True) 
     """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
 
     Args:
-        widen_embedding: or leave the linear layers at width s on the axis of the embedding, for `Reading` and
-            `Writing`.
+        widen_embedding: or leave the linear layers at width s on the axis of the embedding, for `FactoredInLinear` and
+            `FactoredOutLinear`.
     """
     out, into = widening(p)
     matrices = expand_matrices(p, plan)
     if widen_embedding:
-        matrices.update({name: into(matrices[name], p["E"]) for name in keys(READING, "weight")})
-        matrices.update({name: out(p["E"], matrices[name]) for name in keys(WRITING, "weight")})
+        matrices.update({name: into(matrices[name], p["E"]) for name in keys(READERS, "weight")})
+        matrices.update({name: out(p["E"], matrices[name]) for name in keys(WRITERS, "weight")})
     with torch.autocast(p["E"].device.type, enabled=False):  # norms want float32, and vectors cost nothing
         vectors = expand_vectors(p, plan)
         if widen_embedding:
-            vectors.update({name: into(vectors[name], p["E"]) for name in keys(WRITING, "bias")})
+            vectors.update({name: into(vectors[name], p["E"]) for name in keys(WRITERS, "bias")})
     patch = p["patch_embed_weight"]
     stacked = {**matrices, **vectors}
     layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
@@ -188,49 +180,6 @@ def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1: the Aux-Net
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class ThroughE(nn.Module):
-    """A linear layer of the Aux-Net, of which only the factor that belongs to the layer is made.
-
-    ⟨E⟩ is the same in all layers. Applied to the activations instead of to every weight matrix, it also leaves narrower
-    products to compute than a plain ViT has: with T tokens, a layer that reads D neurons and writes K multiplies
-    T·((D−s)·s + s·K) times instead of T·D·K.
-    """
-
-    def __init__(self, linear: nn.Linear, full_width: bool):
-        """Takes the place of ``linear``, whose weights are on the meta device, as all those of an Aux-Net's ViT."""
-        super().__init__()
-        self.weight, self.bias, self.full_width = linear.weight, linear.bias, full_width
-        self.E = nn.Parameter(torch.empty(0, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, tokens, in) → (batch, tokens, out); where no E is given, the weight matrix is whole."""
-        return F.linear(x, self.weight, self.bias) if self.E.is_meta else self.through(x)
-
-
-class Reading(ThroughE):
-    """x (w ⟨E⟩ᵀ)ᵀ + b = (x ⟨E⟩) wᵀ + b with w (out, s)."""
-
-    def through(self, x: Tensor) -> Tensor:
-        if self.full_width:
-            return F.linear(x @ self.E, self.weight, self.bias)
-        old, new = x.flatten(0, 1).split([x.shape[-1] - self.E.shape[0], self.E.shape[0]], dim=-1)
-        narrow = torch.addmm(old, new, self.E).unflatten(0, x.shape[:2])
-        return F.linear(narrow, self.weight, self.bias)
-
-
-class Writing(ThroughE):
-    """x (⟨E⟩ w)ᵀ + ⟨E⟩ b = (x wᵀ + b) ⟨E⟩ᵀ with w (s, in)."""
-
-    def through(self, x: Tensor) -> Tensor:
-        narrow = F.linear(x, self.weight, self.bias)
-        return narrow @ self.E.mT if self.full_width else widen_in(narrow, self.E)
-
-
 class LeTs(AuxNet):
     """The LeTs Aux-Net: a ViT of ``tgt`` sizes whose every weight is expanded from a learngene of ``src`` sizes."""
 
@@ -296,7 +245,7 @@ class LeTs(AuxNet):
 
     def _compute_with_factors(self, vit: VisionTransformer) -> None:
         for block in vit.blocks:
-            for kind, names in ((Reading, READING), (Writing, WRITING)):
+            for kind, names in ((FactoredInLinear, READERS), (FactoredOutLinear, WRITERS)):
                 for name in names:
                     block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
 
@@ -360,7 +309,7 @@ class LeTs(AuxNet):
         """Logits (batch, classes) of ``vit`` with the weights that expand from ``p``."""
         weights = expand(p, plan, widen_embedding=False)
         for l in range(len(plan.layers)):
-            weights.update(dict.fromkeys(keys(READING + WRITING, "E", layer=l), p["E"]))  # torch 2.6 compiles no |=
+            weights.update(dict.fromkeys(keys(READERS + WRITERS, "E", layer=l), p["E"]))  # torch 2.6 compiles no |=
         return functional_call(vit, weights, (images,))
 
     def coefficients(self) -> dict[str, float]:
@@ -508,104 +457,6 @@ def descend(
         layers_of(config, arch, *mapping), p["g"].shape[1], src.depth // config["group_size"], device=p["g"].device
     )
     return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
-
-
-def layers_of(
-    config: dict,
-    arch: ViTArch,
-    mapping_layer: Sequence[int] | None = None,
-    mapping_layer_coeff: Sequence[int] | None = None,
-    depth_select: str = "default",
-) -> list[tuple[int, int]]:
-    """The group of learngene layers and the coefficient row of each layer of a Des-Net; arguments as in `descend`."""
-    src, tgt, layers_per_row = ViTArch(**config["src_arch"]), ViTArch(**config["tgt_arch"]), config["layers_per_row"]
-    if arch.width > tgt.width:
-        raise InputError(
-            f"the Des-Net has width {arch.width}; the widest that this learngene can make is {tgt.width} "
-            f"({tgt.num_heads} heads)"
-        )
-    if arch.head_dim != src.head_dim:
-        raise InputError(
-            f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
-        )
-    layers_per_group = tgt.depth // (src.depth // config["group_size"])
-    mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
-    return [(a // layers_per_group, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
-
-
-def mapping_or_default(
-    config: dict, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None, depth_select: str = "default"
-) -> tuple[Sequence[int], Sequence[int]]:
-    """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, those of ``depth_select``."""
-    aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]
-    if layer is None and coeff is None:
-        layers_per_pair = aux_depth // (config["src_arch"]["depth"] // config["group_size"])
-        return select_depth(depth, aux_depth, layers_per_pair, layers_per_row, depth_select)
-    if depth_select != "default":
-        raise InputError(f"depth_select {depth_select} and mapping lists both say which layers to take: give one")
-    check_mapping(layer, coeff, depth, aux_depth)
-    return layer, coeff
-
-
-def select_depth(
-    depth: int, aux_depth: int, layers_per_pair: int, layers_per_row: int, how: str = "default"
-) -> tuple[list[int], list[int]]:
-    """``mapping_layer`` and ``mapping_layer_coeff`` for a Des-Net of ``depth`` layers.
-
-    Args:
-        how: which of the K coefficient rows the layers take. ``default``: up to K layers, rows evenly spaced, first and
-            last among them; more, every row equally often, and those in the middle once more for the remainder, which
-            for 12 of 16 layers are the published lists. ``even``: layer l of d takes row ⌊l·K/d⌋. ``first``, ``last``:
-            every row equally often, and the first or last ones once more; up to K layers, only those.
-            ``pairs:0,2``: as ``default``, of the rows of these pairs of learngene layers alone.
-
-    Raises:
-        InputError: ``how`` is unknown, or names a pair that there is not.
-    """
-    rows = list(range(0, aux_depth, layers_per_row))
-    if how.startswith("pairs:"):
-        rows = [row for row in rows if row // layers_per_pair in pairs_of(how, aux_depth // layers_per_pair)]
-    elif how not in DEPTH_STRATEGIES:
-        expected = ", ".join(DEPTH_STRATEGIES)
-        raise InputError(
-            f"unknown depth selection {how!r}: expected {expected}, or pairs: and numbers such as pairs:0,2"
-        )
-    times, rest = divmod(depth, len(rows))
-    if how == "even":
-        coeff = [rows[l * len(rows) // depth] for l in range(depth)]
-    elif times == 0 and how not in ("first", "last"):
-        places = torch.linspace(0, len(rows) - 1, depth, dtype=torch.float64, device="cpu")
-        coeff = [rows[round(place)] for place in places.tolist()]
-    else:
-        first = {"first": 0, "last": len(rows) - rest}.get(how, (len(rows) - rest) // 2)
-        coeff = [row for i, row in enumerate(rows) for _ in range(times + (first <= i < first + rest))]
-    # Aux layers of one pair are counted up from its first, as in the published lists
-    pairs = [row // layers_per_pair for row in coeff]
-    layer = [p * layers_per_pair + pairs[:i].count(p) % layers_per_pair for i, p in enumerate(pairs)]
-    return layer, coeff
-
-
-def pairs_of(how: str, num_pairs: int) -> set[int]:
-    """The numbers in ``pairs:0,2``."""
-    numbers = how.removeprefix("pairs:").split(",")
-    if not all(n.isdecimal() and int(n) < num_pairs for n in numbers):
-        raise InputError(f"{how} names pairs of learngene layers: expected numbers from 0 to {num_pairs - 1}")
-    return {int(n) for n in numbers}
-
-
-def check_mapping(layer: Sequence[int] | None, coeff: Sequence[int] | None, depth: int, aux_depth: int) -> None:
-    """Raises InputError unless both lists name one Aux layer for each Des-Net layer."""
-    for name, numbers, other in (
-        ("mapping_layer", layer, "mapping_layer_coeff"),
-        ("mapping_layer_coeff", coeff, "mapping_layer"),
-    ):
-        if numbers is None:
-            raise InputError(f"{other} is given without {name}: give both, or neither for the default mapping")
-        if len(numbers) != depth:
-            raise InputError(f"{name} has {len(numbers)} entries; a Des-Net of {depth} layers needs {depth}")
-        for number in numbers:
-            if not 0 <= number < aux_depth:
-                raise InputError(f"{name} names layer {number}; the Aux-Net has layers 0 to {aux_depth - 1}")
 
 
 def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "continuous") -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ network (the rows of q, k and v and the columns of proj), hidden neurons for eac
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from common.errors import InputError
+
 import torch
 from torch import Tensor
-
-from .vit import InputError
 
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 

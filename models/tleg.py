@@ -8,12 +8,13 @@ position embedding, final norm and head are ordinary parameters.
 
 from dataclasses import replace
 
+from common.errors import InputError
+from models.aux_net import AuxNet, random_vit_weights
+from models.selection import choose_neurons, keep_neurons
+from models.vit import PUBLISHED_NAMES, ViTArch, is_aux_name, register
+
 import torch
 from torch import Tensor, nn
-
-from .aux_net import AuxNet, random_vit_weights
-from .selection import choose_neurons, keep_neurons
-from .vit import PUBLISHED_NAMES, InputError, ViTArch, is_aux_name, register
 
 MODULES = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
 TIMM_NAMES = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

@@ -4,13 +4,13 @@ deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}]      a plain ViT
 aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
 """
 
-import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import NoneType
+
+from common.errors import InputError, nearest
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,29 +39,6 @@ PUBLISHED_NAMES = (
     "deit_base_patch16_224_L16_H12",
     *(f"aux_deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
 )
-
-
-class InputError(ValueError):
-    """Something that the user can put right, said in one sentence.
-
-    The sentence may repeat what stands in a file: it is cut, and cleaned of what could do things to a terminal.
-    """
-
-    def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else " " for c in message[:1000]))
-
-
-def in_a_line(error: Exception) -> str:
-    """What an error of a library says, short enough for one sentence of ours; some add a stack trace."""
-    return " ".join(str(error).split())[:300]
-
-
-def shown(value: object) -> str:
-    """A value from a file, for a message: text and numbers in at most 60 characters, of anything else its type.
-
-    Lists of lists of …, each twice in the next, are terabytes as text.
-    """
-    return str(value)[:60] if isinstance(value, (str, int, float, NoneType)) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -137,12 +114,6 @@ def parse_arch(name: str) -> ViTArch:
     if heads is not None:  # heads × head_dim of the size
         width, num_heads = int(heads) * (width // num_heads), int(heads)
     return ViTArch(width, int(depth or AUX_DEPTH), num_heads, int(patch), int(img))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known ones that look like it."""
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; the nearest names are {', '.join(near)}" if near else ""
 
 
 def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
 import models
+from common import console
+from models.learngene import save_published
 from options import local_path, place
 
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         gene = models.load_learngene(args.source, head_dim=args.head_dim, use_ema=args.gene_ema)
         print(f"{args.source}: {gene}")
         if args.target.suffix == ".pth":
-            models.save_published(gene, args.target)
+            save_published(gene, args.target)
         else:
             gene.save(args.target)
         print(f"{args.target}: {models.load_learngene(args.target, head_dim=gene.arch.head_dim)}")

@@ -20,9 +20,11 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
 import models
-from models import InputError
+from common import console
+from common.download import fetch
+from common.errors import InputError
+from common.files import atomic_write, read_yaml, sha256
 from options import local_path
 
 import gdown
@@ -72,7 +74,7 @@ def read_registry(path: Path) -> dict[str, Entry]:
     Raises:
         InputError: the file cannot be read, or one of its entries is not as it should be.
     """
-    content = models.read_yaml(path)
+    content = read_yaml(path)
     if not isinstance(content, list):
         raise InputError(f"{path} holds a {type(content).__name__}: expected a list of learngenes")
     entries: dict[str, Entry] = {}
@@ -157,7 +159,7 @@ def table(entries: Sequence[Entry]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fetch(entry: Entry, folder: Path) -> list[Path]:
+def fetch_entry(entry: Entry, folder: Path) -> list[Path]:
     """The files of an entry, in ``folder``; those that are already there are said and left alone.
 
     Raises:
@@ -177,9 +179,9 @@ def fetch(entry: Entry, folder: Path) -> list[Path]:
                 fetch_from_drive(entry, folder, drive_id, path)
             else:
                 fragment = f"#sha256={entry.sha256}" if entry.sha256 and entry.address.startswith("http") else ""
-                kept = models.fetch(entry.address + fragment, on_hub="learngene.safetensors")
+                kept = fetch(entry.address + fragment, on_hub="learngene.safetensors")
                 check_hash(entry, kept, "it is another file")
-                with models.written_whole(path) as unfinished:
+                with atomic_write(path) as unfinished:
                     shutil.copyfile(kept, unfinished)
     except OSError as error:
         raise InputError(f"--output-dir {folder} cannot be written: {error}") from error
@@ -188,7 +190,7 @@ def fetch(entry: Entry, folder: Path) -> list[Path]:
 
 def check_hash(entry: Entry, path: Path, consequence: str) -> None:
     """Raises InputError unless the file has the hash that the registry says, if it says one."""
-    if entry.sha256 and (found := models.sha256(path)) != entry.sha256.lower():
+    if entry.sha256 and (found := sha256(path)) != entry.sha256.lower():
         raise InputError(f"{path} has the SHA-256 {found}, expected {entry.sha256} of {entry.name}: {consequence}")
 
 
@@ -223,7 +225,7 @@ def fetch_from_drive(entry: Entry, folder: Path, drive_id: str, path: Path) -> N
         except InputError:
             received.unlink()
             raise
-        with models.written_whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             shutil.move(received, unfinished)
 
 
@@ -281,7 +283,7 @@ def main() -> int:
         if not args.names:
             print(table([*entries.values()]))
         for name in dict.fromkeys(args.names):
-            describe(fetch(entries[name], args.output_dir), args.head_dim)
+            describe(fetch_entry(entries[name], args.output_dir), args.head_dim)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

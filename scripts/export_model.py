@@ -18,9 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
 import models
+from common import console
+from common.files import atomic_write
 from datasets import build_dataset
+from models.formats.timm_folder import averaged_folder
 from options import local_path, place
 from scripts.predict import load, printable, read_picture
 
@@ -107,7 +109,7 @@ def write(program: ExportedProgram, format: str, path: Path, images: Tensor, log
     """
     _, writer, reader, packages = FORMATS[format]
     try:
-        with models.written_whole(path) as unfinished, quiet(), torch.no_grad():
+        with atomic_write(path) as unfinished, quiet(), torch.no_grad():
             writer(program, unfinished)
             exported = reader(unfinished)
             difference = torch.cat([exported(images[: len(some)]) - some for some in logits]).abs().max().item()
@@ -171,7 +173,7 @@ def check_formats(text: str, model: nn.Module) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = models.averaged_folder(args.model) if args.model_ema else args.model
+    folder = averaged_folder(args.model) if args.model_ema else args.model
     model, transform, _ = load(folder)
     formats = check_formats(args.formats, model)
     if args.images:

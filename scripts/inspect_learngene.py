@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
 import models
+from common import console
+from common.files import atomic_write
 from models import lets, tleg
 from models.vit import SIZES
 from options import local_path, place
@@ -201,7 +202,7 @@ def write_plot(gene: models.Learngene, path: Path) -> None:
         draw_depth(figure, gene)
     figure.suptitle(textwrap.fill(str(gene), 110), fontsize="medium")
     try:
-        with models.written_whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, dpi=150, format=path.suffix[1:].lower())
     except OSError as error:
         raise models.InputError(f"--plot {path} cannot be written: {error.strerror}") from error

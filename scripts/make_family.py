@@ -30,19 +30,25 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-import console
 import models
-from build import CHANNELS, autocast_of, build_loaders, device_of
-from classes import names_known, warn_of_head
-from configuration import Parser, about, parse_options, recipe, with_dashes
+from common import console
+from common.download import fetch
+from common.errors import InputError, error_context
+from common.files import atomic_write, read_json, sha256
 from datasets import DATA_SETS, SMALL, describe_classes
 from engine import evaluate
-from models import InputError, ViTArch, read_json
+from models import ViTArch
+from models.formats.timm_folder import save_model
 from models.vit import FORWARD_AND_BACKWARD, MAX_DEPTH
 from options import at_least, place, place_or_none
-from run import writable_folder
 from scripts.inspect_learngene import name_of
-from utils import Progress
+from training.build import autocast_of, device_of
+from training.build_data import build_loaders
+from training.build_model import CHANNELS
+from training.config import Parser, parse_options, recipe, with_dashes
+from training.label_check import names_known, warn_of_head
+from training.logs import Progress
+from training.setup import writable_folder
 
 import torch
 from matplotlib.axes import Axes
@@ -225,8 +231,8 @@ def command_of(args: argparse.Namespace, rest: Sequence[str], gene_path: Path) -
 
 def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
     """Read the learngene, once, and check everything that can be checked before the work."""
-    with about(f"--load-gene {args.load_gene}"):
-        path = models.fetch(args.load_gene, f"learngene{'_ema' * args.gene_ema}.safetensors")
+    with error_context(f"--load-gene {args.load_gene}"):
+        path = fetch(args.load_gene, f"learngene{'_ema' * args.gene_ema}.safetensors")
         gene = models.load_learngene(path, args.head_dim, args.gene_ema)
     print(f"{args.load_gene}: {gene}", flush=True)
     args.input_size = args.input_size or gene.arch.img_size
@@ -243,7 +249,7 @@ def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
         if gene.num_classes != len(classes):
             print(f"the learngene has {gene.num_classes} classes, the data {len(classes)}: the heads are fresh")
         warn_of_head(f"--load-gene {args.load_gene}", gene.classes, names_known(args.data_set, classes))
-    identity = {"learngene": models.sha256(path), "head_dim": gene.arch.head_dim, "gene_ema": args.gene_ema}
+    identity = {"learngene": sha256(path), "head_dim": gene.arch.head_dim, "gene_ema": args.gene_ema}
     identity |= {name: getattr(options, name) for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
     identity |= {"data_set": args.data_set, "data_path": args.data_path and str(Path(args.data_path).resolve())}
     training = {name: value for name, value in recipe(options).items() if name not in WHERE_IT_RUNS}
@@ -265,7 +271,7 @@ def grid(setting: Setting) -> list[Member]:
         InputError: there are none, or a folder holds something else.
     """
     args, aux, members = setting.args, setting.gene.arch, []
-    with about(f"--input-size {args.input_size}"):
+    with error_context(f"--input-size {args.input_size}"):
         aux = replace(aux, img_size=args.input_size)
     for heads in args.heads:
         arch = replace(aux, depth=1, num_heads=heads, width=heads * aux.head_dim)
@@ -315,7 +321,7 @@ def read_record(folder: Path, setting: Setting) -> dict:
 
 
 def write_record(member: Member) -> None:
-    with models.written_whole(member.folder / "family.json") as unfinished:
+    with atomic_write(member.folder / "family.json") as unfinished:
         Path(unfinished).write_text(json.dumps(member.record, indent=2) + "\n")
 
 
@@ -363,7 +369,7 @@ def latency(vit: nn.Module, batch: int, setting: Setting) -> float:
 def save(vit: nn.Module, member: Member, setting: Setting) -> None:
     size = setting.args.input_size
     small = DATA_SETS[setting.options.data_set][2] is not None and size <= SMALL  # small images are used whole
-    models.save_model(
+    save_model(
         vit,
         member.folder,
         member.arch,
@@ -428,13 +434,13 @@ def write_results(members: Sequence[Member], setting: Setting) -> None:
         for m in members
     ]
     with (
-        models.written_whole(out / "family.csv") as unfinished,
+        atomic_write(out / "family.csv") as unfinished,
         open(unfinished, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    with models.written_whole(out / "family.md") as unfinished:
+    with atomic_write(out / "family.md") as unfinished:
         Path(unfinished).write_text(
             "\n".join([*family_table(rows), "", *summary(members, stored, setting)]) + "\n", encoding="utf-8"
         )
@@ -442,7 +448,7 @@ def write_results(members: Sequence[Member], setting: Setting) -> None:
         figure = draw(
             members, f"Des-Nets of {Path(setting.args.load_gene).name}, test images of {setting.args.data_set}"
         )
-        with models.written_whole(out / "family.png") as unfinished:
+        with atomic_write(out / "family.png") as unfinished:
             figure.savefig(unfinished, format="png", dpi=150)
 
 

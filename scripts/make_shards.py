@@ -22,15 +22,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
-import models
-from configuration import Parser
+from common import console
+from common.errors import InputError
+from common.files import atomic_write, remove_unfinished, sha256
 from datasets import build_dataset, check_classes
-from folders import SPLITS, is_hidden, summary
-from models import InputError
 from options import at_least, local_path, place_or_none, positive
+from pipeline.folders import SPLITS, is_hidden, summary
+from pipeline.shards import INDEX, Shard, members_of, parse_index
 from samplers import derived_seed, shuffled
-from shards import INDEX, Shard, members_of, parse_index
+from training.config import Parser
 
 from tqdm import tqdm
 
@@ -110,7 +110,7 @@ def is_written(path: Path, pictures: Sequence[Picture]) -> bool:
 
 def write_shard(path: Path, pictures: Sequence[Picture], pool: ThreadPoolExecutor) -> None:
     """Write images and labels side by side; the bytes of the shard follow from them alone."""
-    with models.written_whole(path) as unfinished, tarfile.open(unfinished, "w") as tar:
+    with atomic_write(path) as unfinished, tarfile.open(unfinished, "w") as tar:
         for picture, content in zip(pictures, pool.map(lambda p: Path(p.path).read_bytes(), pictures), strict=True):
             for name, data in ((picture.name, content), (label_name(picture.name), str(picture.label).encode())):
                 entry = tarfile.TarInfo(name)  # of no owner, and of the year 1970
@@ -123,7 +123,7 @@ def make_shards(args: argparse.Namespace) -> None:
     start = time.monotonic()
     folder, splits, done = Path(args.output_dir), {}, 0
     folder.mkdir(parents=True, exist_ok=True)
-    models.remove_unfinished(folder)
+    remove_unfinished(folder)
     for split in SPLITS:
         pictures, classes = pictures_of(args.data_path, split, args.seed)
         lists = packed(pictures, args.shard_mb * 1e6)
@@ -155,13 +155,13 @@ def make_shards(args: argparse.Namespace) -> None:
 
 def entry_of(path: Path, samples: int) -> dict:
     """What the index says of a shard."""
-    return Shard(path.name, samples, path.stat().st_size, models.sha256(path))._asdict()
+    return Shard(path.name, samples, path.stat().st_size, sha256(path))._asdict()
 
 
 def write_index(folder: Path, classes: Sequence[str], entries: dict[str, list[dict]]) -> None:
     content = {"version": 1, "classes": list(classes), **entries}
     parse_index(content, str(folder / INDEX))
-    with models.written_whole(folder / INDEX) as unfinished:
+    with atomic_write(folder / INDEX) as unfinished:
         Path(unfinished).write_text(json.dumps(content, indent=1))
     for split, shards in entries.items():
         samples, size = (sum(shard[key] for shard in shards) for key in ("samples", "bytes"))

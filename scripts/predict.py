@@ -12,10 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
 import models
-from images import as_rgb, upright
+from common import console
+from models.formats.timm_folder import averaged_folder, read_model
 from options import place
+from pipeline.images import as_rgb, upright
 
 import torch
 from PIL import Image
@@ -38,7 +39,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]
     Raises:
         InputError: a file is missing or damaged, or they do not fit each other.
     """
-    model, config = models.read_model(folder)
+    model, config = read_model(folder)
     images = config["pretrained_cfg"]
     if max(images["input_size"]) / images["crop_pct"] > LARGEST:
         raise models.InputError(f"{folder}/config.json: input_size or crop_pct makes pictures of over {LARGEST} pixels")
@@ -100,7 +101,7 @@ def most_probable(logits: Tensor, names: Sequence[str], top_k: int) -> Iterable[
 def predict(args: argparse.Namespace) -> None:
     if args.top_k < 1:
         raise models.InputError(f"--top-k {args.top_k} is too small: at least 1")
-    folder = models.averaged_folder(args.model) if args.model_ema else args.model
+    folder = averaged_folder(args.model) if args.model_ema else args.model
     model, transform, config = load(folder)
     with torch.inference_mode():  # one by one, as all of them together may be more than the memory holds
         logits = torch.cat([model(transform(read_picture(path))[None]) for path in args.images])

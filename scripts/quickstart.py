@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
+from common import console
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

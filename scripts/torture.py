@@ -31,9 +31,10 @@ os.environ |= {
 }  # one thread: rounds of two processes share two cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
 import models
-import run as program
+from common import console
+from common.files import read_checkpoint
+from training.loop import main as run_main
 
 import torch
 from tqdm import tqdm
@@ -83,7 +84,7 @@ class Group:
         os.dup2(to, 2)
         code = 1
         try:
-            code = program.main(command.split())
+            code = run_main(command.split())
         except SystemExit as end:
             code = end.code
         finally:
@@ -143,8 +144,8 @@ def differences(found: Path, expected: Path) -> list[str]:
         a, b = (models.load_learngene(folder / name).tensors for folder in (found, expected))
         if not equal(a, b):
             differing.append(name)
-    a, b = (models.read_checkpoint(folder / "checkpoint.pth") for folder in (found, expected))
-    best = [models.read_checkpoint(folder / "best_checkpoint.pth") for folder in (found, expected)]
+    a, b = (read_checkpoint(folder / "checkpoint.pth") for folder in (found, expected))
+    best = [read_checkpoint(folder / "best_checkpoint.pth") for folder in (found, expected)]
     if not equal(best[0]["model"], best[1]["model"]):
         differing.append("best_checkpoint.pth")
     for part in ("model", "model_ema", "optimizer", "epoch", "log"):

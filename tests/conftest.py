@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 TESTS = Path(__file__).resolve().parent
 MAIN = TESTS.parent / "main.py"
+# of processes that tests start; a test file that runs as a program finds the project and this module
+PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 # Tests share few processors, and a GPU would be one for all processes of a run.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = 600  # a run that lasts longer hangs, and is ended; a busy machine takes several times as long as an idle one
@@ -96,7 +98,7 @@ def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
 
 def fork_runs(folder: Path) -> None:
     """The other side of `run_many`: every process of every run is a fork of this one."""
-    for module in ("run", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
+    for module in ("training.loop", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
         import_module(module)
     runs = [Run(*run) for run in json.loads((folder / "runs.json").read_text())]
     codes: list[list[int]] = [[] for _ in runs]

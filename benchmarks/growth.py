@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Measure how times grow with sizes, and plot them with the growth that is expected.
+
+    scripts/benchmark_growth.py --plot docs/growth.png
+
+Stage 1: seconds of a step of a LeTs Aux-Net (forward and backward, one thread) against its width, its depth and the
+batch; expected is the growth of the multiply-accumulates that the step counts. Two processes: images per second of
+main.py's distributed step, one thread each, against one process. Stage 2: seconds and memory to make a Des-Net of
+published size from its file. Start: seconds of main.py --help, and of a run up to its first checkpoint.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import models
+from common import console
+from options import place
+
+import matplotlib
+
+matplotlib.use("Agg")
+from benchmarks.interleaved import in_turn, machine, peak_memory, ratio
+from benchmarks.step import Step
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+BATCH, DEPTH, HEADS = 4, 8, 4  # where the other one is varied
+BATCHES, DEPTHS, WIDTHS = (1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 6, 8, 12)
+DES_NETS = ("L3_H6", "L6_H6", "L12_H6", "L6_H12", "L12_H12", "L16_H12")
+
+
+def options(batch: int = BATCH, depth: int = DEPTH, heads: int = HEADS) -> argparse.Namespace:
+    """A LeTs Aux-Net of ``depth`` layers and ``heads`` · 64 neurons, from half as many of both but four layers."""
+    return argparse.Namespace(
+        src_arch=f"deit_tiny_patch16_224_L4_H{heads // 2}",
+        tgt_arch=f"deit_tiny_patch16_224_L{depth}_H{heads}",
+        model=None,
+        batch_size=batch,
+        dtype="float32",
+        device="cpu",
+        compile=False,
+        whole=False,
+    )
+
+
+def steps_against(sizes: dict[int, argparse.Namespace], repeats: int) -> dict[int, tuple[float, float]]:
+    """For each size the median seconds of a step and its multiply-accumulates."""
+    steps = {size: Step(args, "Aux-Net") for size, args in sizes.items()}
+    seconds = in_turn({size: step.seconds for size, step in steps.items()}, repeats, warm_up=1)
+    return {size: (statistics.median(seconds[size]), step.macs()) for size, step in steps.items()}
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """k of the power law values ∝ sizes^k, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def in_process(function: Callable, *args: object):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def des_net(path: str, arch: str) -> tuple[float, int, int]:
+    """Seconds and bytes of memory that making a Des-Net takes, and its parameters."""
+    before, start = peak_memory(), time.perf_counter()
+    vit = models.load_learngene(path).descend(arch)
+    seconds = time.perf_counter() - start
+    return seconds, peak_memory() - before, sum(p.numel() for p in vit.parameters())
+
+
+def distributed_steps(rank: int, processes: int, port: int, steps: int) -> float:
+    """Seconds of a step of ``processes`` together, each with a batch of its own."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    step = Step(options(), "Aux-Net")
+    if processes > 1:
+        step.run = DistributedDataParallel(step.model)
+    step()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    seconds = (time.perf_counter() - start) / steps
+    dist.destroy_process_group()
+    return seconds
+
+
+def seconds_of(processes: int, port: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes) as pool:
+        return max(pool.starmap(distributed_steps, [(rank, processes, port, 5) for rank in range(processes)]))
+
+
+def start_up(*arguments: str, until: Path | None = None) -> float:
+    """Seconds until main.py has ended, or has written a file."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, REPOSITORY / "main.py", *arguments], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (until and until.exists()):
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        process.kill()
+    return seconds
+
+
+def first_checkpoint() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        run = "--data-set DIGITS --model deit_nano_patch8_32_L4 --num-workers 0 --epochs 1 --save-every-steps 1"
+        return start_up(*run.split(), "--output-dir", folder, until=Path(folder, "checkpoint.pth"))
+
+
+def measure_des_nets() -> dict[str, tuple[float, int, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "learngene.safetensors"))
+        models.Learngene.of(models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")).save(
+            path
+        )
+        names = tqdm([f"deit_base_patch16_224_{size}" for size in DES_NETS], leave=False)
+        return {name: in_process(des_net, path, name) for name in names}
+
+
+def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: str) -> None:
+    """Measured points, and the expected growth through their middle one, on logarithmic axes."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
+    for axis, (title, (sizes, measured, expected)) in zip(axes, panels.items(), strict=True):
+        middle = len(sizes) // 2
+        axis.loglog(sizes, [e * measured[middle] / expected[middle] for e in expected], "--", label="expected")
+        axis.loglog(sizes, measured, "o", label="measured")
+        axis.set_xlabel(title)
+        axis.set_xticks(sizes, [f"{size:.3g}" for size in sizes], rotation=45)
+        axis.minorticks_off()
+        axis.set_ylabel("seconds")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--plot", type=place, help="a picture of the growth")
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    print(machine(), flush=True)
+    panels = {}
+    print("| step against | from … to | measured exponent | exponent of the MACs |\n|---|---|---:|---:|")
+    for title, sizes in {
+        "width of the Aux-Net": {64 * heads: options(heads=heads) for heads in WIDTHS},
+        "layers of the Aux-Net": {depth: options(depth=depth) for depth in DEPTHS},
+        "images of a batch": {batch: options(batch=batch) for batch in BATCHES},
+    }.items():
+        found = steps_against(sizes, args.repeats)
+        seconds, macs = (list(column) for column in zip(*found.values(), strict=True))
+        panels[title] = [*found], seconds, macs
+        print(
+            f"| {title} | {min(found)} … {max(found)}, {min(seconds):.3f} … {max(seconds):.3f} s "
+            f"| {exponent([*found], seconds):.2f} | {exponent([*found], macs):.2f} |",
+            flush=True,
+        )
+    both = in_turn({n: lambda n=n: n / seconds_of(n, 29400 + n) for n in (1, 2)}, args.repeats, warm_up=0)
+    print(f"\nimages/s of two processes over those of one: {ratio(both[2], both[1])}\n", flush=True)
+    print("| Des-Net | parameters | seconds | memory, MiB |\n|---|---:|---:|---:|")
+    found = measure_des_nets()
+    for name, (seconds, memory, parameters) in found.items():
+        print(f"| {name} | {parameters:,} | {seconds:.2f} | {memory / 2**20:,.0f} |")
+    seconds, _, parameters = (list(column) for column in zip(*found.values(), strict=True))
+    panels["millions of parameters of the Des-Net"] = [p / 1e6 for p in parameters], seconds, parameters
+    starts = in_turn({"--help": lambda: start_up("--help"), "a run": first_checkpoint}, args.repeats, warm_up=1)
+    for name, seconds in starts.items():
+        print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}–{max(seconds):.2f})")
+    if args.plot:
+        draw(panels, args.plot)
+
+
+if __name__ == "__main__":
+    console.accept_any_text()
+    main()

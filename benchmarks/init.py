@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Time how long a Des-Net takes to make from a learngene file, each time in a new process, imports not counted.
+
+scripts/benchmark_init.py                           the published 12-layer Des-Net, random weights
+scripts/benchmark_init.py --load-gene FILE --des-arch deit_base_patch16_224_L6_H9
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+from benchmarks.interleaved import machine
+from common import console
+from options import place
+
+
+def seconds(load_gene: str, des_arch: str) -> float:
+    start = time.perf_counter()
+    models.load_learngene(load_gene, head_dim=models.parse_arch(des_arch).head_dim).descend(des_arch)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--load-gene", type=place, help="default: a LeTs learngene of published size with random weights")
+    p.add_argument("--des-arch", default="deit_base_patch16_224_L12")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--once", action="store_true", help="print the seconds of one start in this process")
+    args = p.parse_args()
+    if args.once:
+        print(seconds(args.load_gene, args.des_arch))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if args.load_gene is None:
+            args.load_gene = str(Path(folder, "learngene.safetensors"))
+            aux_net = models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")
+            models.Learngene.of(aux_net).save(args.load_gene)
+        command = [sys.executable, __file__, "--once", "--load-gene", args.load_gene, "--des-arch", args.des_arch]
+        times = [float(subprocess.check_output(command, text=True)) for _ in range(args.repeats)]
+    print(f"{args.des_arch}; {machine()}")
+    print(f"{statistics.median(times):.2f} s, from {min(times):.2f} to {max(times):.2f} ({len(times)} processes)")
+
+
+if __name__ == "__main__":
+    console.accept_any_text()
+    main()

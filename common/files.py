@@ -1,0 +1,294 @@
+"""Files that somebody else may have written: fetched from addresses, read without running code from them.
+
+Also the other direction: a file is written whole or not at all.
+"""
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import pickle
+import re
+import secrets
+import shutil
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from common.errors import InputError, one_line
+from common.plain_data import plain_data_alone
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+
+def hardlink_or_copy(path: Path, name: Path) -> None:
+    """Make ``name`` the same file as ``path``, or a copy where the file system has no links."""
+    with atomic_write(name) as unfinished:
+        Path(unfinished).unlink(missing_ok=True)  # a name of another file, if a process of this number was killed
+        try:
+            os.link(path, unfinished)
+        except OSError:
+            shutil.copyfile(path, unfinished)
+
+
+YAML_LIMIT = 2**20  # bytes; those of this program have a thousandth of it
+JSON_LIMIT = 2**24  # bytes; the names and meanings of all of ImageNet's classes take a twelfth of it
+NESTING_LIMIT = 20  # levels of YAML, which takes quadratic time to read
+PLAIN_TAGS = {("!!", name) for name in ("bool", "float", "int", "null", "str")}  # which are in published YAML files
+SCALAR_LIMIT = 1000  # characters of a value in YAML; some numbers take quadratic time, too
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
+    """The content of a checkpoint, without running code from it: the weights are under ``model``.
+
+    A bare state dict and a safetensors file become ``{"model": …}``; the header of a learngene file is added as
+    ``learngene``. Plain data are what `plain_data` lists, such as the ``argparse.Namespace`` of the published
+    checkpoints.
+
+    Args:
+        mapped: leave the tensors on the disk until they are used, where the format allows it.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds objects other than tensors and plain data.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise InputError(f"{path} is empty: expected a file of weights")
+    try:
+        if start[8:] == b"{":  # safetensors: the header's length in eight bytes, then the header
+            with open(path, "rb") as named, safe_open(_in_utf8(path, named), framework="pt") as file:
+                header = (file.metadata() or {}).get("learngene")
+                content = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+            return content if header is None else {**content, "learngene": json.loads(header)}
+        _refuse_bombs(path, zipped=start.startswith(b"PK"))
+        content = _unpickled(path, mapped and start.startswith(b"PK"))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way the parsers know
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign:
+            raise InputError(
+                f"{path} is refused: besides tensors and plain data it holds {foreign[1]}; save the state dict alone"
+            ) from error
+        raise InputError(f"{path} is damaged or no file of weights: {type(error).__name__}") from error
+    if isinstance(content, (list, tuple)):  # such as (weights, epoch)
+        content = {str(number): part for number, part in enumerate(content)}
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}: expected a checkpoint or a state dict")
+    return dict(content) if "model" in content else {"model": dict(content)}
+
+
+def _unpickled(path: str | os.PathLike, mapped: bool) -> object:
+    with plain_data_alone(os.path.getsize(path)), warnings.catch_warnings(), open(path, "rb") as file:
+        warnings.simplefilter("ignore")  # of the pickle's protocol; `read_checkpoint` says what is wrong
+        # torch maps only what has a path, and goes by the suffix of a path: this one has none
+        source = f"/proc/self/fd/{file.fileno()}" if mapped else file
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _in_utf8(path: str | os.PathLike, file: IO) -> str | os.PathLike:
+    """A name of an open file that safetensors takes, which wants it in UTF-8."""
+    try:
+        os.fspath(path).encode()
+        return path
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{file.fileno()}"
+
+
+def _refuse_bombs(path: str | os.PathLike, zipped: bool) -> None:
+    """Refuse pickles and archives that were made to fill the memory: torch writes none of what is refused here."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:  # one of any length can stand in a few bytes of a pickle
+            raise InputError(f"{path} is refused: besides tensors and plain data it holds a bytearray")
+        tail = content[-98:]
+    if not zipped:
+        return
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        agreed = _directory_is_at(archive.start_dir, tail, size)
+    if compressed or declared > size or not agreed:
+        raise InputError(
+            f"{path} is refused: it has {size:,} bytes and declares {declared:,}, or is compressed, unlike torch's"
+        )
+
+
+def _directory_is_at(start: int, tail: bytes, size: int) -> bool:
+    """Whether a zip archive's end records point to the directory that Python found, which torch then finds, too.
+
+    Python takes the directory that stands before the end records, torch the one that they point to.
+
+    Args:
+        tail: the last 98 bytes of the archive's ``size``: a 64-bit end record, the pointer to it, the end record.
+    """
+    record, pointer, end = tail[:56], tail[56:76], tail[76:]
+    if end[:4] != b"PK\5\6":
+        return False
+    stated = int.from_bytes(end[16:20], "little")
+    if pointer[:4] != b"PK\6\7":
+        return stated == start
+    record_at, stated_64 = int.from_bytes(pointer[8:16], "little"), int.from_bytes(record[48:56], "little")
+    return record[:4] == b"PK\6\6" and record_at == size - 98 and stated_64 == start and stated in (start, 2**32 - 1)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that is there twice, YAML's own loader takes the last value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping, seen = super().construct_mapping(node, deep), set()
+        for key, _ in node.value if len(mapping) < len(node.value) else ():
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value} of line {key.start_mark.line + 1} is there twice")
+            seen.add(key.value)
+        return mapping
+
+
+def read_yaml(path: str | os.PathLike) -> object:
+    """The plain data of a YAML file.
+
+    Raises:
+        InputError: the file is missing, no YAML, holds a key twice, or what could make much of little: tags other than
+            those of plain values, aliases, deep nesting.
+    """
+    text = _plain_text(path, YAML_LIMIT)
+    try:
+        depth = 0
+        for token in yaml.scan(text):
+            depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
+            what = None
+            if isinstance(token, yaml.AliasToken):
+                what = f"the alias *{token.value}"
+            elif isinstance(token, yaml.TagToken) and token.value not in PLAIN_TAGS:
+                what = f"the tag {''.join(part or '' for part in token.value)}"
+            elif isinstance(token, yaml.ScalarToken) and len(token.value) > SCALAR_LIMIT:
+                what = f"a value of more than {SCALAR_LIMIT} characters"
+            elif depth > NESTING_LIMIT:
+                what = f"more than {NESTING_LIMIT} levels"
+            if what:
+                raise InputError(f"{path} holds {what}, which is not read here: write short, plain values")
+        return yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not YAML of plain data: {one_line(error)}") from error
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """The plain data of a JSON file.
+
+    Raises:
+        InputError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(_plain_text(path, JSON_LIMIT))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not JSON: {one_line(error)}") from error
+
+
+def _plain_text(path: str | os.PathLike, limit: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > limit:
+        raise InputError(f"{path} has more than {limit:,} bytes: expected a short text file")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[str]:
+    """A name to write to, beside ``path``; it becomes ``path`` when all is written, and is removed if that fails."""
+    path = Path(path)
+    # processes of several machines may write there, and have the same number
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06}")
+    try:
+        yield str(unfinished)
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        with suppress(OSError):  # some file systems of other machines have no modes: the file is kept as it is
+            unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        flush_to_disk(unfinished)  # the name must not be there before the content, whatever happens to the machine
+        os.replace(unfinished, path)
+    except (RuntimeError, SafetensorError) as error:
+        if not re.search(r"inline_container|I/O error", str(error)):
+            raise
+        # torch and safetensors do not say why they cannot write
+        reason = errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**16 else errno.EIO
+        raise OSError(reason, os.strerror(reason), str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Have the system write a file to its disk, where the file system can be asked to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `atomic_write` has left in a folder when its process was killed."""
+    for left in folder.glob(".*.*"):
+        if re.fullmatch(
+            r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index|\.writable)\S*\.\d+",
+            left.name,
+        ):
+            left.unlink(missing_ok=True)
+
+
+def check_archive(path: Path) -> None:
+    """Raises InputError unless every byte of a checkpoint is as it was written, by the sums of the archive it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        _refuse_bombs(path, zipped=True)  # which looks at what the sums do not cover
+    except InputError as error:
+        raise InputError(f"{path}, which is damaged: {error}") from error
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}, which is damaged or no checkpoint: {one_line(error)}") from error
+    if damaged:
+        raise InputError(f"{path}, which is damaged: {damaged} is not what was written")

@@ -1,0 +1,108 @@
+"""Which learngene layers and coefficient rows the layers of a Des-Net take."""
+
+from collections.abc import Sequence
+
+from common.errors import InputError
+from models.vit import ViTArch
+
+import torch
+
+DEPTH_STRATEGIES = ("default", "even", "first", "last")
+
+
+def layers_of(
+    config: dict,
+    arch: ViTArch,
+    mapping_layer: Sequence[int] | None = None,
+    mapping_layer_coeff: Sequence[int] | None = None,
+    depth_select: str = "default",
+) -> list[tuple[int, int]]:
+    """The group of learngene layers and the coefficient row of each layer of a Des-Net; arguments as in `descend`."""
+    src, tgt, layers_per_row = ViTArch(**config["src_arch"]), ViTArch(**config["tgt_arch"]), config["layers_per_row"]
+    if arch.width > tgt.width:
+        raise InputError(
+            f"the Des-Net has width {arch.width}; the widest that this learngene can make is {tgt.width} "
+            f"({tgt.num_heads} heads)"
+        )
+    if arch.head_dim != src.head_dim:
+        raise InputError(
+            f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
+        )
+    layers_per_group = tgt.depth // (src.depth // config["group_size"])
+    mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
+    return [(a // layers_per_group, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
+
+
+def mapping_or_default(
+    config: dict, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None, depth_select: str = "default"
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, those of ``depth_select``."""
+    aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]
+    if layer is None and coeff is None:
+        layers_per_pair = aux_depth // (config["src_arch"]["depth"] // config["group_size"])
+        return select_depth(depth, aux_depth, layers_per_pair, layers_per_row, depth_select)
+    if depth_select != "default":
+        raise InputError(f"depth_select {depth_select} and mapping lists both say which layers to take: give one")
+    check_mapping(layer, coeff, depth, aux_depth)
+    return layer, coeff
+
+
+def select_depth(
+    depth: int, aux_depth: int, layers_per_pair: int, layers_per_row: int, how: str = "default"
+) -> tuple[list[int], list[int]]:
+    """``mapping_layer`` and ``mapping_layer_coeff`` for a Des-Net of ``depth`` layers.
+
+    Args:
+        how: which of the K coefficient rows the layers take. ``default``: up to K layers, rows evenly spaced, first and
+            last among them; more, every row equally often, and those in the middle once more for the remainder, which
+            for 12 of 16 layers are the published lists. ``even``: layer l of d takes row ⌊l·K/d⌋. ``first``, ``last``:
+            every row equally often, and the first or last ones once more; up to K layers, only those.
+            ``pairs:0,2``: as ``default``, of the rows of these pairs of learngene layers alone.
+
+    Raises:
+        InputError: ``how`` is unknown, or names a pair that there is not.
+    """
+    rows = list(range(0, aux_depth, layers_per_row))
+    if how.startswith("pairs:"):
+        rows = [row for row in rows if row // layers_per_pair in pairs_of(how, aux_depth // layers_per_pair)]
+    elif how not in DEPTH_STRATEGIES:
+        expected = ", ".join(DEPTH_STRATEGIES)
+        raise InputError(
+            f"unknown depth selection {how!r}: expected {expected}, or pairs: and numbers such as pairs:0,2"
+        )
+    times, rest = divmod(depth, len(rows))
+    if how == "even":
+        coeff = [rows[l * len(rows) // depth] for l in range(depth)]
+    elif times == 0 and how not in ("first", "last"):
+        places = torch.linspace(0, len(rows) - 1, depth, dtype=torch.float64, device="cpu")
+        coeff = [rows[round(place)] for place in places.tolist()]
+    else:
+        first = {"first": 0, "last": len(rows) - rest}.get(how, (len(rows) - rest) // 2)
+        coeff = [row for i, row in enumerate(rows) for _ in range(times + (first <= i < first + rest))]
+    # Aux layers of one pair are counted up from its first, as in the published lists
+    pairs = [row // layers_per_pair for row in coeff]
+    layer = [p * layers_per_pair + pairs[:i].count(p) % layers_per_pair for i, p in enumerate(pairs)]
+    return layer, coeff
+
+
+def pairs_of(how: str, num_pairs: int) -> set[int]:
+    """The numbers in ``pairs:0,2``."""
+    numbers = how.removeprefix("pairs:").split(",")
+    if not all(n.isdecimal() and int(n) < num_pairs for n in numbers):
+        raise InputError(f"{how} names pairs of learngene layers: expected numbers from 0 to {num_pairs - 1}")
+    return {int(n) for n in numbers}
+
+
+def check_mapping(layer: Sequence[int] | None, coeff: Sequence[int] | None, depth: int, aux_depth: int) -> None:
+    """Raises InputError unless both lists name one Aux layer for each Des-Net layer."""
+    for name, numbers, other in (
+        ("mapping_layer", layer, "mapping_layer_coeff"),
+        ("mapping_layer_coeff", coeff, "mapping_layer"),
+    ):
+        if numbers is None:
+            raise InputError(f"{other} is given without {name}: give both, or neither for the default mapping")
+        if len(numbers) != depth:
+            raise InputError(f"{name} has {len(numbers)} entries; a Des-Net of {depth} layers needs {depth}")
+        for number in numbers:
+            if not 0 <= number < aux_depth:
+                raise InputError(f"{name} names layer {number}; the Aux-Net has layers 0 to {aux_depth - 1}")

@@ -1,0 +1,146 @@
+"""A trained model as a folder in timm's own format: ``model.safetensors`` and ``config.json``.
+
+timm alone reads it (``timm.create_model("local-dir:FOLDER", pretrained=True)``), and so does the Hugging Face Hub.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.errors import InputError, one_line
+from common.files import atomic_write, read_checkpoint, read_json
+from models.aux_net import WeightsOnMeta, vit_from_weights
+from models.formats.weights import weights_of
+from models.vit import ViTArch, timm_kwargs
+
+import timm
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+AVERAGED_FOLDER = "model_ema"  # in the folder of a model, the folder of its average over the steps of training
+PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a Des-Net, given its sizes
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    arch: str | ViTArch,
+    model_args: Mapping,
+    data_config: Mapping,
+    label_names: Sequence[str] = (),
+    label_descriptions: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
+
+    Args:
+        model: a model that timm made.
+        arch: the sizes of a plain ViT of this project, or a name of timm's.
+        model_args: what timm's entry of that name needs to make the same model; plain data.
+        data_config: of evaluation, in timm's words: ``input_size`` (channels, height, width), ``crop_pct``,
+            ``crop_mode``, ``interpolation``, ``mean`` and ``std``.
+        label_names: the classes in the order of the logits.
+        label_descriptions: what the names mean, where they are codes such as ImageNet's.
+    """
+    kept = ("first_conv", "classifier", "fixed_input_size", "pool_size")
+    known = {key: value for key, value in dict(model.pretrained_cfg).items() if key in kept and value is not None}
+    config = {
+        "architecture": PLAIN_VIT if isinstance(arch, ViTArch) else arch,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": timm_kwargs(arch) if isinstance(arch, ViTArch) else dict(model_args),
+        "pretrained_cfg": {"num_classes": model.num_classes, **known, **data_config},
+    }
+    if label_names:
+        config["label_names"] = list(label_names)
+    if label_descriptions:
+        config["label_descriptions"] = dict(label_descriptions)
+    folder = Path(folder)
+    with atomic_write(folder / "model.safetensors") as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, unfinished)
+    with atomic_write(folder / "config.json") as unfinished:
+        Path(unfinished).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_model(folder: str | os.PathLike) -> tuple[nn.Module, dict]:
+    """The model in a folder that `save_model` wrote, in evaluation mode, and the content of its ``config.json``.
+
+    Raises:
+        InputError: a file is missing or damaged, or the two do not fit each other.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: expected one with model.safetensors and config.json")
+    config = read_json(folder / "config.json")
+    weights = weights_of(read_checkpoint(folder / "model.safetensors"), folder / "model.safetensors")
+    try:
+        _check_config(config)
+        return _model_of(config, weights).eval(), config
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = f"{type(error).__name__} {one_line(error)}"
+        raise InputError(f"{folder / 'config.json'} does not describe model.safetensors: {what}") from error
+
+
+def averaged_folder(folder: str | os.PathLike) -> Path:
+    """The folder of the averaged weights of the model in ``folder``.
+
+    Raises:
+        InputError: there is none.
+    """
+    averaged = Path(folder) / AVERAGED_FOLDER
+    if not (averaged / "model.safetensors").is_file():
+        raise InputError(f"{folder} has no averaged weights: expected {averaged}, which main.py --model-ema writes")
+    return averaged
+
+
+def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:
+    """The model of ``config``, holding ``weights``. Nothing is allocated before their shapes are known to fit."""
+    name, num_classes, model_args = config["architecture"], config["num_classes"], config["model_args"]
+    if name == PLAIN_VIT and "embed_dim" in model_args:
+        sizes = {size: model_args[size] for size in ("depth", "num_heads", "patch_size", "img_size")}
+        arch = ViTArch(model_args["embed_dim"], **sizes)
+        if model_args != timm_kwargs(arch):
+            raise InputError(f"model_args are not those of a plain ViT: expected {timm_kwargs(arch)}")
+        return vit_from_weights(
+            arch, weights, num_classes=num_classes, in_chans=config["pretrained_cfg"]["input_size"][0]
+        )
+    if not timm.is_model(name):
+        raise InputError(f"architecture {str(name)[:100]!r} is none that the installed timm knows")
+    if not model_args.keys() <= {"img_size"}:
+        raise InputError(f"model_args {', '.join(model_args)[:100]} are unknown: expected img_size or none")
+    with WeightsOnMeta():
+        shapes = {
+            name: t.shape
+            for name, t in timm.create_model(name, num_classes=num_classes, **model_args).state_dict().items()
+        }
+    for key in shapes.keys() | weights.keys():
+        if key not in shapes or key not in weights or shapes[key] != weights[key].shape:
+            raise InputError(f"{key} of {name} is not in model.safetensors in the same shape")
+    model = timm.create_model(name, num_classes=num_classes, **model_args)
+    model.load_state_dict(weights)
+    return model
+
+
+def _check_config(config: object) -> None:
+    """Raises InputError unless the values that are used are of the kind that they should be."""
+    if not isinstance(config, Mapping):
+        raise InputError(f"holds a {type(config).__name__}, expected a mapping")
+    images = config["pretrained_cfg"]
+    labels = config.get("label_names")
+    rules = {
+        "num_classes, a whole number": type(config["num_classes"]) is int,
+        "input_size, three whole numbers": [type(size) for size in images["input_size"]] == [int] * 3,
+        "crop_pct, from 0 to 1": isinstance(images["crop_pct"], (int, float)) and 0 < images["crop_pct"] <= 1,
+        "label_names, one text per class": labels is None
+        or (
+            isinstance(labels, list)
+            and len(labels) == config["num_classes"]
+            and all(isinstance(n, str) for n in labels)
+        ),
+        "label_descriptions, a mapping": isinstance(config.get("label_descriptions", {}), Mapping),
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            raise InputError(f"expected {rule}")

@@ -1,0 +1,1 @@
+"""Many runs that one YAML file describes, and what follows from their results."""

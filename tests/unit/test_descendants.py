@@ -1,0 +1,207 @@
+"""Des-Nets that are trained beside the Aux-Net in stage 1."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import models
+from common.errors import InputError
+from datasets import build_dataset, build_transform
+from losses import DistillationLoss, FamilyLoss
+from training.build_model import descendants_of
+from training.config import parse_options
+
+import pytest
+import torch
+from conftest import Run, assert_same_result, run_many
+from torch import nn
+
+LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H3"
+SHORT = "--data-set DIGITS --batch-size 256 --num-workers 0 --cache-data --epochs 2 --warmup-epochs 0 --device cpu"
+SIZES = ("L2_H1", "L2_H2", "L3_H3", "L4_H1")
+
+
+def aux_net(per_step: int, alone: bool = False, **kwargs: object) -> models.LeTs:
+    torch.manual_seed(0)
+    aux = models.create_aux_net("deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H3", num_classes=10, **kwargs)
+    with torch.no_grad():  # so that no two descendants are alike
+        for parameter in aux.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    aux.train_descendants([models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES], per_step, alone)
+    return aux.train()
+
+
+@pytest.mark.parametrize("expansion", [{}, {"full_width": True, "group_size": 2, "layers_per_row": 1}])
+def test_descendants_in_training_are_those_of_the_learngene(expansion):
+    aux, images = aux_net(4, **expansion), torch.randn(3, 3, 16, 16)
+    gene = models.Learngene.of(aux)
+    logits = aux(images)
+    expected = {size: gene.descend(f"deit_nano_patch8_16_{size}")(images) for size in SIZES}
+    assert logits.shape == (5, 3, 10)
+    torch.testing.assert_close(logits[0], gene.aux_net()(images), atol=1e-5, rtol=0)
+    for descendant in logits[1:]:
+        near = [size for size, own in expected.items() if torch.allclose(descendant, own, atol=1e-5)]
+        assert len(near) == 1
+        del expected[near[0]]
+    assert not expected
+    assert aux.eval()(images).shape == (3, 10)
+
+
+def test_descendants_of_the_aux_nets_depth_leave_its_own_plan_alone():
+    src, tgt, images = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L10_H2", torch.randn(2, 3, 16, 16)
+    aux = models.create_aux_net(src, tgt, num_classes=10, layers_per_row=4)  # of whose rows the last has two layers
+    expected = aux.eval()(images)
+    aux.train_descendants([models.parse_arch("deit_nano_patch8_16_L10_H1")], 1)
+    torch.testing.assert_close(aux.eval()(images), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(aux.train()(images)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_each_step_draws_anew():
+    aux, images = aux_net(2), torch.randn(2, 3, 16, 16)
+    random.seed(0)
+    steps = [aux(images) for _ in range(20)]
+    assert not any(torch.equal(logits[1], logits[2]) for logits in steps)
+    assert len({tuple(drawn.flatten().tolist()) for logits in steps for drawn in logits[1:]}) == len(SIZES)
+    random.seed(0)
+    assert torch.equal(aux(images), steps[0])
+
+
+def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradient():
+    aux = aux_net(4)
+    aux(torch.randn(2, 3, 16, 16))[1:].square().sum().backward()
+    gradients = {name: p.grad.abs().amax(-1) for name, p in aux.named_parameters()}
+    assert (gradients["E"] > 0).all()  # L3_H3 is as wide as the Aux-Net
+    assert all((gradient > 0).any() for gradient in gradients.values())
+
+
+def test_the_aux_net_can_be_one_of_those_that_are_trained_alone():
+    aux, images = aux_net(1), torch.randn(2, 3, 16, 16)
+    expected = aux(images)[0]
+    aux.train_descendants([aux.arch], 1, alone=True)
+    torch.testing.assert_close(aux(images)[0], expected, atol=1e-6, rtol=0)
+    aux.eval()
+    assert not any(vit.training for vit in aux.vits.values())
+
+
+def test_descendants_alone_leave_the_aux_net_out():
+    images = torch.randn(2, 3, 16, 16)
+    beside, alone = aux_net(4), aux_net(4, alone=True)
+    random.seed(0)
+    both = beside(images)
+    random.seed(0)
+    assert torch.equal(alone(images), both[1:])
+    loss = DistillationLoss(nn.CrossEntropyLoss(), "none", alpha=0.0, tau=1.0)
+    expected = torch.stack([loss(logits, torch.arange(2)) for logits in both[1:]]).mean()
+    torch.testing.assert_close(FamilyLoss(loss, weight=1.0)(both[1:], torch.arange(2)), expected)
+
+
+def test_alternating_rows_give_back_the_vit_that_the_learngene_starts_from():
+    src, tgt = "deit_nano_patch8_16_L4_H1", "deit_nano_patch8_16_L8_H3"
+    vit, images = models.create_model(src, num_classes=10).eval(), torch.randn(2, 3, 16, 16)
+    aux = models.create_aux_net(src, tgt, num_classes=10, init_scheme=("alternate_noisy", "rand"), init_noise=(0, 0))
+    aux.start_from(vit.state_dict())
+    torch.testing.assert_close(models.Learngene.of(aux).descend(src).eval()(images), vit(images))
+
+
+def test_the_improved_recipe_is_the_published_one_but_for_what_it_says():
+    published, improved = (
+        vars(parse_options(["--config", f"/configs/{name}.yaml"])) for name in ("conf_train_aux_lets", "lets_plus_aux")
+    )
+    differing = {name for name in published if published[name] != improved[name]} - {"config", "output_dir"}
+    assert differing == {
+        *("src_path", "trans_init_scheme", "descendants", "descendant_depths", "descendant_heads"),
+        "descendant_weight",
+    }
+    aux = models.create_aux_net(improved["src_arch"], improved["tgt_arch"], num_classes=10)
+    sizes = descendants_of(argparse.Namespace(**improved | {"input_size": 224}))
+    aux.train_descendants(sizes, improved["descendants"], alone=True)
+    assert (len(aux.descendants), str(aux.descendants[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
+
+
+def test_the_loss_is_shared():
+    logits, teacher = torch.randn(3, 5, 7, requires_grad=True), torch.randn(5, 7)
+    distillation = DistillationLoss(nn.CrossEntropyLoss(), "soft", alpha=1.0, tau=2.0)
+    loss = FamilyLoss(distillation, weight=0.25)(logits, torch.arange(5), teacher)
+    descendants = [distillation(descendant, torch.arange(5), teacher) for descendant in logits[1:]]
+    expected = 0.75 * distillation(logits[0], torch.arange(5), teacher) + 0.25 * sum(descendants) / 2
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The test images, and their labels."""
+    transform = build_transform("DIGITS", is_train=False, input_size=16)
+    images, labels = zip(*build_dataset("DIGITS", None, False, transform)[0], strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("descendants")
+
+    def run(options: str, processes: int = 1) -> Run:
+        return Run(f"{SHORT} {options}".split(), processes)
+
+    sampled = f"{LETS} --descendants 2 --descendant-depths 2,3"
+    to = f"{sampled} --output-dir {folder}"
+    runs = {
+        "whole": run(f"{to}/whole"),
+        "begun": run(f"{to}/cut --epochs 1 --sched step --decay-epochs 100"),
+        "whole, other schedule": run(f"{to}/whole2 --sched step --decay-epochs 100"),
+        "continued": run(f"{to}/cut --resume auto --sched step --decay-epochs 100"),
+        "two": run(f"{to}/two --batch-size 128", processes=2),
+        "alone": run(
+            f"{sampled} --descendant-weight 1 --trans-init-scheme alternate_noisy rand --output-dir {folder}/alone"
+        ),
+        "too wide": run(f"{LETS} --descendants 1 --descendant-heads 4"),
+        "too many": run(f"{LETS} --descendants 9 --descendant-depths 2 --descendant-heads 1,2"),
+        "compiled": run(f"{LETS} --descendants 1 --compile"),
+        "TLEG": run("--model aux_deit_nano_patch8_16_L4 --descendants 1"),
+        "none": run(f"{LETS} --descendant-heads 1"),
+    }
+    first = {name: runs.pop(name) for name in ("begun",)}
+    return folder, run_many(first, folder / "first") | run_many(runs, folder / "runs")
+
+
+def test_runs_with_descendants_train_and_continue_exactly(outcomes):
+    folder, results = outcomes
+    for name in ("whole", "begun", "continued", "two", "whole, other schedule", "alone"):
+        assert set(results[name].codes) == {0}, results[name].stderr
+    assert_same_result(folder / "cut", folder / "whole2")
+    assert models.load_learngene(folder / "whole" / "learngene.safetensors").options["descendants"] == 2
+
+
+def test_descendants_alone_are_evaluated_by_the_largest(outcomes):
+    folder, _ = outcomes
+    gene = models.load_learngene(folder / "alone" / "learngene.safetensors")
+    vit, (images, labels) = gene.descend("deit_nano_patch8_16_L3_H3").eval(), digits()
+    accuracy = 100 * (vit(images).argmax(1) == labels).double().mean().item()
+    logged = json.loads((folder / "alone" / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+    assert logged == pytest.approx(accuracy, abs=1.01 * 100 / len(labels))  # one may lie on the border of two classes
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("too wide", "--descendants 1, of --descendant-depths and --descendant-heads: the Des-Net has width 128"),
+        (
+            "too many",
+            "--descendants 9, of --descendant-depths and --descendant-heads: 9 descendants in a step of 2 sizes",
+        ),
+        ("compiled", "--compile needs the same sizes in every step"),
+        ("TLEG", "--descendants needs --src-arch and --tgt-arch"),
+        ("none", "--descendants is missing"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(outcomes, name, found):
+    result = outcomes[1][name]
+    assert result.codes == [2]
+    assert result.stderr.startswith(f"error: {found}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_sizes_are_checked():
+    with pytest.raises(InputError, match="of 4 sizes: expected no more"):
+        aux_net(5)

@@ -1,0 +1,312 @@
+"""A run of either stage: set up, trained or evaluated, written and uploaded."""
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import models
+import utils
+from common.errors import InputError
+from common.files import atomic_write, read_checkpoint, remove_unfinished
+from engine import Position, evaluate, not_finite, train_one_epoch
+from models.formats.timm_folder import AVERAGED_FOLDER
+from training.build import (
+    doubts,
+)
+from training.checkpoints import (
+    check_state,
+    find_checkpoint,
+    keep_best,
+    restore,
+    write_checkpoint,
+)
+from training.config import options_file, parse_options
+from training.logs import Progress
+from training.outputs import push, write_weights
+from training.run import Run, describe
+from training.setup import (
+    fetch_addresses,
+    fetch_data,
+    set_up,
+)
+from training.teacher import TeacherCache
+from utils import NotFiniteError, print_main
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+DOWNLOADING, SETTING_UP = timedelta(days=1), timedelta(hours=1)  # that one process may take longer than another
+ROLLBACKS = 3  # between two checkpoints; more do not help
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> int:
+    """Train to the last epoch, and write what section 'What a run writes' of the README lists after evaluations.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that asked the run to stop.
+    """
+    args = run.args
+    initialised = run.kind == "descend" or args.init or args.finetune
+    for doubt in doubts(args, run.scheduler) if utils.is_main() and run.epoch < args.epochs else ():
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
+    begin_writing(run)
+    with utils.StopSignals() as signals:
+        try:
+            if run.epoch == 0 and run.position.images == 0 and (initialised or args.epochs == 0):
+                finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
+            train_epochs(run, signals)
+        except utils.Stopped as stopped:
+            return stop(run, stopped)
+        finally:
+            run.progress.close()
+            run.train_loader.close()
+            if run.log is not None:
+                run.log.close()
+            if isinstance(run.teacher, TeacherCache):
+                run.teacher.flush()
+    return 0
+
+
+def stop(run: Run, stopped: utils.Stopped) -> int:
+    """Write what was trained, and return the exit status of a run that was asked to stop."""
+    args, where = run.args, f"in epoch {run.epoch} after {run.position.steps} steps"
+    if not stopped.together and not utils.all_are_at(where):
+        # the others wait for this process, or do not answer: none of them can go on
+        last = f"{run.checkpoint} is the last checkpoint" if run.checkpoint else "there is no checkpoint"
+        if utils.first_to_fail():
+            print(f"stopped by {stopped}, {where}, while waiting for data: not saved, {last}", file=sys.stderr)
+        utils.leave_at_once(stopped.status)
+    write_checkpoint(run)
+    written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
+    kept = "--resume auto continues" if written else "it could not be saved"
+    kept = kept if args.output_dir else "nothing is kept without --output-dir"
+    print_main(f"stopped by {stopped}, {where}: {kept}")
+    return stopped.status
+
+
+def begin_writing(run: Run) -> None:
+    args = run.args
+    if run.log is not None:
+        remove_unfinished(run.output_dir)
+        remove_unfinished(run.output_dir / AVERAGED_FOLDER)
+        with run.output.attempt(run.output_dir / "args.yaml"), atomic_write(run.output_dir / "args.yaml") as to:
+            Path(to).write_text(yaml.safe_dump(options_file(args)))
+        run.log.begin(round(1000 * run.epochs_done))
+    if run.log is not None and run.checkpoint is not None:  # what the killed or full disk has cut off
+        keep_best(run)
+        if run.epoch >= args.epochs > 0:
+            with run.output.attempt("what was trained"):
+                write_weights(run)
+    if run.epoch >= args.epochs > 0:
+        print_main(f"nothing left to train: epoch {run.epoch} of --epochs {args.epochs} has been reached")
+    run.progress = Progress(args.epochs * run.steps, "training", run.steps_done)
+
+
+def train_epochs(run: Run, signals: utils.StopSignals) -> None:
+    args, model = run.args, run.model
+    if utils.world_size() > 1:
+        model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
+    if args.compile:
+        model = torch.compile(model)
+    timer = CheckpointTimer(run, signals)
+    while run.epoch < args.epochs:
+        run.set_learning_rate()
+        run.train_loader.sampler.set_position(run.epoch, run.position.images)
+        if isinstance(run.teacher, TeacherCache):
+            run.teacher.set_position(run.epoch, run.position.images)
+        try:
+            trained = train_one_epoch(
+                model,
+                run.criterion,
+                run.train_loader,
+                run.optimizer,
+                run.device,
+                run.epoch,
+                scaler=run.scaler,
+                autocast=run.autocast,
+                teacher=run.teacher,
+                mixup=run.mixup,
+                clip_grad=args.clip_grad,
+                accum_iter=args.accum_iter,
+                ema=run.ema,
+                ema_source=run.model,
+                seed=args.seed,
+                log_interval=args.log_interval,
+                skip_nan=args.on_nan == "skip",
+                position=run.position,
+                after_step=timer.after_step,
+                report=partial(report, run),
+            )
+            if (run.epoch + 1) % args.eval_interval and run.epoch + 1 < args.epochs:
+                run.epoch, run.position = run.epoch + 1, Position()  # and nothing else, so that short epochs stay short
+                continue
+            finish_epoch(run, run.epoch, {f"train_{name}": value for name, value in trained.items()}, signals)
+            timer.save()
+        except NotFiniteError as error:
+            roll_back(run, error)
+
+
+class CheckpointTimer:
+    """When a checkpoint is written, besides after every evaluation."""
+
+    def __init__(self, run: Run, signals: utils.StopSignals):
+        self.run, self.signals = run, signals
+        self.steps, self.time = run.steps_done, time.monotonic()
+
+    def after_step(self) -> None:
+        """Save if it is time to, and stop if that was asked for."""
+        args, steps = self.run.args, self.run.steps_done - self.steps
+        late = args.save_every_minutes is not None and time.monotonic() - self.time > 60 * args.save_every_minutes
+        number, late = utils.maximum(self.signals.noted, late)
+        if number:
+            raise utils.Stopped(int(number))
+        if late or (args.save_every_steps and steps >= args.save_every_steps):
+            self.save()
+
+    def save(self) -> None:
+        write_checkpoint(self.run)
+        self.steps, self.time = self.run.steps_done, time.monotonic()
+
+
+def report(run: Run, numbers: dict[str, float]) -> None:
+    """What the engine has seen since the last time, for people to look at."""
+    run.progress.advance(run.steps_done - run.progress.done)
+    run.progress.show({"epoch": run.epoch, **numbers})
+    if run.log is not None:
+        on_device = run.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(run.device) if on_device else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        run.log.show({**{f"step/{name}": value for name, value in numbers.items()}, "memory": memory}, run.epochs_done)
+
+
+def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils.StopSignals) -> None:
+    """Evaluate, log, and write the weights. Epoch −1 is before training."""
+    numbers |= {f"test_{name}": value for name, value in evaluate_run(run, run.model, signals.check).items()}
+    if not math.isfinite(numbers["test_loss"]):
+        raise not_finite(f"the test loss is {numbers['test_loss']} after epoch {epoch}", run.optimizer)
+    replaced, left_out = (loader.skipped for loader in (run.train_loader, run.test_loader))
+    replaced, left_out = utils.sum_over_processes(torch.tensor([replaced, left_out])).tolist()
+    if run.ema is not None and epoch >= 0:
+        average = evaluate_run(run, run.ema.module, signals.check)
+        numbers |= {f"ema_test_{name}": value for name, value in average.items()}
+    shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
+    shown += f", unreadable images: {replaced} replaced, {left_out} left out of the test" * (replaced + left_out > 0)
+    run.train_loader.skipped = run.test_loader.skipped = 0
+    check_state(run)
+    print_main(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
+    run.epoch, run.position = epoch + 1, Position()
+    if run.log is None:
+        return
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    with run.output.attempt("what was trained"):
+        write_weights(run)
+    run.log.add({**numbers, "epoch": epoch, "n_parameters": parameters})
+    if isinstance(run.model, models.LeTs):
+        run.log.show(run.model.coefficients(), epoch + 1)
+
+
+def roll_back(run: Run, error: NotFiniteError) -> None:
+    """Go on with the weights of the newest checkpoint, after the batches that led to ``error``.
+
+    Raises:
+        NotFiniteError: ``error``, where --on-nan does not ask for that or it does not help.
+    """
+    path, again = utils.from_main((run.checkpoint, run.rollbacks < ROLLBACKS))
+    if run.args.on_nan != "rollback" or path is None or not again:
+        raise error
+    run.rollbacks += 1
+    content = read_checkpoint(path)
+    if utils.from_main((content["epoch"], content["position"])) != (content["epoch"], content["position"]):
+        raise InputError(f"process {utils.rank()} finds another checkpoint in {path} than process 0")
+    restore(run, path, content, "--on-nan rollback to")
+    print_main(f"{error}; back to the weights of {path}, and on with the next batch of epoch {run.epoch}")
+
+
+def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them.
+
+    Where descendants are trained without their Aux-Net, it is that of the largest of them.
+    """
+    utils.share_buffers(model)
+    if isinstance(model, models.LeTs) and model.alone:
+        model = models.Learngene.of(model).descend(model.descendants[-1]).eval()
+    elif isinstance(model, models.AuxNet):
+        model = model.to_vit()
+    if run.args.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
+        model = copy.deepcopy(model).to(run.device)  # the average stays where it is
+    with Progress(len(run.test_loader), "evaluating") as progress:
+
+        def advance() -> None:
+            progress.advance()
+            after_batch()
+
+        return evaluate(model, run.test_loader, run.device, run.autocast, advance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line to the exit status
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command line ``argv`` says, and return the exit status."""
+    args, mistake = None, None
+    try:
+        args = parse_options(argv)
+    except InputError as error:
+        mistake = error  # of all processes, to be said once
+    try:
+        utils.init_distributed(timedelta(minutes=args.dist_timeout if args else 1))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    with utils.failures_reported_once():
+        with utils.errors_reported_once(patience=DOWNLOADING):
+            if mistake:
+                raise mistake
+            find_checkpoint(args)
+            fetch_addresses(args)
+            fetch_data(args)
+        args.resume = utils.from_main(args.resume)
+        with utils.errors_reported_once(patience=SETTING_UP):  # the others find what the first has fetched
+            run = set_up(args)
+        print_main(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
+        status = evaluate_only(run) if run.args.eval else train(run)
+        with utils.errors_reported_once(patience=DOWNLOADING):
+            finish(run, status)
+        utils.leave_together()
+    return status
+
+
+def evaluate_only(run: Run) -> int:
+    if run.args.model_ema:
+        print_main(f"the averaged weights of {run.args.resume} are evaluated")
+    numbers = evaluate_run(run, run.model)
+    print_main(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
+    return 0
+
+
+def finish(run: Run, status: int) -> None:
+    """Upload what was trained, if that was asked for.
+
+    Raises:
+        InputError: files of the last epoch could not be written.
+    """
+    if run.output.failed and status == 0:
+        what, why = next(iter(run.output.failed.items()))
+        raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
+    if run.args.push_to_hub and utils.is_main() and status == 0:
+        push(run)

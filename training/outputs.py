@@ -1,0 +1,97 @@
+"""What a run leaves behind: learngene or model, and its upload to the Hub."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import models
+from common.errors import error_context
+from common.files import atomic_write, hardlink_or_copy
+from common.hub import model_card, upload
+from datasets import DATA_SETS, SMALL, describe_classes
+from models.formats.timm_folder import AVERAGED_FOLDER, save_model
+from training.build_model import CHANNELS, wants_size
+from training.config import recipe
+from training.label_check import names_known
+from training.run import Run
+from utils import print_main
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+
+def write_weights(run: Run) -> None:
+    """Stage 1: the learngene files. Else: the model, and its average, in timm's own format."""
+    if isinstance(run.model, models.AuxNet):
+        options, names = recipe(run.args), names_known(run.args.data_set, run.classes)
+        models.Learngene.of(run.model, options, classes=names).save(run.output_dir / "learngene.safetensors")
+        if run.ema is not None:
+            models.Learngene.of(run.ema.module, options, averaged=True, classes=names).save(
+                run.output_dir / "learngene_ema.safetensors"
+            )
+        else:  # an earlier run's average would pass for that of this learngene
+            (run.output_dir / "learngene_ema.safetensors").unlink(missing_ok=True)
+        return
+    write_model(run, run.model, run.output_dir)
+    averaged, beside = run.output_dir / AVERAGED_FOLDER, run.output_dir / "model_ema.safetensors"
+    if run.ema is not None:
+        averaged.mkdir(exist_ok=True)
+        write_model(run, run.ema.module, averaged)
+        hardlink_or_copy(averaged / "model.safetensors", beside)
+    else:  # an earlier run's average would pass for that of this model
+        for path in (beside, averaged / "model.safetensors", averaged / "config.json"):
+            path.unlink(missing_ok=True)
+
+
+def write_model(run: Run, model: nn.Module, folder: Path) -> None:
+    """A folder that timm reads: ``model``, which is that of the run or its average."""
+    name, size = run.args.des_arch or run.args.model, run.args.input_size
+    small = DATA_SETS[run.args.data_set][2] is not None and size <= SMALL  # small images are used whole
+    save_model(
+        model,
+        folder,
+        replace(models.parse_arch(name), img_size=size) if models.follows_grammar(name) else name,
+        model_args={"img_size": size} if not models.follows_grammar(name) and wants_size(name) else {},
+        data_config={
+            "input_size": [CHANNELS, size, size],
+            "crop_pct": 1.0 if small else run.args.eval_crop_ratio,
+            "crop_mode": "squash" if small else "center",
+            "interpolation": "bicubic",  # of every evaluation here, whatever timm records for the architecture
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+        },
+        label_names=run.classes,
+        label_descriptions=describe_classes(run.classes),
+    )
+
+
+def push(run: Run) -> None:
+    """Upload the output folder with a card."""
+    args = run.args
+    source = f"hf-hub:{args.push_to_hub}"
+    if isinstance(run.model, models.AuxNet):
+        usage = f'import models\n\ngene = models.load_learngene("{source}")'
+    else:
+        usage = f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)'
+    facts = {**run.facts, "data": f"{args.data_set}, {len(run.classes)} classes, {args.input_size} pixels"}
+    if args.train_images:
+        facts["training images"] = f"{args.train_images:,}"
+    if args.holdout:
+        facts["test images"] = f"{args.holdout:,} training images that were held out"
+    teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
+    facts["teacher"] = teacher if args.distillation_type != "none" else "none"
+    facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
+    folder = run.output_dir
+    if args.push_ema:  # a repository of its own, as timm takes model.safetensors and nothing else
+        folder = folder / AVERAGED_FOLDER
+        facts["weights"] = f"exponential moving average over the steps of training, decay {args.model_ema_decay:g}"
+        hardlink_or_copy(run.output_dir / "log.txt", folder / "log.txt")
+    card = model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, recipe(args), usage)
+    with atomic_write(folder / "README.md") as unfinished:
+        Path(unfinished).write_text(card, encoding="utf-8", errors="backslashreplace")
+    files = ["README.md", "log.txt"]
+    if isinstance(run.model, models.AuxNet):
+        files += ["learngene.safetensors"] + ["learngene_ema.safetensors"] * (run.ema is not None)
+    else:
+        files += ["model.safetensors", "config.json"]
+    with error_context("--push-to-hub"):
+        print_main(f"uploaded: {upload(folder, files, args.push_to_hub)}")

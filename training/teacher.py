@@ -1,0 +1,278 @@
+"""The teacher of distillation: asked in every step, or once for many runs.
+
+The images of a step are a function of seed, epoch and step (samplers.py, engine.py), and so is what the teacher says of
+them. A run can keep it for every later run with the same images: another Aux-Net, an ablation, more epochs. That sparse
+outputs are enough, and that such a run is as fast as one without teacher: TinyViT (Wu et al., ECCV 2022).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import InputError, one_line
+from common.files import atomic_write, read_json
+from pipeline.loader import names_digest
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+STEPS_OF_A_FILE = 100  # ImageNet's in batches of 128: 5 MB with 100 classes kept, 51 MB with all of them in float32
+SAME_IMAGE = 0.02  # by how much the mean of an image may differ, of which another decoder changes the last digits
+CAST_BY_AUTOCAST = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+# the options that the teacher's outputs are a function of; mixup's smoothing, say, changes the targets alone
+OPTIONS = ("data_set", "cache_data", "seed", "input_size", "batch_size", "repeated_aug", "color_jitter", "aa")
+OPTIONS += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
+OPTIONS += ("mixup_switch_prob", "mixup_mode", "teacher_model", "teacher_cache_top")
+LATER_OPTIONS = ("three_augment", "src")  # named where they are on, so that caches made before them stay valid
+
+
+class Teacher:
+    """A frozen network in inference mode, in the precision of the run.
+
+    The weights of linear layers and convolutions are stored in that precision: autocast remembers its casts of weights
+    that need gradients alone, and would cast these in every step. All others, norms above all, stay in float32, so that
+    the logits are those that autocast gives. A run in float32 has a teacher in float32: its precision was chosen.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        """
+        Args:
+            model: the network, perhaps compiled; it is changed.
+            dtype: of the autocast in which the teacher is called.
+        """
+        self.model = model.requires_grad_(False).eval()
+        for module in self.model.modules():
+            if type(module).forward in CAST_BY_AUTOCAST:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of augmented ``images``."""
+        with torch.inference_mode():
+            logits = self.model(images)
+        return logits.clone()  # which autograd may save, unlike tensors of inference mode
+
+    def digest(self) -> str:
+        """A fingerprint of the weights."""
+        return hashlib.sha256(
+            b"".join(hashlib.sha256(as_bytes(tensor.cpu())).digest() for tensor in self.model.state_dict().values())
+        ).hexdigest()
+
+
+class TeacherCache:
+    """A teacher that keeps what it says in files, and reads what is there already.
+
+    Kept are the logits as they are, or with ``top`` the largest log-probabilities in float16, their classes, and the
+    mean probability of all others as one number; what was left out is given back as that mean. A run that writes goes
+    on with what one that reads gets, so that both have the same result.
+
+    A file ``epoch_E/process_R_step_S.safetensors`` has the outputs of up to 100 steps, whole or not at all, with a
+    checksum. What is missing or damaged is asked for again, and written when the run leaves these steps: one that is
+    killed in between loses no more. Nothing is copied from the device before. The mean of each image is kept as well:
+    outputs for other images than those of the run are found out, whatever changed them.
+    """
+
+    def __init__(
+        self,
+        teacher: Callable[[Tensor], Tensor],
+        folder: Path,
+        cache_key: dict[str, object],
+        num_classes: int,
+        images_per_step: int,
+        top: int | None = None,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        steps_of_a_file: int = STEPS_OF_A_FILE,
+    ):
+        """
+        Args:
+            cache_key: what the outputs are a function of, besides the images.
+            images_per_step: of all processes together.
+        """
+        self.teacher, self.folder, self.rank, self.device = teacher, folder, rank, torch.device(device)
+        self.num_classes, self.top = num_classes, top
+        self.images_per_step, self.steps_of_a_file = images_per_step, steps_of_a_file
+        self.digest = hashlib.sha256(json.dumps(cache_key, sort_keys=True).encode()).hexdigest()
+        self.writable, self.compared = True, False
+        self._close()
+        self.set_position(0)
+
+    def set_position(self, epoch: int, images: int = 0) -> None:
+        """Begin ``epoch`` after as many images of all processes, as `samplers.TrainSampler` does.
+
+        The images of a step are not those of another run where the step begins elsewhere, after an epoch was begun with
+        another number of processes or batch size: nothing is read or kept then until the next epoch.
+        """
+        self.flush()
+        self.epoch, (self.step, between) = epoch, divmod(images, self.images_per_step)
+        self.alike = not between
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of augmented ``images``, those of the next step.
+
+        Raises:
+            InputError: what is kept for this step, or one before, is of other images.
+        """
+        step, self.step = self.step, self.step + 1
+        path = self.folder / f"epoch_{self.epoch}" / f"process_{self.rank}_step_{step - step % self.steps_of_a_file}"
+        if path.with_suffix(".safetensors") != self.path:
+            self.flush()
+            self.path = path.with_suffix(".safetensors")
+            self.outputs = self._read() if self.alike and self.path.exists() else {}
+        means = images.mean(dim=(1, 2, 3))
+        if step in self.outputs:
+            self.others = self.others + ((means - self.outputs[step]["means"]).abs() > SAME_IMAGE).sum()
+            if not self.compared:  # before long work
+                self._compare()
+        else:
+            self.outputs[step] = {"means": means, **compress_topk(self.teacher(images), self.top)}
+            self.more = True
+        kept = self.outputs[step]
+        return kept["logits"] if self.top is None else decompress_topk(kept, self.num_classes)
+
+    def flush(self) -> None:
+        """Leave the steps of a file: compare the images, and write what is not in the file.
+
+        Raises:
+            InputError: what is kept for these steps is of other images.
+        """
+        self._compare()
+        if self.more and self.alike and self.writable:
+            steps = sorted(self.outputs)
+            tensors = {
+                name: torch.stack([self.outputs[step][name] for step in steps]).cpu() for name in self.outputs[steps[0]]
+            }
+            tensors["steps"] = torch.tensor(steps)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self.path) as unfinished:
+                    save_file(tensors, unfinished, metadata=self._seal(tensors))
+            except OSError as error:
+                self.writable = False
+                warn(f"{self.path} cannot be written ({error.strerror}): no more of the teacher's outputs are kept")
+        self._close()
+
+    def _close(self) -> None:
+        self.path: Path | None = None
+        self.outputs: dict[int, dict[str, Tensor]] = {}
+        self.more = False  # than what is in the file
+        self.others: Tensor | int = 0  # images that are not those that the teacher saw
+
+    def _compare(self) -> None:
+        others, self.compared = int(self.others), self.compared or isinstance(self.others, Tensor)
+        if others:
+            raise InputError(
+                f"--teacher-cache {self.folder}: {self.path} was made from other images than this run's, {others} of "
+                "those that were compared: another folder is needed if the data or their decoders have changed"
+            )
+
+    def _read(self) -> dict[int, dict[str, Tensor]]:
+        """The outputs that a file has, by their steps, on the device; none if it is damaged."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+                seal = file.metadata()
+        except (OSError, SafetensorError) as error:
+            seal, problem = None, one_line(error)
+        else:
+            problem = "it is not what was written there, or was for another run"
+        if seal is None or seal != self._seal(tensors):
+            warn(f"{self.path} is not used ({problem}): the teacher is asked again")
+            return {}
+        steps = tensors.pop("steps").tolist()
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        return {step: {name: tensor[i] for name, tensor in tensors.items()} for i, step in enumerate(steps)}
+
+    def _seal(self, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """By which a file is known to be whole and of this cache: safetensors has no checksum of its own."""
+        checksum = 0
+        for name in sorted(tensors):
+            checksum = zlib.crc32(as_bytes(tensors[name]), checksum)
+        return {"cache": self.digest, "crc32": str(checksum)}
+
+
+def compress_topk(logits: Tensor, top: int | None) -> dict[str, Tensor]:
+    """What is kept of ``logits`` (batch, classes).
+
+    Returns:
+        ``logits``, or with ``top`` the log-probabilities ``largest`` (batch, top) of ``classes`` (batch, top), and
+        ``rest`` (batch), the logarithm of the mean probability of all other classes.
+    """
+    if top is None:
+        return {"logits": logits}
+    log_p = F.log_softmax(logits.float(), dim=1)
+    largest, classes = log_p.topk(top, dim=1)
+    others = log_p.scatter(1, classes, -torch.inf).logsumexp(dim=1)
+    rest = others - math.log(logits.shape[1] - top)
+    number = torch.int16 if logits.shape[1] <= 2**15 else torch.int32
+    return {"largest": largest.half(), "classes": classes.to(number), "rest": rest.half()}
+
+
+def decompress_topk(kept: dict[str, Tensor], num_classes: int) -> Tensor:
+    """Logits (batch, num_classes) in float32 of what `compress_topk` has kept of them with ``top``."""
+    logits = kept["rest"].float()[:, None].repeat(1, num_classes)
+    return logits.scatter_(1, kept["classes"].long(), kept["largest"].float())
+
+
+def cache_key_of(
+    args: argparse.Namespace, dataset: Dataset, teacher: Teacher, dtype: torch.dtype, processes: int
+) -> dict[str, object]:
+    """Everything that the teacher's outputs in a run are a function of, in JSON's types.
+
+    Not among it is what changes the last digits alone, such as the device, or what the images show if it is
+    changed: versions of libraries, or of the files. `TeacherCache` compares images.
+    """
+    names = [*OPTIONS, *(name for name in LATER_OPTIONS if getattr(args, name))]
+    return {
+        **{"--" + name.replace("_", "-"): getattr(args, name) for name in names},
+        "precision": str(dtype).removeprefix("torch."),
+        "number of processes": processes,
+        "number of training images": len(dataset),
+        "fingerprint of their names": names_digest(dataset),
+        "fingerprint of the teacher's weights": teacher.digest(),
+    }
+
+
+def open_cache(folder: Path, cache_key: dict[str, object]) -> None:
+    """Make ``folder`` the place of a cache, or find out that it is one that fits.
+
+    Raises:
+        InputError: the outputs in it are of other runs than that of ``cache_key``, or it cannot be written.
+    """
+    path = folder / "teacher_cache.json"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as unfinished:
+                Path(unfinished).write_text(json.dumps(cache_key, indent=1) + "\n")
+            return
+    except OSError as error:
+        raise InputError(f"--teacher-cache {folder} cannot be written: {error.strerror}") from error
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} describes no teacher cache: another --teacher-cache is needed")
+    for name in [*cache_key, *found]:
+        if found.get(name) != cache_key.get(name):
+            theirs, ours = (json.dumps(it.get(name))[:50] for it in (found, cache_key))
+            raise InputError(f"--teacher-cache {folder} was made with {name} {theirs}, this run has {ours}")
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def warn(sentence: str) -> None:
+    tqdm.write(f"warning: {sentence}", file=sys.stderr)
