@@ -10,8 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import models  # noqa: F401  before timm, which imports torchvision
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
