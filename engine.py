@@ -146,7 +146,7 @@ class StepMeter:
         totals, losses = values[:2], values[2:]
         finite = [math.isfinite(loss) for loss in losses]
         behind = len(losses) - finite.index(False) if False in finite else 0  # steps since the first bad one
-        behind = int(utils.maximum(behind)[0])
+        behind = int(utils.max_over_processes(behind)[0])
         if not self.skip_nan and behind:
             raise self.not_finite("the loss is not finite", self.position.steps - behind + 1)
         if not self.skip_nan and check_norm and not math.isfinite(norm):
@@ -380,7 +380,7 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
-    count, most_batches = 0, int(utils.maximum(len(loader))[0])
+    count, most_batches = 0, int(utils.max_over_processes(len(loader))[0])
     for images, targets in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if len(images):  # a batch is empty if none of its images could be read

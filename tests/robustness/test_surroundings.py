@@ -417,7 +417,7 @@ def wrapped() -> Exception:
 def test_a_dead_worker_is_no_file_that_cannot_be_written(tmp_path, capfd, monkeypatch, attempt, error):
     """Torch raises that in the main process wherever it is, here where a plot is written."""
     left = []
-    monkeypatch.setattr("utils.leave_at_once", left.append)
+    monkeypatch.setattr("utils.abort", left.append)
     output, path = Output(), tmp_path / "curves.png"
     with pytest.raises(type(error)), utils.failures_reported_once():  # noqa: SIM117
         with getattr(output, attempt)(str(path)), atomic_write(path):
@@ -429,7 +429,7 @@ def test_a_dead_worker_is_no_file_that_cannot_be_written(tmp_path, capfd, monkey
 
 def test_a_dead_worker_is_no_checkpoint_that_does_not_fit(tmp_path, capfd, monkeypatch):
     left = []
-    monkeypatch.setattr("utils.leave_at_once", left.append)
+    monkeypatch.setattr("utils.abort", left.append)
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": {}}, path)
     monkeypatch.setattr("torch.load", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError(KILLED)))
