@@ -15,7 +15,7 @@ from types import FrameType
 
 from common.errors import InputError, one_line
 from common.launchers import World, find_world
-from common.workers import WorkerError, describe, is_of_worker, worker_error_behind
+from common.workers import WorkerError, as_worker_error, find_worker_error, is_worker_error
 
 import torch
 import torch.distributed as dist
@@ -171,7 +171,7 @@ def failures_reported_once() -> Iterator[None]:
         shutdown_distributed()
         sys.exit(1)
     except Exception as raised:
-        error = worker_error_behind(raised) or raised
+        error = find_worker_error(raised) or raised
         known = known_cause(error)  # called once: it reads a worker's message from a pipe
         if known or world_size() > 1:
             message = f"error: {known}" if known else traceback.format_exc()
@@ -186,8 +186,8 @@ def known_cause(error: Exception) -> str | None:
     """The message for an error that the user can do something about; None for a bug."""
     if isinstance(error, (InputError, WorkerError)):
         return str(error)
-    if is_of_worker(error):
-        return str(describe(error))
+    if is_worker_error(error):
+        return str(as_worker_error(error))
     if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
         return f"too many open files: raise the limit with 'ulimit -n' ({one_line(error)[:300]})"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
@@ -342,7 +342,7 @@ def all_processes_reach(place: str, patience: float = 5) -> bool:
             time.sleep(0.05)
         return _store.check(names) and all(_store.get(name).decode() == place for name in names)
     except RuntimeError as error:  # the process that holds the store has exited
-        if is_of_worker(error):
+        if is_worker_error(error):
             raise
         return False
 

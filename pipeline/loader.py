@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import utils
 from common.errors import InputError, one_line
-from common.workers import Lifeline, WorkerError, await_end_of_one, describe, shortened
+from common.workers import ExitPipe, WorkerError, as_worker_error, raise_exit_reason, shorten
 from pipeline.images import Normalise, RawBatch, RawImage, batch_of
 from pipeline.shards import ShardDataset
 from samplers import Key
@@ -52,7 +52,7 @@ class ReadDataset(Dataset):
                 return Sample(None, None, [f"{name} ({one_line(error)})"])
             if get_worker_info() is None and not isinstance(error, OSError):
                 raise
-            return Sample(None, None, [describe(error, f" at {shortened(name)}")])
+            return Sample(None, None, [as_worker_error(error, f" at {shorten(name)}")])
 
 
 class SeededDataset(ReadDataset):
@@ -130,7 +130,7 @@ class CheckedLoader:
         """
         self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device)
         self.skipped, self.warned = 0, set()
-        self.lifeline = Lifeline(loader)
+        self.exit_pipe = ExitPipe(loader)
 
     @property
     def dataset(self) -> Dataset:
@@ -148,7 +148,7 @@ class CheckedLoader:
 
         The end of the last reference to them would do it, but a library that keeps an exception keeps all its callers.
         """
-        self.lifeline.cut()
+        self.exit_pipe.close()
         if self.loader._iterator is not None:  # there is no public way
             self.loader._iterator._shutdown_workers()
 
@@ -157,7 +157,7 @@ class CheckedLoader:
 
         Workers that stay from an earlier iteration are not forked again, but waited for: they may be busy.
         """
-        self.lifeline.prepare()
+        self.exit_pipe.open()
         with nullcontext() if self.loader._iterator is None else utils.interruptible():
             return iter(self.loader)
 
@@ -184,12 +184,12 @@ class CheckedLoader:
                     ended = isinstance(error, (ConnectionError, EOFError)) or "exited unexpectedly" in str(error)
                     iterator = batches or self.loader._iterator  # where workers that stay do not start again
                     if ended and iterator is not None:
-                        await_end_of_one(iterator._workers)  # by what, is not in the error
-                    raise describe(error) from error
+                        raise_exit_reason(iterator._workers)  # by what, is not in the error
+                    raise as_worker_error(error) from error
                 yield batch
         finally:
             if not complete and not self.loader.persistent_workers:
-                self.lifeline.cut()  # those that wait for a file would be waited for
+                self.exit_pipe.close()  # those that wait for a file would be waited for
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, unreadable in self._loaded():

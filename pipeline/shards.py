@@ -29,7 +29,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from common.download import receive
+from common.download import download_file
 from common.errors import InputError, one_line
 from common.files import flush_to_disk, read_json, sha256
 from pipeline.folders import SPLITS, is_hidden
@@ -129,7 +129,7 @@ def read_index(data_path: str, needed: Sequence[str] = SPLITS) -> Index:
     if is_remote(data_path):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, INDEX)
-            receive_shard(data_path, INDEX, path)
+            download_shard(data_path, INDEX, path)
             return parse_index(read_json(path), source_of(data_path, INDEX), needed)
     folder = Path(data_path)
     if not (folder / INDEX).is_file():
@@ -166,7 +166,7 @@ def source_of(data_path: str, name: str) -> str:
     return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
 
 
-def receive_shard(data_path: str, name: str, to: Path) -> None:
+def download_shard(data_path: str, name: str, to: Path) -> None:
     """Write the file ``name`` of a remote data path to ``to``.
 
     Raises:
@@ -174,7 +174,7 @@ def receive_shard(data_path: str, name: str, to: Path) -> None:
     """
     source = source_of(data_path, name)
     if not data_path.startswith(COMMAND):
-        return receive(source, to, shown=False)
+        return download_file(source, to, shown=False)
     if source == data_path.removeprefix(COMMAND):
         raise InputError(f"--data-path {data_path} does not say {{}}, in whose place the name of a file is put")
     with open(to, "wb") as file:
@@ -245,7 +245,7 @@ class ShardCache:
                 return
             for wait in (*WAITS, None):
                 try:
-                    receive_shard(data_path, shard.file, part)
+                    download_shard(data_path, shard.file, part)
                     check_received(part, shard, source_of(data_path, shard.file))
                     break
                 except InputError as error:
