@@ -24,7 +24,7 @@ from common import console
 from datasets import DATA_SETS, build_dataset, build_transform
 from options import place
 from pipeline.batch_augment import BatchAugment
-from pipeline.cache import AugmentedBatches, check_memory, read_all, resized
+from pipeline.cache import AugmentedBatches, check_memory, load_into_memory, resize_only
 from pipeline.loader import SeededDataset, collate
 from samplers import TrainSampler
 from training.build_data import check_small
@@ -66,7 +66,7 @@ def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
     """Loaders without workers and with one per processor, and the one that reads from the cache."""
     device, seeded = torch.device(args.device), []
     transform = build_transform(args.data_set, True, args.input_size)
-    for steps in (transform, resized(transform)):
+    for steps in (transform, resize_only(transform)):
         seeded.append(SeededDataset(build_dataset(args.data_set, args.data_path, True, steps)[0]))
     count = len(seeded[0])
     sampler = TrainSampler(count, args.batch_size, repeats=3)
@@ -74,7 +74,9 @@ def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
     processors = len(os.sched_getaffinity(0))
     loaders = {f"{n} workers": DataLoader(seeded[0], num_workers=n, **common) for n in (0, processors)}
     check_memory(count, args.input_size, device)
-    read = read_all(args.input_size, device, False, seeded[1], [(i, 0) for i in range(count)], collate_fn=collate)
+    read = load_into_memory(
+        args.input_size, device, False, seeded[1], [(i, 0) for i in range(count)], collate_fn=collate
+    )
     return {**loaders, "cache": AugmentedBatches(*read, sampler, args.batch_size, BatchAugment(transform))}
 
 

@@ -33,7 +33,7 @@ from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
 from datasets import build_dataset, build_transform
 from options import place
-from pipeline.images import Normalise, RawImage, batch_of, faster, load
+from pipeline.images import Normalise, RawImage, collate_raw, fast_transform, load_image
 from pipeline.loader import CheckedLoader, SeededDataset, collate
 from samplers import TrainSampler
 
@@ -102,7 +102,7 @@ def make_images(root: Path, count: int) -> None:
 
 def build_loaders(root: str, args: argparse.Namespace) -> dict[str, Iterable]:
     published = torchvision.datasets.ImageFolder(Path(root) / "train", build_transform("FOLDER", True, 224))
-    ours, _ = build_dataset("FOLDER", root, True, faster(build_transform("FOLDER", True, 224)))
+    ours, _ = build_dataset("FOLDER", root, True, fast_transform(build_transform("FOLDER", True, 224)))
     repeats = 3 if args.repeated_aug else 1
     loaders = {}
     for name, dataset in (("this program", ours), ("published", published)):
@@ -155,7 +155,7 @@ def time_steps(root: Path) -> dict[str, Counter]:
     published = build_transform("FOLDER", True, 224)
     pipelines = {
         "published": (datasets.folder.pil_loader, published.transforms, torch.stack),
-        "this program": (load, faster(copy.deepcopy(published)).transforms, finish),
+        "this program": (load_image, fast_transform(copy.deepcopy(published)).transforms, finish),
     }
     files, times = sorted(map(str, root.glob("train/*/*"))), {name: Counter() for name in pipelines}
     for name, (read, steps, collated) in pipelines.items():
@@ -176,7 +176,7 @@ def time_steps(root: Path) -> dict[str, Counter]:
 
 
 def finish(images: list[RawImage]) -> Tensor:
-    return Normalise(torch.device("cpu"))(batch_of(images))
+    return Normalise(torch.device("cpu"))(collate_raw(images))
 
 
 def main() -> None:

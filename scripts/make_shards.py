@@ -28,7 +28,7 @@ from common.files import atomic_write, remove_unfinished, sha256
 from datasets import build_dataset, check_classes
 from options import at_least, local_path, place_or_none, positive
 from pipeline.folders import SPLITS, is_hidden, summary
-from pipeline.shards import INDEX, Shard, members_of, parse_index
+from pipeline.shards import INDEX, Shard, parse_index, read_members
 from samplers import derived_seed, shuffled
 from training.config import Parser
 
@@ -180,7 +180,7 @@ def index_shards(folder: Path) -> None:
         if split is None:
             raise InputError(f"{path} is named neither train nor val: of which split it is has to stand in its name")
         with open(path, "rb", buffering=0) as file:
-            members = members_of(file, path.name)
+            members = read_members(file, path.name)
         entries[split].append(entry_of(path, len(members)))
         labels[split].update(member.label for member in members)
     for split in SPLITS:

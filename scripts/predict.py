@@ -16,7 +16,7 @@ import models
 from common import console
 from models.formats.timm_folder import averaged_folder, read_model
 from options import place
-from pipeline.images import as_rgb, upright
+from pipeline.images import apply_orientation, as_rgb
 
 import torch
 from PIL import Image
@@ -56,7 +56,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """The picture in RGB with 8 bits per channel, turned upright if its EXIF orientation says that it is not.
+    """The picture in RGB with 8 bits per channel, rotated as its EXIF orientation says.
 
     Raises:
         InputError: the file is missing, damaged, no picture, or one that would fill the memory.
@@ -68,7 +68,7 @@ def read_picture(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of large pictures, and of odd metadata
             picture = Image.open(file, formats=FORMATS)
             picture.load()
-            picture = upright(as_rgb(picture))
+            picture = apply_orientation(as_rgb(picture))
     except Image.UnidentifiedImageError as error:
         raise models.InputError(f"{path} is no picture: expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # a damaged file can fail in any way the parsers know

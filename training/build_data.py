@@ -14,8 +14,8 @@ from pipeline import cache
 from pipeline.batch_augment import BatchAugment
 from pipeline.cache import AugmentedBatches, CachedBatches
 from pipeline.folders import SPLITS, summary
-from pipeline.images import faster
-from pipeline.loader import SKIPPED_AT_ONCE, CheckedLoader, ReadDataset, SeededDataset, collate
+from pipeline.images import fast_transform
+from pipeline.loader import MAX_UNREADABLE, CheckedDataset, CheckedLoader, SeededDataset, collate
 from pipeline.shards import ShardCache
 from samplers import ExactSampler, TrainSampler
 from utils import print_main
@@ -59,9 +59,9 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
         )
         if args.cache_data:
             augment = BatchAugment(transform) if is_train else augment
-            transform = cache.resized(transform)
+            transform = cache.resize_only(transform)
         elif is_train:
-            transform = faster(transform)
+            transform = fast_transform(transform)
         of_train = is_train or args.holdout is not None
         alone = len(splits_needed(args)) == 1
         sets.append(
@@ -111,11 +111,11 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Check
         **process,
     )
     sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
-    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
+    train, test = SeededDataset(train, MAX_UNREADABLE if args.skip_bad_images else 0), CheckedDataset(test)
     if args.cache_data:
         keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
         cache.check_memory(len(keys) + len(test), args.input_size, device)
-        read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
+        read = partial(cache.load_into_memory, args.input_size, device, args.skip_bad_images, **common)
         train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
         return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
     train_loader = DataLoader(

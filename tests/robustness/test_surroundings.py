@@ -268,11 +268,14 @@ def outcomes(folder) -> dict[str, Outcome]:
         "long TMPDIR": ({"environments": [{"TMPDIR": str(long)}]}, of(pictures, 1)),
         "no TMPDIR": ({"environments": [{"TMPDIR": str(folder / "nowhere")}]}, of(pictures, 1)),
         "no short folder": (
-            {"environments": [{"TMPDIR": str(long)}], "code": "from common import workers\nworkers.SHORT_FOLDERS = ('/nowhere',)"},
+            {
+                "environments": [{"TMPDIR": str(long)}],
+                "code": "import common.workers as w\nw.SHORT_FOLDERS = ('/nowhere',)",
+            },
             of(pictures, 1),
         ),
         "cannot send": (
-            {"code": "from common import workers\nworkers.SOCKET_PATH = 1000", "environments": [{"TMPDIR": str(long)}]},
+            {"code": "import common.workers as w\nw.SOCKET_PATH = 1000", "environments": [{"TMPDIR": str(long)}]},
             of(pictures, 1),
         ),
         "spawn": ({"code": "import multiprocessing as m\nm.set_start_method('spawn', force=True)"}, of(pictures, 1)),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.files import read_checkpoint
 from datasets import ImageList, build_dataset, build_transform, train_holdout_split
-from pipeline.loader import name_of_image, names_digest
+from pipeline.loader import dataset_fingerprint, image_name
 from training.build_data import build_sets
 from training.config import parse_options
 
@@ -45,8 +45,8 @@ def test_the_images_are_those_of_every_seed_and_never_in_both_parts():
     assert set(train.indices) < set(more.indices)
     assert not set(held_out.indices) & set(train.indices)
     assert set(held_out.indices) | set(rest.indices) == set(range(1437))
-    digests = {names_digest(dataset) for dataset in (train, more, rest, held_out)}
-    assert names_digest(train) == names_digest(others)
+    digests = {dataset_fingerprint(dataset) for dataset in (train, more, rest, held_out)}
+    assert dataset_fingerprint(train) == dataset_fingerprint(others)
     assert len(digests) == 4
 
 
@@ -67,9 +67,9 @@ def test_images_that_are_held_out_are_not_augmented():
 
 def test_an_unreadable_image_of_a_part_has_its_name():
     files = ImageList([(f"{i}.png", 0) for i in range(4)], ["a"])
-    assert name_of_image(Subset(files, [3, 1]), 1) == "1.png"
+    assert image_name(Subset(files, [3, 1]), 1) == "1.png"
     train, _ = sets_of("--train-images 3")
-    assert name_of_image(train, 2) == f"image {train.indices[2]}"
+    assert image_name(train, 2) == f"image {train.indices[2]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
