@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Time the training images of --cache-data against those that are augmented one by one.
+"""Throughput of training images: --cache-data against a DataLoader that augments one image at a time.
 
-Both run in turn, so that a slow moment of the machine meets both; the ratio is taken pair by pair. Without workers both
-have one processor. With workers, one for each processor, the cache still has one, or the GPU.
+Both alternate, and ratios are taken pair by pair. Without workers both use one core. With one worker per core the cache
+still uses one core, or the GPU.
 
-    scripts/benchmark_cache.py                                                      DIGITS at 28 pixels
-    scripts/benchmark_cache.py --data-set FMNIST --data-path DIR --input-size 32
+    benchmarks/cache.py                                                      DIGITS at 28 pixels
+    benchmarks/cache.py --data-set FMNIST --data-path DIR --input-size 32
 """
 
 import argparse
@@ -40,13 +40,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--input-size", type=int, default=28)
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=5, help="counted turns, after one that is not")
-    p.add_argument("--seconds", type=float, default=1.0, help="at least, that each of a pair is watched")
+    p.add_argument("--repeats", type=int, default=5, help="after one warm-up")
+    p.add_argument("--seconds", type=float, default=1.0, help="minimum length of a measurement")
     return p.parse_args()
 
 
 def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> float:
-    """Over at least so many seconds, after workers have begun to deliver."""
+    """Measured over at least ``seconds``, after the first batch of the workers."""
     batches = iter(loader)
     if isinstance(loader, DataLoader):
         next(batches)
@@ -63,7 +63,7 @@ def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> 
 
 
 def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
-    """Loaders without workers and with one per processor, and the one that reads from the cache."""
+    """Loaders without workers and with one per core, and the cache."""
     device, seeded = torch.device(args.device), []
     transform = build_transform(args.data_set, True, args.input_size)
     for steps in (transform, resize_only(transform)):
