@@ -389,6 +389,11 @@ class ShardDataset(Dataset):
         self.reads = 0
         self.last: dict[int, Image.Image] = {}
 
+    def __copy__(self) -> "ShardDataset":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, opened={}, reads=0, last={})  # open shards are not shared
+        return copied
+
     def __len__(self) -> int:
         return self.ends[-1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import utils
 from common.errors import InputError
-from datasets import DATA_SETS, SMALL, build_dataset, build_transform, train_holdout_split
+from datasets import DATA_SETS, SMALL, build_dataset, build_transform, train_holdout_split, with_transform
 from losses import BinaryCrossEntropy
 from pipeline import cache
 from pipeline.batch_augment import BatchAugment
@@ -63,6 +63,9 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
         elif is_train:
             transform = fast_transform(transform)
         of_train = is_train or args.holdout is not None
+        if args.holdout and sets:
+            sets.append((with_transform(sets[0][0], transform), sets[0][1]))
+            break
         alone = len(splits_needed(args)) == 1
         sets.append(
             build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards, alone)

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 from common.files import read_checkpoint
-from datasets import ImageList, build_dataset, build_transform, train_holdout_split
+from datasets import ImageList, build_dataset, build_transform, train_holdout_split, with_transform
+from pipeline.folders import ImageFolder
 from pipeline.loader import dataset_fingerprint, image_name
 from training.build_data import build_sets
 from training.config import parse_options
@@ -13,6 +14,7 @@ from training.config import parse_options
 import pytest
 import torch
 from conftest import Run, assert_same_result, run_many
+from PIL import Image
 from torch.utils.data import Subset
 
 DIGITS = "--data-set DIGITS --num-workers 0 --batch-size 32"
@@ -63,6 +65,25 @@ def test_images_that_are_held_out_are_not_augmented():
     for place, index in enumerate(held_out.indices):
         assert torch.equal(held_out[place][0], expected[index][0])
         assert held_out[place][1] == expected[index][1]
+
+
+def test_the_same_images_with_another_transform():
+    dataset, _ = build_dataset("DIGITS", None, True, lambda image: "train")
+    other = with_transform(dataset, lambda image: "test")
+    assert (dataset[0][0], other[0][0]) == ("train", "test")
+    assert other.targets is dataset.targets
+
+
+def test_images_are_held_out_without_listing_the_files_again(tmp_path, monkeypatch):
+    for split, name in ((split, name) for split in ("train", "val") for name in "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16)).save(tmp_path / split / name / f"{i}.png")
+    listed = []
+    list_images = ImageFolder.make_dataset
+    monkeypatch.setattr(ImageFolder, "make_dataset", lambda *a, **kw: listed.append(a) or list_images(*a, **kw))
+    train, held_out = sets_of(f"--data-set FOLDER --data-path {tmp_path} --holdout 2")
+    assert (len(train), len(held_out), len(listed)) == (4, 2, 1)
 
 
 def test_an_unreadable_image_of_a_part_has_its_name():
