@@ -517,7 +517,7 @@ def test_what_cannot_be_downloaded_is_said(done):
     message = refusal(done["download of a folder"])
     assert "--download cannot fetch FOLDER" in message
     assert "CIFAR10, CIFAR100, FLOWERS, FMNIST, FOOD101" in message
-    with pytest.raises(InputError, match=r"cannot fetch CARS .*gone"):
+    with pytest.raises(InputError, match=r"cannot fetch CARS .*no longer"):
         folders.download("CARS", "/nowhere")
     with pytest.raises(InputError, match="needs --data-path"):
         folders.download("FMNIST", None)
