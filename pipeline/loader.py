@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 READ_ERRORS = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error)
 READ_ERRORS += (Image.DecompressionBombError,)
 RESOURCE_ERRORS = (EMFILE, ENFILE, ENOMEM)  # errno values that are not about the image
-MAX_UNREADABLE = 10  # images of a batch; more suggest that the data have gone
+MAX_UNREADABLE = 10  # images of a batch; more suggest that the data have disappeared
 
 
 class Sample(NamedTuple):
