@@ -467,7 +467,7 @@ def size_of_data(
 @lru_cache
 def labels_of(name: str, path: str | None, category: str, alone: bool) -> tuple[Sequence[int], int]:
     """The labels of all training images, and the number of classes; ``alone`` if no test images are needed."""
-    dataset, classes = build_dataset(name, path, True, None, category, alone=alone)
+    dataset, classes = build_dataset(name, path, True, None, category, single_split=alone)
     return dataset.targets, len(classes)
 
 

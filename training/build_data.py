@@ -8,14 +8,14 @@ from pathlib import Path
 
 import utils
 from common.errors import InputError
-from datasets import DATA_SETS, SMALL, build_dataset, build_transform, train_holdout_split
+from datasets import DATA_SETS, SMALL, build_dataset, build_transform, train_holdout_split, with_transform
 from losses import BinaryCrossEntropy
 from pipeline import cache
 from pipeline.batch_augment import BatchAugment
 from pipeline.cache import AugmentedBatches, CachedBatches
 from pipeline.folders import SPLITS, summary
-from pipeline.images import faster
-from pipeline.loader import SKIPPED_AT_ONCE, CheckedLoader, ReadDataset, SeededDataset, collate
+from pipeline.images import fast_transform
+from pipeline.loader import MAX_UNREADABLE, CheckedDataset, CheckedLoader, SeededDataset, collate
 from pipeline.shards import ShardCache
 from samplers import ExactSampler, TrainSampler
 from utils import print_main
@@ -59,10 +59,13 @@ def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], B
         )
         if args.cache_data:
             augment = BatchAugment(transform) if is_train else augment
-            transform = cache.resized(transform)
+            transform = cache.resize_only(transform)
         elif is_train:
-            transform = faster(transform)
+            transform = fast_transform(transform)
         of_train = is_train or args.holdout is not None
+        if args.holdout and sets:
+            sets.append((with_transform(sets[0][0], transform), sets[0][1]))
+            break
         alone = len(splits_needed(args)) == 1
         sets.append(
             build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards, alone)
@@ -111,11 +114,11 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Check
         **process,
     )
     sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
-    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
+    train, test = SeededDataset(train, MAX_UNREADABLE if args.skip_bad_images else 0), CheckedDataset(test)
     if args.cache_data:
         keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
         cache.check_memory(len(keys) + len(test), args.input_size, device)
-        read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
+        read = partial(cache.load_into_memory, args.input_size, device, args.skip_bad_images, **common)
         train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
         return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
     train_loader = DataLoader(

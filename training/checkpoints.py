@@ -171,7 +171,7 @@ def check_state(run: Run) -> None:
     tensors += tensors_in(run.optimizer.state_dict()["state"])
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     finite = all(bool(tensor.isfinite().all()) for tensor in floating)
-    if utils.maximum(not finite)[0]:
+    if utils.max_over_processes(not finite)[0]:
         finding = f"weights or their averages are not finite in epoch {run.epoch} after step {run.position.steps}"
         raise not_finite(finding, run.optimizer)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import one_line
 from common.files import atomic_write
-from common.workers import worker_error_behind
+from common.workers import find_worker_error
 from utils import (
     is_main,
 )
@@ -38,7 +38,7 @@ class Output:
             yield
             self.failed.pop(str(what), None)
         except OSError as error:
-            if worker_error_behind(error):
+            if find_worker_error(error):
                 raise
             self.failed[str(what)] = error.strerror or str(error)
             self._warn(what, self.failed[str(what)])
@@ -49,7 +49,7 @@ class Output:
         try:
             yield
         except Exception as error:
-            if worker_error_behind(error):
+            if find_worker_error(error):
                 raise
             reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {one_line(error)}"
             if what not in self.warned:

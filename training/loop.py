@@ -84,12 +84,12 @@ def train(run: Run) -> int:
 def stop(run: Run, stopped: utils.Stopped) -> int:
     """Write what was trained, and return the exit status of a run that was asked to stop."""
     args, where = run.args, f"in epoch {run.epoch} after {run.position.steps} steps"
-    if not stopped.together and not utils.all_are_at(where):
+    if not stopped.together and not utils.all_processes_reach(where):
         # the others wait for this process, or do not answer: none of them can go on
         last = f"{run.checkpoint} is the last checkpoint" if run.checkpoint else "there is no checkpoint"
-        if utils.first_to_fail():
+        if utils.is_first_failure():
             print(f"stopped by {stopped}, {where}, while waiting for data: not saved, {last}", file=sys.stderr)
-        utils.leave_at_once(stopped.status)
+        utils.abort(stopped.status)
     write_checkpoint(run)
     written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
     kept = "--resume auto continues" if written else "it could not be saved"
@@ -171,7 +171,7 @@ class CheckpointTimer:
         """Save if it is time to, and stop if that was asked for."""
         args, steps = self.run.args, self.run.steps_done - self.steps
         late = args.save_every_minutes is not None and time.monotonic() - self.time > 60 * args.save_every_minutes
-        number, late = utils.maximum(self.signals.noted, late)
+        number, late = utils.max_over_processes(self.signals.noted, late)
         if number:
             raise utils.Stopped(int(number))
         if late or (args.save_every_steps and steps >= args.save_every_steps):
@@ -224,12 +224,12 @@ def roll_back(run: Run, error: NotFiniteError) -> None:
     Raises:
         NotFiniteError: ``error``, where --on-nan does not ask for that or it does not help.
     """
-    path, again = utils.from_main((run.checkpoint, run.rollbacks < ROLLBACKS))
+    path, again = utils.broadcast_from_main((run.checkpoint, run.rollbacks < ROLLBACKS))
     if run.args.on_nan != "rollback" or path is None or not again:
         raise error
     run.rollbacks += 1
     content = read_checkpoint(path)
-    if utils.from_main((content["epoch"], content["position"])) != (content["epoch"], content["position"]):
+    if utils.broadcast_from_main((content["epoch"], content["position"])) != (content["epoch"], content["position"]):
         raise InputError(f"process {utils.rank()} finds another checkpoint in {path} than process 0")
     restore(run, path, content, "--on-nan rollback to")
     print_main(f"{error}; back to the weights of {path}, and on with the next batch of epoch {run.epoch}")
@@ -240,7 +240,7 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
 
     Where descendants are trained without their Aux-Net, it is that of the largest of them.
     """
-    utils.share_buffers(model)
+    utils.broadcast_buffers(model)
     if isinstance(model, models.LeTs) and model.alone:
         model = models.Learngene.of(model).descend(model.descendants[-1]).eval()
     elif isinstance(model, models.AuxNet):
@@ -280,14 +280,14 @@ def main(argv: Sequence[str]) -> int:
             find_checkpoint(args)
             fetch_addresses(args)
             fetch_data(args)
-        args.resume = utils.from_main(args.resume)
+        args.resume = utils.broadcast_from_main(args.resume)
         with utils.errors_reported_once(patience=SETTING_UP):  # the others find what the first has fetched
             run = set_up(args)
         print_main(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
         status = evaluate_only(run) if run.args.eval else train(run)
         with utils.errors_reported_once(patience=DOWNLOADING):
             finish(run, status)
-        utils.leave_together()
+        utils.shutdown_distributed()
     return status
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_json
-from pipeline.loader import names_digest
+from pipeline.loader import dataset_fingerprint
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -241,7 +241,7 @@ def cache_key_of(
         "precision": str(dtype).removeprefix("torch."),
         "number of processes": processes,
         "number of training images": len(dataset),
-        "fingerprint of their names": names_digest(dataset),
+        "fingerprint of their names": dataset_fingerprint(dataset),
         "fingerprint of the teacher's weights": teacher.digest(),
     }
 

@@ -278,7 +278,7 @@ NOT_READ = {  # a YAML file, and what the message says
     "mixup: off": "mixup is False, expected a value such as the default, 0.8",
     "trans_init_scheme: null": "trans_init_scheme is null, expected a value such as the default, stackbert_noisy rand",
     "aa: yes": "aa is True, expected a single value",
-    "epochs: 1\nlr: 1\nepochs: 2": "the key epochs of line 3 is there twice",
+    "epochs: 1\nlr: 1\nepochs: 2": "duplicate key epochs in line 3",
     "output_dir: a\noutput-dir: b": "output_dir and output-dir are the same option",
     "batch-size: 1\nbatch_size: 2": "batch-size and batch_size are the same option",
     "accum_iter: 1\naccumulation_step: 2": "accum_iter and accumulation_step are the same option",

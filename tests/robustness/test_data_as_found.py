@@ -18,7 +18,7 @@ from common.errors import InputError
 from datasets import build_dataset
 from models.learngene import save_published
 from pipeline import folders, images
-from pipeline.folders import own_folder
+from pipeline.folders import find_folder
 from scripts import make_shards, predict
 from training.config import parse_options
 from training.label_check import check_names
@@ -280,10 +280,10 @@ def test_shards_of_one_split_alone(root, tmp_path):
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(InputError, match=r"train-000000\.tar cannot be read"):
         build_dataset("WDS", str(tmp_path), False, None)
-    assert len(build_dataset("WDS", str(tmp_path), False, None, alone=True)[0]) == 6
+    assert len(build_dataset("WDS", str(tmp_path), False, None, single_split=True)[0]) == 6
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "train": []}))
-    assert len(build_dataset("WDS", str(tmp_path), False, None, alone=True)[0]) == 6
+    assert len(build_dataset("WDS", str(tmp_path), False, None, single_split=True)[0]) == 6
 
 
 @pytest.mark.parametrize("name", ["evaluation alone", "holdout", "evaluation of the holdout"])
@@ -302,7 +302,7 @@ def test_classes_of_both_splits_are_compared_where_both_are_there(root, tmp_path
     make_data(tmp_path, ABC)
     (tmp_path / "train" / "cow").rename(tmp_path / "train" / "dog")
     with pytest.raises(InputError, match="the first that is in one alone is cow"):
-        build_dataset("FOLDER", str(tmp_path), False, None, alone=True)
+        build_dataset("FOLDER", str(tmp_path), False, None, single_split=True)
 
 
 def test_a_checkpoint_of_ten_classes_is_refused_for_three(done):
@@ -501,7 +501,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_looks_whole(c
         with pytest.raises(InputError, match=r"--download: CIFAR10 could not be fetched .*404") as raised:
             folders.download("CIFAR10", str(tmp_path / "new"))
         assert "\n" not in str(raised.value)
-    assert own_folder("CIFAR10", tmp_path / "new") is None
+    assert find_folder("CIFAR10", tmp_path / "new") is None
 
 
 def test_download_does_not_touch_what_is_there_in_part(cifar, tmp_path):
@@ -517,7 +517,7 @@ def test_what_cannot_be_downloaded_is_said(done):
     message = refusal(done["download of a folder"])
     assert "--download cannot fetch FOLDER" in message
     assert "CIFAR10, CIFAR100, FLOWERS, FMNIST, FOOD101" in message
-    with pytest.raises(InputError, match=r"cannot fetch CARS .*gone"):
+    with pytest.raises(InputError, match=r"cannot fetch CARS .*no longer"):
         folders.download("CARS", "/nowhere")
     with pytest.raises(InputError, match="needs --data-path"):
         folders.download("FMNIST", None)

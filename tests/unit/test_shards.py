@@ -166,7 +166,7 @@ def test_writing_goes_on_where_it_was_ended(folder, sharded, tmp_path, capsys):
     fewer = ["--data-path", str(folder), "--output-dir", str(tmp_path / "again")]
     capsys.readouterr()
     assert make_shards.main(fewer) == 2
-    assert "train-000001.tar, which is not of these shards" in capsys.readouterr().err
+    assert "train-000001.tar, which is not one of these shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("classes", [None, "classes.txt"])
@@ -216,9 +216,12 @@ def write(path: Path, *members: tuple[str, bytes]) -> Path:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda path: None, "no shards whose names say train"),
-        (lambda path: write(path / "train-0.tar", ("a.png", png()), ("a.cls", b"0")), "no shards whose names say val"),
-        (lambda path: write(path / "x.tar"), "x.tar is named neither train nor val"),
+        (lambda path: None, "no shards named train"),
+        (
+            lambda path: write(path / "train-0.tar", ("a.png", png()), ("a.cls", b"0")),
+            "no shards named val",
+        ),
+        (lambda path: write(path / "x.tar"), "x.tar has neither train nor val in its name"),
         (lambda path: write(path / "val-0.tar", ("a.png", png())), r"1 image\(s\) and 0 label\(s\) of a"),
         (lambda path: write(path / "val-0.tar", ("a.cls", b"0")), r"0 image\(s\) and 1 label\(s\) of a"),
         (lambda path: write(path / "val-0.tar", ("a.png", b""), ("a.cls", b"-1")), r"label b'-1' in a.cls"),
@@ -285,7 +288,7 @@ def test_room_is_made_by_the_shard_that_was_used_the_longest_ago(sharded, server
 
 
 def test_a_process_closes_shards_that_it_leaves(sharded, monkeypatch):
-    monkeypatch.setattr(shards, "KEPT_OPEN", 4)
+    monkeypatch.setattr(shards, "KEEP_OPEN_READS", 4)
     dataset, _ = build_dataset("WDS", str(sharded), True, None)
     first, others = dataset.shard_sizes[0], len(dataset.shard_sizes) - 1
     begins = np.cumsum([0, *dataset.shard_sizes])
@@ -416,10 +419,10 @@ def entries(path: Path, **changes: object) -> dict:
     ("damage", "message"),
     [
         (lambda p: (p / "index.json").write_text("{"), "index.json is not JSON"),
-        (lambda p: (p / "index.json").write_text("[]"), "is no index of shards"),
+        (lambda p: (p / "index.json").write_text("[]"), "is not an index of shards"),
         (lambda p: change(p, version=2), "of version 2, expected 1"),
-        (lambda p: change(p, train=5), "is no index of shards"),
-        (lambda p: change(p, train=[{"file": "a.tar"}]), r"is no index of shards \('samples'\)"),
+        (lambda p: change(p, train=5), "is not an index of shards"),
+        (lambda p: change(p, train=[{"file": "a.tar"}]), r"is not an index of shards \('samples'\)"),
         (lambda p: change(p, val=[]), "no shards of val"),
         (lambda p: change(p, val=index_of(p)["train"]), "names train-000000.tar twice"),
         (lambda p: change(p, classes="abc"), "names no classes"),
@@ -428,8 +431,8 @@ def entries(path: Path, **changes: object) -> dict:
         (lambda p: change(p, **entries(p, file="/etc/a.tar")), "names the shard '/etc/a.tar'"),
         (lambda p: change(p, **entries(p, file="-f;a.tar")), "names the shard '-f;a.tar'"),
         (lambda p: change(p, **entries(p, file=3)), "names the shard '3'"),
-        (lambda p: change(p, **entries(p, samples=True)), "True samples in .* which cannot be"),
-        (lambda p: change(p, **entries(p, samples=10**9)), "1000000000 samples in .* which cannot be"),
+        (lambda p: change(p, **entries(p, samples=True)), "True samples in .* which is impossible"),
+        (lambda p: change(p, **entries(p, samples=10**9)), "1000000000 samples in .* which is impossible"),
         (lambda p: change(p, **entries(p, sha256="x")), "no SHA-256 of train-000000.tar"),
         (lambda p: (p / "val-000000.tar").unlink(), "val-000000.tar cannot be read: No such file"),
         (lambda p: (p / "val-000000.tar").write_bytes(b"x" * 512), "has 512 bytes, index.json says"),
@@ -474,14 +477,14 @@ def rewrite(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("cat {folder}/{{}} && exit 3", r"the command for train-000000.tar ended with status 3: cat .*it says nothing"),
+        ("cat {folder}/{{}} && exit 3", r"the command for train-000000.tar exited with status 3: cat .*no output"),
         ("head -c 1024 {folder}/{{}}", r"head .* gave 1,024 bytes of train-000000.tar than the [\d,]+ of index.json"),
         ("tr a b < {folder}/{{}}", "gave other bytes of train-000000.tar"),
         ("cat {folder}/train-1.tar {{}} >&2", "No such file"),
     ],
 )
 def test_a_command_that_fails(sharded, tmp_path, monkeypatch, command, message):
-    monkeypatch.setattr(shards, "WAITS", (0,))
+    monkeypatch.setattr(shards, "RETRY_SECONDS", (0,))
     cache, shard = ShardCache(tmp_path, 10**9), shards_of(sharded, "train")[0]
     with pytest.raises(InputError, match=message):
         cache.open(shard, "pipe:" + command.format(folder=sharded))
@@ -502,7 +505,7 @@ def test_room_is_checked_before_the_work(sharded, tmp_path):
         built(10**9, tmp_path / "file")
     with pytest.raises(InputError, match="--shard-cache is missing"):
         build_dataset("WDS", "https://host/path", True, None)
-    with pytest.raises(InputError, match=r"does not say {}, in whose place"):
+    with pytest.raises(InputError, match=r"has no {}, the placeholder"):
         build_dataset("WDS", "pipe:cat", True, None, shard_cache=ShardCache(tmp_path, 1))
 
 
@@ -553,7 +556,7 @@ def test_two_processes_go_on_where_one_was(runs, undisturbed, server):
     [
         ("no index", "/nowhere/index.json could not be downloaded: HTTP Error 404"),
         ("no shard", "/train-000004.tar could not be downloaded: HTTP Error 404"),
-        ("command", "the command for index.json ended with status 1: echo sorry >&2; false index.json (sorry)"),
+        ("command", "the command for index.json exited with status 1: echo sorry >&2; false index.json (sorry)"),
     ],
 )
 def test_what_is_wrong_elsewhere_is_said_once(runs, name, message):
