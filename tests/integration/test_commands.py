@@ -13,7 +13,7 @@ from datasets import build_transform
 from losses import BinaryCrossEntropy
 from options import option_parser
 from scripts import convert_learngene, make_family
-from study.runner import parse
+from study.command_line import parse
 from training.build_data import build_mixup
 from training.config import parse_options
 
