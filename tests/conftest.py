@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from common.files import read_checkpoint
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -29,6 +30,12 @@ SECONDS = 600  # a run that lasts longer hangs, and is ended; a busy machine tak
 # AdamW follows rounding errors where the exact gradient is zero, as it is of the keys' biases, unless its epsilon is
 # larger than they are: runs whose sums have another order can then be compared.
 COMPARABLE = "--opt-eps 1e-6"
+
+
+@pytest.fixture(scope="session")
+def all_tests(request) -> bool:
+    """Whether all tests run, and not only those of scripts/test.sh without --all."""
+    return "not full" not in request.config.option.markexpr
 
 
 class Run(NamedTuple):

@@ -222,6 +222,7 @@ def test_what_is_not_done_is_said_in_one_line(results, args):
     assert not [part for part in REFUSED[args] if part not in line], line
 
 
+@pytest.mark.full
 def test_the_launcher_without_use_env(tmp_path):
     """It passes --local-rank, another one to each process."""
     launcher = f"-m torch.distributed.launch --nproc_per_node 2 --master_port {free_port()} {MAIN}"

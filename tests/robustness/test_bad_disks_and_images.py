@@ -18,6 +18,7 @@ LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H
 TINY = "deit_nano_patch8_16_L2_H1"
 
 
+@pytest.mark.full
 def test_a_full_disk_keeps_the_checkpoint_and_the_run(tmp_path):
     """A real file system that is too small for the second checkpoint, in a name space of its own."""
     disk = tmp_path / "disk"

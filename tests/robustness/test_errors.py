@@ -124,7 +124,15 @@ class Results(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Run the cases that the selected tests look at."""
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.fspath == request.fspath and hasattr(item, "callspec")
+    ]
+    selected = [(call["name"], call["processes"]) for call in calls if "processes" in call]
+    started = [call["name"] for call in calls if call["name"] in AS_USERS and "processes" not in call]
     tmp = tmp_path_factory.mktemp("errors")
     files, output = tmp / "files", tmp / "output"
     files.mkdir()
@@ -142,11 +150,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         done = run_main(*command(CASES[name].args, f"{name}_as_users"), **AS_USERS[name])
         return Outcome([done.returncode], done.stdout, done.stderr)
 
-    runs = {f"{name} {n}": Run(command(CASES[name].args, f"{name}_{n}"), n) for name, n in RUNS}
+    runs = {f"{name} {n}": Run(command(CASES[name].args, f"{name}_{n}"), n) for name, n in selected}
     runs |= {name: Run(shlex.split(args)) for name, args in NO_ERRORS.items()}
     done = run_many(runs, tmp / "printed")
     with ThreadPoolExecutor(2) as pool:
-        as_users = dict(zip(AS_USERS, pool.map(start, AS_USERS), strict=True))
+        as_users = dict(zip(started, pool.map(start, started), strict=True))
     return Results(done, as_users, files, before, output)
 
 
@@ -159,7 +167,13 @@ def check_message(name: str, stderr: str) -> None:
     assert not missing, lines[0]
 
 
-@pytest.mark.parametrize(("name", "processes"), RUNS)
+FIRST = ("option", "gene_code", "yaml_key", "resume_classes", "output")  # in two processes
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [pytest.param(*run, marks=() if run[1] == 1 or run[0] in FIRST else pytest.mark.full) for run in RUNS],
+)
 def test_message(name: str, processes: int, results: Results):
     codes, stdout, stderr = results.of[f"{name} {processes}"]
     check_message(name, stderr)
@@ -167,7 +181,9 @@ def test_message(name: str, processes: int, results: Results):
     assert "Traceback" not in stdout
 
 
-@pytest.mark.parametrize("name", AS_USERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if case else ()) for name, case in AS_USERS.items()]
+)
 def test_as_users_start_it(name: str, results: Results):
     (code,), stdout, stderr = results.as_users[name]
     if "processes" in AS_USERS[name]:  # the launcher, which ended by itself, has its own status and report

@@ -19,9 +19,10 @@ TINY = "deit_nano_patch8_16_L2_H1"
 TWO = f"{DIGITS} {LETS} --batch-size 32 --epochs 2 --lr 5e-3"
 
 
+@pytest.mark.full
 def test_out_of_memory_is_one_sentence(tmp_path):
     """A real limit on memory, and a batch that does not fit."""
-    options = f"{DIGITS} --model deit_tiny_patch8_384_L12 --batch-size 1400 --input-size 384 --aa none --reprob 0"
+    options = f"{DIGITS} --model deit_tiny_patch2_384_L12 --batch-size 64 --input-size 384 --aa none --reprob 0"
     script = f"ulimit -v 6000000; exec {sys.executable} {MAIN} {options} --epochs 1 --no-repeated-aug"
     done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -30,6 +31,7 @@ def test_out_of_memory_is_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_events_of_an_interrupted_run_are_those_of_a_whole_one(tmp_path):
     """Every scalar of every step once, also those that were written after the checkpoint that is continued from."""
     options = f"{DIGITS} {LETS} --batch-size 64 --epochs 2 --save-every-steps 5".split()
@@ -76,7 +78,7 @@ def test_a_failing_process_brings_the_others_down_with_its_traceback_said_once(t
     assert "lost its connection" not in done.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_process_that_is_left_alone_says_so(rank):
     """As long as --dist-timeout, it waits for the others."""
     world = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

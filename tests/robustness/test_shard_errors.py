@@ -217,7 +217,7 @@ def test_two_processes_go_on_where_one_was(runs, undisturbed, server):
     assert len(set(tars)) == len(tars) > 0
     a, b = (models.load_learngene(path / "learngene.safetensors").tensors for path in (folder / "two", undisturbed))
     for key in b:
-        torch.testing.assert_close(a[key], b[key], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

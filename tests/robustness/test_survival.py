@@ -20,7 +20,7 @@ from conftest import COMPARABLE, assert_same_result, epochs_of, position_of, rea
 DIGITS = "--data-set DIGITS --num-workers 0 --warmup-epochs 0 --device cpu --log-interval 1"
 LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2"
 TINY = "deit_nano_patch8_16_L2_H1"
-TWO = f"{DIGITS} {LETS} --batch-size 32 --epochs 2 --lr 5e-3"
+TWO = f"{DIGITS} {LETS} --train-images 640 --batch-size 32 --epochs 2 --lr 5e-3"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,14 @@ def undisturbed(tmp_path_factory) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGUSR1", 138, marks=pytest.mark.full),
+        pytest.param("SIGINT", 130, marks=pytest.mark.full),
+    ],
+)
 def test_a_signal_saves_within_a_step_and_ends_with_its_status(tmp_path, name, status):
     options = f"{DIGITS} --model {TINY} --batch-size 16 --epochs 2 --output-dir {tmp_path / 'run'}"
     with started(*options.split()) as process:
@@ -81,6 +88,7 @@ def test_a_signal_during_evaluation_saves_too(tmp_path):
     assert epochs_of(tmp_path / "run") == epochs_of(tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_a_killed_worker_is_restarted_by_torchrun(tmp_path, undisturbed):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3")
     options = [*TWO.split(), "--resume", "auto", "--save-every-steps", "4", "--output-dir", str(tmp_path / "run")]
@@ -186,7 +194,7 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full)])
 def test_another_number_of_processes_goes_on_with_the_epoch(tmp_path, alone, before, after):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(before)) * (before > 1)
     with started(*options_of(tmp_path, before), "--save-every-steps", "5", launcher=launcher) as process:
@@ -199,5 +207,5 @@ def test_another_number_of_processes_goes_on_with_the_epoch(tmp_path, alone, bef
     assert done.stdout.count(f"begun by {before} processes and is continued by {after}: no image is repeated") == 1
     a, b = (models.load_learngene(folder / "learngene.safetensors").tensors for folder in (tmp_path, alone))
     for key in b:
-        torch.testing.assert_close(a[key], b[key], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
     assert epochs_of(tmp_path)[0]["train_loss"] == pytest.approx(epochs_of(alone)[0]["train_loss"], rel=1e-5)
