@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The command line of `study.runner`; --help shows what it does."""
+"""Run the trainings of a study; see `study.command_line`, or --help."""
 
 import signal
 import sys
@@ -8,11 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import console
-from study.runner import main
+from study.command_line import main
 
 if __name__ == "__main__":
     console.accept_any_text()
     try:
         sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # before the first run, when there is nothing to keep
+    except KeyboardInterrupt:  # before the first run
         sys.exit(128 + signal.SIGINT)

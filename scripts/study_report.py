@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The command line of `study.report`; --help shows what it does."""
+"""Write the tables and plots of a study; see `study.report`, or --help."""
 
 import sys
 from pathlib import Path

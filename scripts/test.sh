@@ -1,11 +1,21 @@
 #!/usr/bin/env bash
-# Makes .venv if it is missing and runs the tests; further arguments go to pytest.
+# Makes .venv if it is missing, checks the style, and runs the tests.
+#
+# scripts/test.sh          every feature once, in at most 5 minutes on two processor cores
+# scripts/test.sh --all    all tests, also the long ones: interruption at random moments, hostile files, several hosts
+#
+# Further arguments go to pytest: scripts/test.sh tests/unit -k lets
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+selected=(-m "not full")
+if [ "${1:-}" = --all ]; then
+    selected=()
+    shift
+fi
 scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One thread per process: two test processes on two cores are faster than one that shares its work between them.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile ${selected[@]+"${selected[@]}"} "$@"

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Kill training runs at random moments, continue each with --resume auto, and compare with runs left in peace.
+"""Kill training runs at random moments, resume each with --resume auto, and compare with undisturbed runs.
 
 scripts/torture.py --minutes 60
 scripts/torture.py --kills 25 --processes 1
 
-Each round trains a LeTs Aux-Net on scikit-learn's digits, with a teacher, mixup, drop-path and averaging. It is killed
-by SIGKILL, at a random moment or just when a checkpoint is being written; some get SIGTERM, SIGUSR1 or SIGHUP
-instead; the newest checkpoint is sometimes damaged while nobody looks; and every restart has another number of data
-workers. In the end log.txt, learngene, average and the state of the optimiser have to equal, bit for bit, those of the
-run that nobody disturbed. Exit status 1 if any of them differs.
+Each round trains a LeTs Aux-Net on scikit-learn's digits, with a teacher, mixup, drop-path and EMA. SIGKILL ends it at a
+random moment, or while a checkpoint is written; some runs get SIGTERM, SIGUSR1 or SIGHUP instead. The newest checkpoint
+is sometimes damaged before the restart, and every restart has another number of data workers. At the end log.txt,
+learngene, EMA and optimiser state must equal those of an undisturbed run, bit for bit; exit status 1 if any differs.
 """
 
 import argparse
@@ -39,7 +38,8 @@ from training.loop import main as run_main
 import torch
 from tqdm import tqdm
 
-COMMON = "--data-set DIGITS --input-size 16 --warmup-epochs 1 --device cpu --batch-size {batch} --log-interval 5"
+COMMON = "--data-set DIGITS --train-images 640 --input-size 16 --batch-size {batch} --warmup-epochs 1 --device cpu"
+COMMON += " --log-interval 5"
 TEACHER = "--model test_resnet --epochs 1 --num-workers 0"
 STUDENT = (
     "--src-arch deit_nano_patch4_16_L2_H1 --tgt-arch deit_nano_patch4_16_L4_H2 --epochs 3 --lr 4e-3 --clip-grad 1 "
@@ -53,16 +53,16 @@ ENDINGS = {  # how a run is disturbed → how often
     "SIGHUP": 1,
     "SIGKILL, and the newest checkpoint damaged": 1,
 }
-LONGEST = 240  # seconds; a run that takes longer hangs
+LONGEST = 900  # seconds; a run that takes longer hangs
 
 
-# what the runs import when they need it, imported once for all of them
+# modules that the runs import late, imported once for all of them
 for module in ("matplotlib.figure", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
     import_module(module)
 
 
 class Group:
-    """The processes of one run, forked from this one, so that nothing has to be imported again."""
+    """The processes of one run, forked from this one to save the imports."""
 
     def __init__(self, command: str, processes: int, output: Path):
         with socket.socket() as probe:
@@ -75,7 +75,7 @@ class Group:
         pid = os.fork()
         if pid:
             return pid
-        os.setsid()  # a group of its own, to be killed together with its data workers
+        os.setsid()  # a process group, so that the data workers are killed, too
         if processes > 1:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in world.items()}}
@@ -99,7 +99,7 @@ class Group:
         return len(self.codes) < len(self.pids)
 
     def signal(self, number: int) -> None:
-        """To each process and its data workers, as SLURM does."""
+        """Signal each process and its data workers, as SLURM does."""
         for pid in set(self.pids) - self.codes.keys():
             os.killpg(pid, number)
 
@@ -113,7 +113,7 @@ class Group:
 
 
 def disturb(group: Group, how: str, seconds: float, folder: Path) -> bool:
-    """Let the group run for a while and end it; False if it has ended by itself before."""
+    """End a run after some seconds; False if it has ended by itself before."""
     end = time.monotonic() + seconds
     writing = how == "SIGKILL while a checkpoint is written"
     while group.running():
@@ -128,7 +128,7 @@ def disturb(group: Group, how: str, seconds: float, folder: Path) -> bool:
 
 
 def damage(path: Path) -> None:
-    """Cut a file off, or turn one of its bits, as disks do."""
+    """Truncate a file, or flip one of its bits."""
     content = bytearray(path.read_bytes())
     if random.random() < 0.5:
         content = content[: random.randrange(len(content))]
@@ -138,7 +138,7 @@ def damage(path: Path) -> None:
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """What two finished runs differ in."""
+    """The files and parts of checkpoints in which two finished runs differ."""
     differing = [] if (found / "log.txt").read_bytes() == (expected / "log.txt").read_bytes() else ["log.txt"]
     for name in ("learngene.safetensors", "learngene_ema.safetensors"):
         a, b = (models.load_learngene(folder / name).tensors for folder in (found, expected))
@@ -165,17 +165,17 @@ def equal(a: object, b: object) -> bool:
 
 
 class Torture:
-    """Rounds of one run each, and what was counted."""
+    """Rounds of one run each, with counts of kills and differences."""
 
     def __init__(self, folder: Path, processes: Sequence[int]):
         self.folder, self.counts = folder, Counter()
         self.endings = Counter()
-        self.peaceful: dict[int, tuple[Path, float]] = {}
+        self.undisturbed: dict[int, tuple[Path, float]] = {}
         self.finish(TEACHER + " " + COMMON.format(batch=64), 1, "teacher")
         for number in processes:
             start = time.monotonic()
             path = self.finish(self.command(number), number, f"undisturbed-{number}")
-            self.peaceful[number] = path, time.monotonic() - start
+            self.undisturbed[number] = path, time.monotonic() - start
 
     def command(self, processes: int) -> str:
         teacher = self.folder / "teacher" / "model.safetensors"
@@ -190,8 +190,8 @@ class Torture:
         return path
 
     def round(self, processes: int, most: float, bar: tqdm) -> None:
-        """One run, disturbed until it is finished or ``most`` kills are reached in all rounds."""
-        expected, seconds = self.peaceful[processes]
+        """Kill and restart one run until it finishes, or until ``most`` kills are reached in all rounds."""
+        expected, seconds = self.undisturbed[processes]
         path, output = self.folder / "round", self.folder / "round.txt"
         shutil.rmtree(path, ignore_errors=True)
         output.unlink(missing_ok=True)
@@ -209,9 +209,9 @@ class Torture:
             self.endings[how] += 1
             bar.update()
             bar.set_postfix(kills=self.kills, differences=self.counts["differences"])
-        said = output.read_text()
-        self.counts["checkpoints read"] += said.count("continuing from ")
-        self.counts["damaged checkpoints passed over"] += said.count("passes over ")
+        printed = output.read_text()
+        self.counts["checkpoints read"] += printed.count("continuing from ")
+        self.counts["damaged checkpoints passed over"] += printed.count("passes over ")
         self.counts["rounds"] += 1
         for difference in differences(path, expected):
             self.counts["differences"] += 1
@@ -226,16 +226,16 @@ class Torture:
         lines = [f"{self.counts[name]:6} {name}" for name in names]
         lines[2:2] = [f"{self.kills:6} kills", *(f"{self.endings[how]:10} {how}" for how in ENDINGS)]
         return "\n".join(
-            [f"{seconds / 60:.1f} minutes, processes per run: {', '.join(map(str, self.peaceful))}", *lines]
+            [f"{seconds / 60:.1f} minutes, processes per run: {', '.join(map(str, self.undisturbed))}", *lines]
         )
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after so many minutes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no round after this many minutes")
     parser.add_argument("--kills", type=int, default=None, help="stop after so many kills")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="per run, in turn")
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; default: another one each time")
+    parser.add_argument("--seed", type=int, default=None, help="of the random moments; default: a new one each time")
     args = parser.parse_args(argv)
     if args.kills is None and args.minutes == float("inf"):
         parser.error("give --minutes or --kills")

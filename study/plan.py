@@ -1,11 +1,11 @@
-"""A study as its YAML file describes it: the runs of main.py, what each of them needs, and what it costs.
+"""The runs of a study: the options of main.py, the runs that each one depends on, and what each one costs.
 
-Everything that can be wrong in the file is found here, before anything runs.
+`study.study_file` reads the YAML file; `plan` makes the runs and checks their options before anything starts.
 """
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -14,11 +14,10 @@ from statistics import mean
 
 import models
 from common.errors import InputError, error_context, nearest
-from common.files import read_yaml
 from datasets import build_dataset, train_holdout_split
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
-from study.results import lists_of, read_report
+from study.results import slug
 from training.build_model import CHANNELS, build_model, create_sized, descendants_of, input_size_of
 from training.checks import check_kind
 from training.config import Parser, arguments_of, parse_options
@@ -27,20 +26,12 @@ from training.setup import is_address
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-KINDS = ("teacher", "stage1", "vit")
-EVALUATED, START = 10_000, 10**10  # about the images of an evaluation, and the MACs that a run's beginning is worth
-SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
-INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what they are before training
-NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # places and speed
+EVALUATED = 10_000  # images of an evaluation, about
+START = 10**10  # MACs that take about as long as the start of a run
+NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # where and how fast a run works
 FILES = ("finetune", "init-path", "load-gene", "src-path", "teacher-path")  # options that name one
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
-WEIGHTS = ("model.safetensors", "learngene.safetensors")  # what of a run others may refer to
-
-LIST, TEXT, MAP = (list,), (str,), (dict,)
-STUDY_KEYS = {"study": TEXT, "sizes": MAP, "seeds": LIST, "options": MAP, "data": MAP, "tuning": MAP, "runs": MAP}
-STUDY_KEYS |= {"report": MAP}
-GROUP_KEYS = {"kind": TEXT, "method": TEXT, "data": TEXT, "sizes": LIST, "seeds": LIST, "epochs": (int, list)}
-GROUP_KEYS |= {"lr": (int, float, list, str), "tuning": MAP, "stored": (str, list), "options": MAP}
+WEIGHTS = ("model.safetensors", "learngene.safetensors")  # files of a run that other runs may load
 
 
 @dataclass
@@ -54,12 +45,12 @@ class Group:
     sizes: list[str]  # [""] where the runs have none
     seeds: list[int]
     epochs: list[int]  # of its runs
-    before: bool  # whether what its runs are before training is a row of its own
-    lrs: list[float]  # a grid to be tuned if they are more than one
-    lr_of: str | None  # the group whose learning rates are taken
+    before: bool  # whether the accuracy before training is a row of its own
+    lrs: list[float]  # more than one: a grid to tune
+    lr_of: str | None  # the group whose learning rates it uses
     tuning: dict
     options: dict
-    stored: list[str]  # references to what has to be stored for the family; empty: to the run itself
+    stored: list[str]  # references to the runs whose weights are stored for the family; empty: the run itself
 
     @property
     def slug(self) -> str:
@@ -68,25 +59,25 @@ class Group:
 
 @dataclass(eq=False)
 class Run:
-    """A run of main.py; ``needs`` are the runs that its options refer to, by their references."""
+    """A run of main.py; ``needs`` maps the references in its options to runs."""
 
     group: Group
     size: str
     epochs: int
     seed: int
-    lr: float | None  # None: chosen by ``tuned_by``
+    lr: float | None  # None: the best of ``tuned_by``
     tuning: bool = False
     options: dict = field(default_factory=dict)
     needs: dict[str, "Run"] = field(default_factory=dict)
     stored: list["Run"] = field(default_factory=list)
     tuned_by: list["Run"] = field(default_factory=list)
-    images: int = 0  # that it trains on, counted as often as it sees them
+    images: int = 0  # training images seen, repetitions counted
     macs: int = 0
-    cost: int = 0  # macs and what a run does besides, roughly
+    cost: int = 0  # macs, plus an estimate of evaluation and start
 
     @property
     def folder(self) -> Path:
-        """Relative to that of the study."""
+        """Relative to the folder of the study."""
         if self.tuning:
             return Path("tuning", self.group.slug, str(self.epochs), f"{self.lr:g}")
         return Path("runs", self.group.slug, self.size, str(self.epochs), str(self.seed))
@@ -97,12 +88,12 @@ class Run:
 
     @property
     def identity(self) -> dict:
-        """What its result follows from, but for the learning rate, as a file gives it back."""
+        """The options that its result depends on, without the learning rate."""
         options = {name: value for name, value in self.options.items() if name not in NOT_THE_RESULT}
         return {**options, "epochs": self.epochs, "seed": self.seed}
 
     def arguments(self, root: Path, lr: float | None) -> list[str]:
-        """The command line of main.py, with the study's files in ``root``."""
+        """The command line of main.py, where ``root`` is the folder of the study."""
         options = dict(self.options)
         for name, value in options.items():
             for reference, run in self.needs.items() if isinstance(value, str) else ():
@@ -119,7 +110,7 @@ class Run:
 
 @dataclass
 class Study:
-    """What the YAML file says, and the runs that follow from it."""
+    """The content of the YAML file, and the runs that it describes."""
 
     name: str
     sizes: dict[str, str]
@@ -136,155 +127,17 @@ class Study:
         return [*self.runs.values(), *dict.fromkeys(run for grid in self.grids.values() for run in grid)]
 
 
-def slug(name: str) -> str:
-    """A name as that of a folder."""
-    return re.sub(r"[^\w.+-]+", "_", name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_study(path: Path) -> Study:
-    """The study of a YAML file, with all its runs planned.
-
-    Raises:
-        InputError: the file is not one of a study, or its runs cannot work.
-    """
-    content = read_yaml(path)
-    with error_context(str(path)):
-        check_keys(content, STUDY_KEYS, "the study", needed=("study", "seeds", "data", "runs"))
-        if slug(content["study"]) != content["study"]:
-            raise InputError(f"study is {content['study']!r}: expected a name that a folder can have")
-        sizes, tuning = content.get("sizes", {}), content.get("tuning", {})
-        for name, arch in sizes.items():
-            with error_context(f"sizes, {name}"):
-                models.parse_arch(str(arch))
-            if slug(str(name)) != name:
-                raise InputError(f"sizes: {name!r} is no name that a folder can have")
-        check_keys(tuning, {"seed": (int,), "size": TEXT, "holdout": (int,)}, "tuning")
-        options = named_options(content.get("options", {}), "options")
-        data = {name: named_options(entry, f"data, {name}") for name, entry in content["data"].items()}
-        study = Study(content["study"], sizes, content["seeds"], options, data, tuning, {})
-        check_numbers(study.seeds, "seeds")
-        for name, entry in content["runs"].items():
-            with error_context(f"runs, {name}"):
-                study.groups[name] = read_group(str(name), entry, study)
-        check_names(study)
-        if "report" in content:
-            read_report(content, {group.method for group in study.groups.values()}, study.data)
-        plan(study)
-    return study
-
-
-def check_keys(content: object, known: Mapping[str, tuple[type, ...]], where: str, needed: Sequence[str] = ()) -> None:
-    """Raises InputError unless ``content`` has the keys that it needs, and no others, with values of their types."""
-    if not isinstance(content, dict):
-        raise InputError(f"{where} is {content!r}: expected lines of 'key: value'")
-    for key, value in content.items():
-        if key not in known:
-            raise InputError(f"{where} has an unknown key {key}: expected some of {', '.join(known)}")
-        if type(value) not in known[key]:
-            expected = " or ".join(kind.__name__ for kind in known[key])
-            raise InputError(f"{where}: {key} is {value!r}, expected {expected}")
-    if missing := [key for key in needed if not content.get(key)]:
-        raise InputError(f"{where} has no {missing[0]}")
-
-
-def check_numbers(values: list | None, what: str) -> None:
-    if not values or len(set(values)) < len(values) or not all(type(value) is int and value >= 0 for value in values):
-        raise InputError(f"{what} are {values}: expected different whole numbers")
-
-
-def named_options(options: object, where: str) -> dict:
-    """Options of main.py, written with '-'."""
-    if not isinstance(options, dict):
-        raise InputError(f"{where} is {options!r}: expected lines of 'option: value'")
-    options = {str(name).replace("_", "-"): value for name, value in options.items()}
-    if given := [name for name in options if name in SET_BY_THE_STUDY]:
-        raise InputError(f"{where}: {given[0]} is not an option here: it is set for every run")
-    return options
-
-
-def read_group(name: str, entry: object, study: Study) -> Group:
-    check_keys(entry, GROUP_KEYS, "the group", needed=("kind", "data"))
-    kind = entry["kind"]
-    sizes, epochs, seeds = lists_of(entry, vars(study)).values()
-    if kind not in KINDS:
-        raise InputError(f"kind is {kind}: expected {', '.join(KINDS)}")
-    if entry["data"] not in study.data:
-        raise InputError(f"data is {entry['data']}: expected {' or '.join(study.data)}, as there are under data")
-    if kind != "vit" and "sizes" in entry:
-        raise InputError(f"sizes are those of ViTs: expected none for kind {kind}")
-    if unknown := [size for size in sizes if size not in study.sizes]:
-        raise InputError(f"size {unknown[0]} is not among sizes{nearest(str(unknown[0]), study.sizes)}")
-    check_numbers(seeds, "seeds")
-    options = named_options(entry.get("options", {}), "options")
-    tuning = entry.get("tuning", {})
-    check_keys(tuning, {"epochs": (int,), "size": TEXT, "options": MAP}, "tuning")
-    check_numbers(epochs, "epochs")
-    if kind != "vit" and (len(epochs) > 1 or not epochs[0]):
-        raise InputError(f"epochs are {epochs}: expected one number above 0 for kind {kind}")
-    before = 0 in epochs and any(epochs) and bool(options.keys() & set(INITIALISED))
-    lrs, lr_of = learning_rates(entry.get("lr", []))
-    if any(epochs) and not lrs and lr_of is None:
-        raise InputError("lr is missing: expected a number, a list to choose from, or the name of a group")
-    stored = entry.get("stored", [])
-    return Group(
-        name=name,
-        kind=kind,
-        method=entry.get("method", name),
-        data=entry["data"],
-        sizes=list(sizes) if kind == "vit" else [""],
-        seeds=list(seeds),
-        epochs=sorted(number for number in epochs if number or not before),
-        before=before,
-        lrs=lrs,
-        lr_of=lr_of,
-        tuning={**tuning, "options": named_options(tuning.get("options", {}), "tuning, options")},
-        options=options,
-        stored=stored if isinstance(stored, list) else [stored],
-    )
-
-
-def learning_rates(lr: object) -> tuple[list[float], str | None]:
-    """Numbers, or the name of a group. In YAML 1e-3 is a text, unlike 1.0e-3."""
-    try:
-        rates = sorted(float(rate) for rate in (lr if isinstance(lr, list) else [lr]))
-    except (TypeError, ValueError):
-        if isinstance(lr, str):
-            return [], lr
-        raise InputError(f"lr is {lr}: expected numbers") from None
-    if len(set(rates)) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
-        raise InputError(f"lr is {lr}: expected different numbers above 0")
-    return rates, None
-
-
-def check_names(study: Study) -> None:
-    """Raises InputError where names of groups cannot be told apart, or those of other groups are unknown."""
-    slugs: dict[str, str] = {}
-    for name, group in study.groups.items():
-        if re.search(r"[{}/]", name) or name in ("arch", "size", "depth", "heads"):
-            raise InputError(f"runs: {name!r} cannot be the name of a group, as references would mean something else")
-        if group.slug in slugs:
-            raise InputError(f"runs: {name!r} and {slugs[group.slug]!r} would have the same folder: rename one")
-        slugs[group.slug] = name
-        if group.lr_of is not None and group.lr_of not in study.groups:
-            raise InputError(f"runs, {name}: lr is {group.lr_of}, which is no group{near(group.lr_of, study)}")
-
-
-def near(name: str, study: Study) -> str:
-    return nearest(name, study.groups)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Planning
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def plan(study: Study) -> None:
-    """Make the runs, tie them to those that they need, and see to it that each of them can work."""
+    """Make the runs, resolve what they refer to, and check their options.
+
+    Raises:
+        InputError: a run cannot work, or runs depend on each other in a circle.
+    """
     for group in study.groups.values():
         for size in group.sizes:
             for epochs in group.epochs:
@@ -295,7 +148,7 @@ def plan(study: Study) -> None:
             study.grids |= grids_of(group, study)
     for run in study.all_runs:
         with error_context(f"runs, {run.group.name}"):
-            tie(run, study)
+            resolve_options(run, study)
             run.tuned_by = tuning_of(run.group, run.epochs, study) if run.lr is None and run.epochs else []
     for run in study.all_runs:  # a rate that is taken from a group with one needs no tuning
         if run.lr is None and run.epochs and not run.tuned_by:
@@ -311,7 +164,7 @@ def plan(study: Study) -> None:
 
 
 def grids_of(group: Group, study: Study) -> dict[tuple, list[Run]]:
-    """The runs that choose the learning rate for each number of epochs; they need not train for as many."""
+    """The runs that tune the learning rate for each number of epochs; they may train for fewer epochs."""
     size = group.tuning.get("size", study.tuning.get("size")) if group.kind == "vit" else ""
     if size not in group.sizes:
         raise InputError(
@@ -327,7 +180,7 @@ def grids_of(group: Group, study: Study) -> dict[tuple, list[Run]]:
 
 
 def source_of_lr(group: Group, study: Study) -> Group:
-    """The group that has the learning rates of ``group``."""
+    """The group whose learning rates ``group`` uses."""
     seen = [group.name]
     while group.lr_of is not None:
         group = study.groups[group.lr_of]
@@ -338,7 +191,7 @@ def source_of_lr(group: Group, study: Study) -> Group:
 
 
 def tuning_of(group: Group, epochs: int, study: Study) -> list[Run]:
-    """The runs that choose its learning rate; none where one is given."""
+    """The runs that tune the learning rate of a group; none where the rate is given."""
     source = source_of_lr(group, study)
     if len(source.lrs) == 1:
         return []
@@ -347,24 +200,24 @@ def tuning_of(group: Group, epochs: int, study: Study) -> list[Run]:
     return study.grids[source.name, epochs]
 
 
-def tie(run: Run, study: Study) -> None:
-    """Fill in the options of a run, and find the runs that they refer to."""
+def resolve_options(run: Run, study: Study) -> None:
+    """Set the options of a run, and find the runs that they refer to."""
     group = run.group
     options = study.options | study.data[group.data] | group.options
     if run.tuning:
         options |= {"holdout": study.tuning["holdout"]} | group.tuning["options"]
     for name, value in options.items():
-        run.options[name] = fill(value, run, study) if isinstance(value, str) else value
+        run.options[name] = substitute(value, run, study) if isinstance(value, str) else value
         for reference, rest in re.findall(r"\{([^{}]*)\}([^{}]*)", str(run.options[name])):
             run.needs[reference] = resolve(reference, run, study)
             if rest.lstrip("/") not in WEIGHTS:
                 raise InputError(f"{name} is {value}: expected {' or '.join(WEIGHTS)} of that run")
     if not run.tuning:
-        run.stored = [resolve(fill(reference, run, study), run, study) for reference in group.stored]
+        run.stored = [resolve(substitute(reference, run, study), run, study) for reference in group.stored]
 
 
-def fill(text: str, run: Run, study: Study) -> str:
-    """``text`` with what stands for the run's size."""
+def substitute(text: str, run: Run, study: Study) -> str:
+    """``text`` with ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` replaced by those of the run."""
     if run.size:
         arch = models.parse_arch(study.sizes[run.size])
         names = {"arch": study.sizes[run.size], "size": run.size, "depth": arch.depth, "heads": arch.num_heads}
@@ -374,15 +227,15 @@ def fill(text: str, run: Run, study: Study) -> str:
 
 
 def resolve(reference: str, run: Run, study: Study) -> Run:
-    """The run that ``group`` or ``group/size/epochs`` means for ``run``.
+    """The run that a reference of ``run``, ``group`` or ``group/size/epochs``, stands for.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such run.
     """
     name, *rest = reference.split("/")
     group = study.groups.get(name)
     if group is None:
-        raise InputError(f"{{{reference}}} refers to {name}, which is no group{near(name, study)}")
+        raise InputError(f"{{{reference}}} refers to {name}, which is no group{nearest(name, study.groups)}")
     if len(rest) not in (0, 2) or (not rest and len(group.epochs) > 1):
         raise InputError(f"{{{reference}}}: expected {{{name}}}, or {{{name}/SIZE/EPOCHS}} if it has several")
     size, epochs = rest or (run.size if group.kind == "vit" else "", group.epochs[0])
@@ -396,10 +249,10 @@ def resolve(reference: str, run: Run, study: Study) -> Run:
 
 
 def order_of(runs: list[Run]) -> list[Run]:
-    """The runs such that each comes after those that it needs.
+    """The runs in an order in which each comes after those that it depends on.
 
     Raises:
-        InputError: they need each other in a circle.
+        InputError: they depend on each other in a circle.
     """
     try:
         return [*TopologicalSorter({run: run.after for run in runs}).static_order()]

@@ -14,6 +14,7 @@ from pathlib import Path
 import models
 from common.files import atomic_write
 from options import local_path
+from study.archive import ARCHIVE, check_rows
 from study.claims import claims, family_macs
 from study.plots import draw_ablations, draw_cost, draw_epochs, draw_family
 from study.results import NONE, Results, after, cell, in_short, in_units, read_results, table
@@ -193,9 +194,11 @@ def write(folder: Path) -> None:
     Of a study that does not say what to compare, under ``report``, tables.md alone.
 
     Raises:
-        InputError: study.yaml or results.csv is missing, or is not what a study leaves.
+        InputError: study.yaml or results.csv is missing or malformed, or differs from the logs in the archive.
     """
     study = read_results(folder)
+    if (folder / ARCHIVE).exists():
+        check_rows(folder / ARCHIVE, study.rows)
     texts = {"tables": tables, "claims": claims, "summary": summary} if study.report else {"tables": trials}
     for name, lines in texts.items():
         with atomic_write(folder / f"{name}.md") as unfinished:

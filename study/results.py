@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,12 @@ from common.errors import InputError, one_line
 from common.files import read_yaml
 
 NONE = "–"  # what stands in a table where there is no run yet
+
+
+def slug(name: str) -> str:
+    """A name of a group as that of a folder."""
+    return re.sub(r"[^\w.+-]+", "_", name)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # study.yaml

@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from common.files import read_checkpoint
+
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -26,6 +30,12 @@ SECONDS = 600  # a run that lasts longer hangs, and is ended; a busy machine tak
 # AdamW follows rounding errors where the exact gradient is zero, as it is of the keys' biases, unless its epsilon is
 # larger than they are: runs whose sums have another order can then be compared.
 COMPARABLE = "--opt-eps 1e-6"
+
+
+@pytest.fixture(scope="session")
+def all_tests(request) -> bool:
+    """Whether all tests run, and not only those of scripts/test.sh without --all."""
+    return "not full" not in request.config.option.markexpr
 
 
 class Run(NamedTuple):
@@ -69,6 +79,38 @@ def run_main(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+@contextmanager
+def started(*args: object, launcher: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    """main.py in a process of its own, whose output is read while it runs; both streams are one."""
+    command = [sys.executable, *launcher, str(MAIN), *map(str, args)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """The output up to the line that holds ``text``."""
+    read = ""
+    for line in process.stdout:
+        read += line
+        if text in line:
+            return read
+    raise AssertionError(f"it ended without {text!r}:\n{read}")
+
+
+def epochs_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def position_of(path: Path) -> tuple[int, int]:
+    """The epoch that a checkpoint is in, and the images it has seen of it."""
+    content = read_checkpoint(path)
+    return content["epoch"] + 1, content["position"]["images"]
+
+
 def assert_same_result(found: Path, expected: Path) -> None:
     """Two runs of stage 1 have left the same log and, bit for bit, the same weights."""
     assert (found / "log.txt").read_text() == (expected / "log.txt").read_text()
@@ -88,7 +130,8 @@ def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
     """
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps([*runs.values()]))
-    subprocess.run([sys.executable, __file__, str(folder)], env=ENVIRONMENT, check=True)
+    environment = {**ENVIRONMENT, "PYTHONPATH": PYTHONPATH}
+    subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True)
     codes = json.loads((folder / "codes.json").read_text())
     return {
         name: Outcome(codes[i], (folder / f"{i}.stdout").read_text(), (folder / f"{i}.stderr").read_text())
@@ -144,5 +187,4 @@ def become(run: Run, rank: int, port: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(MAIN.parent))
     fork_runs(Path(sys.argv[1]))

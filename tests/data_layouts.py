@@ -1,16 +1,21 @@
 """Data sets of image files in their real layouts; the colour of a picture says its class, number and split."""
 
+import gzip
 import hashlib
 import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import InputError
+from datasets import build_dataset
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets as tv
+from torchvision.transforms import PILToTensor
 
 
 def colour(label: int, number: int, is_train: bool) -> tuple[int, int, int]:
@@ -119,3 +124,34 @@ def make_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, kind: type[tv.CIFAR1
     monkeypatch.setattr(kind, "train_list", train_list)
     monkeypatch.setattr(kind, "test_list", [write(kind.test_list[0][0], False, slice(None))])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(meta)})
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The idx format of MNIST."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def make_fmnist(folder: Path, zipped: bool = True) -> dict[str, np.ndarray]:
+    """The four files with random images; the arrays by the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 20), ("t10k", 10)):
+        arrays[f"{part}-images-idx3-ubyte"] = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count) % 10
+    for name, array in arrays.items():
+        file = folder / (f"{name}.gz" if zipped else name)
+        file.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    return arrays
+
+
+def message_of(name: str, root: Path | None, is_train: bool = False) -> str:
+    """The message with which a data set is refused."""
+    with pytest.raises(InputError) as raised:
+        build_dataset(name, root and str(root), is_train, PILToTensor())
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "download=True" not in message  # which is no option here
+    assert "--data-path" in message or str(root) in message
+    return message

@@ -13,7 +13,7 @@ from datasets import build_transform
 from losses import BinaryCrossEntropy
 from options import option_parser
 from scripts import convert_learngene, make_family
-from study.runner import parse
+from study.command_line import parse
 from training.build_data import build_mixup
 from training.config import parse_options
 
@@ -222,6 +222,7 @@ def test_what_is_not_done_is_said_in_one_line(results, args):
     assert not [part for part in REFUSED[args] if part not in line], line
 
 
+@pytest.mark.full
 def test_the_launcher_without_use_env(tmp_path):
     """It passes --local-rank, another one to each process."""
     launcher = f"-m torch.distributed.launch --nproc_per_node 2 --master_port {free_port()} {MAIN}"

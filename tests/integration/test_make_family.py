@@ -313,6 +313,7 @@ def test_fine_tuning(gene, tmp_path, run_here, monkeypatch):
     assert said_in_one_sentence(other_rate, "was made with lr 0.0005, not 0.001")
 
 
+@pytest.mark.full
 def test_training_that_fails(gene, tmp_path, run_here):
     options = ["--load-gene", gene, "--depths", "1", "--heads", "1", *DIGITS, "--output-dir", tmp_path, "--epochs", 1]
     outcome = run_here(*options, *MAIN_OPTIONS, "--teacher-path", "no.pth", "--distillation-type", "soft")

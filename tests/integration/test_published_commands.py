@@ -236,7 +236,12 @@ def command_line(case: Case, imagenet: Path, folder: Path, teacher: Path, gene: 
     return launcher + program
 
 
-@pytest.mark.parametrize("name", CASES)
+FIRST = ("tleg-aux-ti", "tleg-des-ti")  # under two launchers, each in two processes
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.full) for name in CASES]
+)
 def test_command_runs_as_published(name: str, outcome_of: Callable[[str], Outcome]):
     case, outcome = CASES[name], outcome_of(name)
     assert outcome.status == 0, outcome.output

@@ -10,10 +10,13 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import models
+from study.archive import ARCHIVE, read_archive
 
 import numpy as np
 import pytest
@@ -78,7 +81,8 @@ class Piece(NamedTuple):
     stderr: str
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True)
+class Done:
     folder: Path
     pieces: list[Piece]
 
@@ -89,6 +93,11 @@ class Done(NamedTuple):
     @property
     def results(self) -> Path:
         return self.folder / "results" / "tiny"
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """The texts in the archive of logs and options, by their names."""
+        return read_archive(self.results / ARCHIVE)
 
     def rows(self, name: str = "results") -> list[dict[str, str]]:
         with open(self.results / f"{name}.csv", newline="") as file:
@@ -171,11 +180,11 @@ def test_no_time_left(copy, run_here, removed, rows):
 
 
 def test_runs_are_those_of_the_file(done):
-    args = yaml.safe_load((done.results / "runs/LeTs/L1-H1/1/1/args.yaml").read_text())
+    args = yaml.safe_load(done.kept["runs/LeTs/L1-H1/1/1/args.yaml"])
     assert args["load_gene"] == "output/study/tiny/runs/LeTs_stage_1/2/1/learngene.safetensors"
     assert (args["des_arch"], args["seed"], args["epochs"], args["lr"]) == ("deit_nano_patch8_16_L1_H1", 1, 1, 3e-3)
     assert (args["train_images"], args["cache_data"], args["repeated_aug"]) == (320, True, False)
-    args = yaml.safe_load((done.results / "runs/LeTs_stage_1/2/1/args.yaml").read_text())
+    args = yaml.safe_load(done.kept["runs/LeTs_stage_1/2/1/args.yaml"])
     assert args["teacher_path"] == "output/study/tiny/runs/teacher/1/0/model.safetensors"
     assert "holdout" not in args
     args = yaml.safe_load((done.root / "tuning/LeTs_stage_1/1/0.003/args.yaml").read_text())
@@ -218,9 +227,9 @@ def test_table(done):
     gene = sum(t.numel() for t in load_file(done.root / "runs/LeTs_stage_1/2/0/learngene.safetensors").values())
     stored = {"LeTs": gene, "weight selection": large.num_params(10)}
     for (method, kind, size, epochs, seed), row in rows.items():
-        folder = done.results / "runs" / ("LeTs_stage_1" if kind == "stage1" else method.replace(" ", "_")) / size
+        folder = Path("runs", "LeTs_stage_1" if kind == "stage1" else method.replace(" ", "_"), size)
         log = folder / (epochs if method != "LeTs" or kind == "stage1" else "1") / seed / "log.txt"
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for line in done.kept[str(log)].splitlines()]
         (line,) = (line for line in lines if line["epoch"] == int(epochs) - 1)
         assert float(row["accuracy"]) == line["test_acc1"]
         assert int(row["parameters"]) == line["n_parameters"]
@@ -236,10 +245,13 @@ def test_table(done):
 
 
 def test_what_is_kept(done):
-    kept = [path.relative_to(done.results) for path in done.results.rglob("*") if path.is_file()]
-    assert {path.name for path in kept if path.parts[0] == "runs"} == {"log.txt", "args.yaml"}
-    assert sum(path.name == "log.txt" for path in kept) == 8
-    assert {"results.csv", "tuning.csv", "tables.md", "study.yaml"} <= {str(path) for path in kept}
+    for name, text in done.kept.items():
+        assert text == (done.root / name).read_text()
+    assert {Path(name).name for name in done.kept} == {"log.txt", "args.yaml"}
+    assert len(done.kept) == 2 * 8
+    kept = {path.name for path in done.results.iterdir()}
+    assert {"results.csv", "tuning.csv", "tables.md", "study.yaml", "runs.tar.gz"} <= kept
+    assert not any(path.is_dir() for path in done.results.iterdir())
     assert (done.results / "study.yaml").read_text() == STUDY
     assert not [*done.root.rglob("*checkpoint*")]
 

@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 LEARNGENE, AUX, DES = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2", "deit_nano_patch8_16_L3_H2"
-DIGITS = "--data-set DIGITS --batch-size 48 --num-workers 0 --warmup-epochs 0 --epochs 1"
+DIGITS = "--data-set DIGITS --train-images 480 --batch-size 48 --num-workers 0 --warmup-epochs 0 --epochs 1"
 LETS = f"--src-arch {LEARNGENE} --tgt-arch {AUX}"
 DISTIL = "--teacher-model test_resnet --teacher-path OUT/teacher/model.safetensors --distillation-type"
-RESUMED = f"{LETS} {DISTIL} hard --epochs 2 --lr 5e-3 --log-interval 1"
+RESUMED = f"{LETS} {DISTIL} hard --train-images 1437 --epochs 2 --lr 5e-3 --log-interval 1"
 ALIKE = f"{LETS} --mixup 0 --cutmix 0 --drop-path 0 --lr 2e-3 --clip-grad 1 {COMPARABLE}"
 UNEVEN = f"--data-set FOLDER --data-path OUT/uneven --batch-size 4 --eval --model {AUX}"
 DESCEND = f"--des-arch {DES} --load-gene OUT"
@@ -48,7 +48,7 @@ PHASES = [
         "one": (f"{ALIKE} --batch-size 64", 1),
         "two": (f"{ALIKE} --batch-size 32", 2),
         "accumulated": (f"{ALIKE} --batch-size 16 --accum-iter 2", 2),
-        "one-step": (f"--model {AUX} --batch-size 1400 --lr 1e30 --unscale-lr", 1),
+        "one-step": (f"--model {AUX} --batch-size 480 --lr 1e30 --unscale-lr", 1),
         "uneven1": (UNEVEN, 1),
         "uneven2": (UNEVEN, 2),
         "uneven3": (UNEVEN, 3),
@@ -206,7 +206,7 @@ def test_eval(runs, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_resuming_gives_the_run_that_was_never_interrupted(runs, processes):
     name = f"parts{processes}"
     arguments = runs.arguments(name, RESUMED)
@@ -245,7 +245,7 @@ def test_two_processes_give_the_result_of_one(runs, name):
     """The same images with the same augmentation in every step; mixup would pair others."""
     one, two = (load_file(runs.folder(run) / "learngene.safetensors") for run in ("one", name))
     for key in one:
-        torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(two[key], one[key], atol=1e-4, rtol=1e-3)
     a, b = runs.log("one")[0], runs.log(name)[0]
     assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
 

@@ -1,36 +1,30 @@
-"""Data as people have them: class names, other files among the images, one split alone, more than 8 bits, downloads."""
+"""Data as people have them: class names, other files among the images, one split alone."""
 
 import io
 import json
 import shutil
-import struct
 import sys
 import tarfile
-import threading
-import zlib
-from collections.abc import Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
 from pathlib import Path
 
 import models
 from common.errors import InputError
 from datasets import build_dataset
 from models.learngene import save_published
-from pipeline import folders, images
-from pipeline.folders import find_folder
+from pipeline import folders
 from scripts import make_shards, predict
 from training.config import parse_options
 from training.label_check import check_names
 from training.loop import train
-from training.setup import fetch_data, set_up
+from training.setup import set_up
 
 import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, Outcome, Run, run_many
-from data_layouts import make_cifar
 from hub_stand_in import HubStandIn
+from image_files import DEEP, FRACTIONS, held, saved
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
@@ -309,75 +303,14 @@ def test_a_checkpoint_of_ten_classes_is_refused_for_three(done):
     assert "has 3 classes, the data 10" in refusal(done["evaluation from memory"])  # and not for want of images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# More than 8 bits
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEEP = np.tile(np.linspace(0, 65535, 512).round().astype(np.uint16), (8, 1))
-TWIN = np.rint(DEEP / 257).astype(np.uint8)
-
-
-def saved(pixels: np.ndarray, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format=kind, **options)
-    return file.getvalue()
-
-
-def tiff(data: bytes, bits: int, kind: int = 1, photometric: int = 1, order: str = "<") -> bytes:
-    """One grey image of the size of `DEEP`, as it can be but Pillow does not write it."""
-    tags = [(256, 512), (257, 8), (258, bits), (259, 1), (262, photometric), (277, 1), (278, 8), (339, kind)]
-    tags = [struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags]
-    tags += [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in ((273, 8), (279, len(data)))]
-    tags.sort(key=lambda entry: struct.unpack(f"{order}H", entry[:2]))
-    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
-    return start + data + struct.pack(f"{order}H", len(tags)) + b"".join(tags) + bytes(4)
-
-
-def twelve_bits() -> bytes:
-    first, second = (DEEP >> 4).reshape(-1, 2).T
-    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
-
-
-def png(colour: int, *channels: np.ndarray) -> bytes:
-    rows = np.stack(channels, 2).astype(">u2")
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", 512, 8, 16, colour, 0, 0, 0)}
-    chunks |= {b"IDAT": zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)), b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks.items()
-    )
-
-
-FRACTIONS = (DEEP / 65535).astype(np.float32)
-DEEP_FILES = {
-    "png": lambda: saved(DEEP, "PNG"),
-    "png with alpha": lambda: png(4, DEEP, np.full_like(DEEP, 65535)),
-    "png in colour": lambda: png(2, DEEP, DEEP, DEEP),
-    "tiff": lambda: saved(DEEP, "TIFF"),
-    "tiff, packed": lambda: saved(DEEP, "TIFF", compression="tiff_lzw"),
-    "tiff of the other byte order": lambda: tiff(DEEP.astype(">u2").tobytes(), 16, order=">"),
-    "tiff, white is zero": lambda: tiff((65535 - DEEP).astype("<u2").tobytes(), 16, photometric=0),
-    "tiff, 12 bits": lambda: tiff(twelve_bits(), 12),
-    "tiff, signed": lambda: tiff((DEEP >> 1).astype("<i2").tobytes(), 16, kind=2),
-    "tiff, 32 bits": lambda: saved(DEEP.astype(np.int32), "TIFF"),
-    "tiff, 8 of 32 bits": lambda: saved(TWIN.astype(np.int32), "TIFF"),
-    "tiff, fractions": lambda: saved(FRACTIONS, "TIFF"),
-    "tiff, fractions, white is zero": lambda: tiff((1 - FRACTIONS).astype("<f4").tobytes(), 32, 3, photometric=0),
-    "tiff, whole numbers as floats": lambda: saved(DEEP.astype(np.float32), "TIFF"),
-    "tiff, 8 bits as floats": lambda: saved(TWIN.astype(np.float32), "TIFF"),
-    "pgm": lambda: saved(DEEP, "PPM"),
-    "pgm, 10 bits": lambda: b"P5 512 8 1023\n" + (DEEP >> 6).astype(">u2").tobytes(),
-    "pgm in words": lambda: b"P2 512 8 65535\n" + " ".join(map(str, DEEP.flat)).encode(),
-}
-
-
-@pytest.mark.parametrize("name", DEEP_FILES)
-def test_deep_images_are_scaled_to_8_bits(name, tmp_path):
-    """By every reader: those of folders and shards call `decode`, predict.py has its own limits."""
-    (tmp_path / "image").write_bytes(DEEP_FILES[name]())
-    for found in (images.decode(open(tmp_path / "image", "rb")), predict.read_picture(tmp_path / "image")):  # noqa: SIM115
-        assert found.mode == "RGB"
-        assert np.abs(np.asarray(found).astype(int) - TWIN[..., None]).max() <= 1
+def test_what_cannot_be_downloaded_is_said(done):
+    message = refusal(done["download of a folder"])
+    assert "--download cannot fetch FOLDER" in message
+    assert "CIFAR10, CIFAR100, FLOWERS, FMNIST, FOOD101" in message
+    with pytest.raises(InputError, match=r"cannot fetch CARS .*no longer"):
+        folders.download("CARS", "/nowhere")
+    with pytest.raises(InputError, match="needs --data-path"):
+        folders.download("FMNIST", None)
 
 
 @pytest.mark.parametrize("pixels", [FRACTIONS * 1.5, FRACTIONS - 0.5, FRACTIONS * np.nan, DEEP.astype(np.int32) * 2])
@@ -388,50 +321,6 @@ def test_numbers_whose_white_is_not_known_are_refused(pixels, tmp_path):
     options = f"{COMMON} {tmp_path} --model {VIT} --epochs 0"
     with pytest.raises(InputError, match=r"bat/0.png \(its 32-bit pixels go from .* cannot be read as an image"):
         train(set_up(parse_options(options.split())))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of phones
-# ---------------------------------------------------------------------------------------------------------------------
-
-TURNED_BACK = {  # orientation → how the camera holds the upright picture
-    1: (),
-    2: (Image.Transpose.FLIP_LEFT_RIGHT,),
-    3: (Image.Transpose.ROTATE_180,),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM,),
-    5: (Image.Transpose.TRANSPOSE,),
-    6: (Image.Transpose.ROTATE_90,),
-    7: (Image.Transpose.TRANSVERSE,),
-    8: (Image.Transpose.ROTATE_270,),
-}
-
-
-def held(upright: Image.Image, orientation: int) -> Image.Image:
-    for method in TURNED_BACK[orientation]:
-        upright = upright.transpose(method)
-    return upright
-
-
-@pytest.mark.parametrize("orientation", TURNED_BACK)
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_picture_is_turned_upright(kind, orientation, tmp_path):
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8))
-    upright = smooth.resize((80, 48), Image.Resampling.BICUBIC)
-    exif = Image.Exif()
-    exif[274] = orientation
-    held(upright, orientation).save(tmp_path / "phone", format=kind, exif=exif, quality=95)
-    found = predict.read_picture(tmp_path / "phone")
-    assert found.size == upright.size
-    assert np.abs(np.asarray(found).astype(int) - np.asarray(upright)).mean() < 4
-
-
-def test_a_deep_picture_is_turned_and_one_with_broken_metadata_read(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(DEEP).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "deep.png", exif=exif)
-    assert np.abs(np.asarray(predict.read_picture(tmp_path / "deep.png")).astype(int) - TWIN[..., None]).max() <= 1
-    Image.fromarray(TWIN).save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert predict.read_picture(tmp_path / "broken.jpg").size == (512, 8)
 
 
 def test_the_same_probabilities_for_a_phone_and_its_upright_twin(root, tmp_path, monkeypatch, capsys):
@@ -447,77 +336,3 @@ def test_the_same_probabilities_for_a_phone_and_its_upright_twin(root, tmp_path,
         printed.append(capsys.readouterr().out.splitlines()[1:])
     assert printed[0] == printed[1]
     assert len(printed[0]) == 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Download
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cifar(tmp_path, monkeypatch) -> Iterator[list[str]]:
-    """CIFAR-10 on a server of this machine; what was asked for."""
-    (tmp_path / "served").mkdir()
-    make_cifar(tmp_path / "served", monkeypatch, tv.CIFAR10, 10)
-    archive = tmp_path / "served" / tv.CIFAR10.filename
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(tmp_path / "served" / tv.CIFAR10.base_folder, tv.CIFAR10.base_folder)
-    asked = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_request(self, *args):
-            asked.append(self.path)
-
-        def log_error(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "served")) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr(tv.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
-        monkeypatch.setattr(tv.CIFAR10, "tgz_md5", folders.tv.utils.calculate_md5(archive))
-        yield asked
-        server.shutdown()
-
-
-def test_download_fetches_what_is_not_there(cifar, tmp_path):
-    options = f"--device cpu --num-workers 0 --data-set CIFAR10 --download --data-path {tmp_path}/new/data --epochs 1"
-    args = parse_options([*options.split(), *f"--model {VIT} --input-size 16 --batch-size 8".split()])
-    unfinished = tmp_path / "new" / "data" / ".download-CIFAR10" / "cifar-10-batches-py"
-    unfinished.mkdir(parents=True)
-    (unfinished / "data_batch_1").write_bytes(b"of a download that was killed")
-    fetch_data(args)
-    asked = len(cifar)
-    assert asked > 0
-    assert [path.name for path in (tmp_path / "new" / "data").iterdir() if path.is_dir()] == ["cifar-10-batches-py"]
-    assert train(set_up(args)) == 0
-    fetch_data(args)
-    assert len(cifar) == asked  # it is there
-
-
-def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_looks_whole(cifar, tmp_path, monkeypatch):
-    monkeypatch.setattr(tv.CIFAR10, "url", tv.CIFAR10.url + ".no")
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"--download: CIFAR10 could not be fetched .*404") as raised:
-            folders.download("CIFAR10", str(tmp_path / "new"))
-        assert "\n" not in str(raised.value)
-    assert find_folder("CIFAR10", tmp_path / "new") is None
-
-
-def test_download_does_not_touch_what_is_there_in_part(cifar, tmp_path):
-    part = tmp_path / "new" / "cifar-10-batches-py"
-    part.mkdir(parents=True)
-    (part / "batches.meta").write_bytes(b"mine")
-    with pytest.raises(InputError, match="cifar-10-batches-py is there, but not all of CIFAR10"):
-        folders.download("CIFAR10", str(tmp_path / "new"))
-    assert (cifar, [path.name for path in part.iterdir()]) == ([], ["batches.meta"])
-
-
-def test_what_cannot_be_downloaded_is_said(done):
-    message = refusal(done["download of a folder"])
-    assert "--download cannot fetch FOLDER" in message
-    assert "CIFAR10, CIFAR100, FLOWERS, FMNIST, FOOD101" in message
-    with pytest.raises(InputError, match=r"cannot fetch CARS .*no longer"):
-        folders.download("CARS", "/nowhere")
-    with pytest.raises(InputError, match="needs --data-path"):
-        folders.download("FMNIST", None)

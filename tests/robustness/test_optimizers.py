@@ -109,7 +109,13 @@ def refusal(opt: str, *more: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opt", [*list_optimizers(), *LOOKAHEAD])
+OFTEN = ("adamw", "sgd", "lamb", "lookahead_adamw", "kron", "adahessian", "fusedadam")  # of which some are refused
+
+
+@pytest.mark.parametrize(
+    "opt",
+    [pytest.param(opt, marks=() if opt in OFTEN else pytest.mark.full) for opt in [*list_optimizers(), *LOOKAHEAD]],
+)
 def test_a_resumed_run_is_the_same_or_refused_before_it_starts(opt, tmp_path):
     refused = refusal(opt)
     if refused:
@@ -314,7 +320,7 @@ SHORT = f"{DIGITS} --batch-size 16 --lr 1e-2 --warmup-epochs 0 --sched step --de
 FEW = f"{DIGITS} --batch-size 8 --epochs 1"
 
 
-@pytest.mark.parametrize("opt", ["lookahead_adamw", "adafactorbv"])
+@pytest.mark.parametrize("opt", ["lookahead_adamw", pytest.param("adafactorbv", marks=pytest.mark.full)])
 def test_from_the_command_line_too(opt, tmp_path):
     """Four steps in an epoch: Lookahead averages two steps before and four after the run is resumed."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -353,6 +359,7 @@ def test_options_that_are_hardly_meant_are_warned_of(more, warnings, capsys):
         assert warning in lines[0]
 
 
+@pytest.mark.full
 def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "CXX", "/nonexistent")
     done = run_main(*SHORT.split(), "--epochs", "1", "--compile")

@@ -16,9 +16,10 @@ import pytest
 from conftest import ENVIRONMENT, MAIN, SECONDS, assert_same_result, run_main
 
 LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2"
-TRAINING = f"--data-set DIGITS --batch-size 16 --warmup-epochs 0 --log-interval 1 {LETS} --epochs"
+TRAINING = f"--data-set DIGITS --train-images 640 --batch-size 16 --warmup-epochs 0 --log-interval 1 {LETS} --epochs"
 SHORT = f"{TRAINING} 1 --num-workers 0"
 SCRIPT = MAIN.parent / "scripts" / "slurm.sh"
+pytestmark = pytest.mark.full
 LINK = "link0"
 # The frames for an address that nobody has are received and passed over: no end of the link hears of an error.
 NOBODY = "02:00:00:00:00:99"
@@ -116,7 +117,7 @@ def test_two_hosts_train_as_one(hosts, one_host, tmp_path):
 
 
 def test_each_host_says_that_it_has_lost_the_other(hosts, tmp_path):
-    options = f"{TRAINING} 10000 --num-workers 0 --dist-timeout 0.2 --output_dir {tmp_path}/run".split()
+    options = f"{TRAINING} 10000 --num-workers 0 --dist-timeout 1 --output_dir {tmp_path}/run".split()
     world = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": hosts[0].address, "MASTER_PORT": 29500}
     outputs = [tmp_path / f"{rank}.stderr" for rank in range(2)]
     command = [sys.executable, str(MAIN), *options]

@@ -120,7 +120,7 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{what} {n}: {m}"
+            found[name], tensor, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, n=name: f"{what} {n}: {m}"
         )
 
 

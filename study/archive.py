@@ -1,0 +1,83 @@
+"""The archive of a study, runs.tar.gz: log.txt and args.yaml of every finished run.
+
+The same files give the same bytes: entries are sorted, and times and owners are left out.
+"""
+
+import gzip
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+from common.errors import InputError, one_line
+from common.files import atomic_write
+from study.results import Row, slug
+
+ARCHIVE = "runs.tar.gz"
+LIMIT = 2**28  # bytes of an unpacked archive; 500 runs take a hundredth of it
+
+
+def write_archive(path: Path, files: Mapping[str, Path]) -> None:
+    """Write an archive atomically. ``files`` maps names in the archive to files."""
+    with atomic_write(path) as unfinished, open(unfinished, "wb") as file:  # noqa: SIM117
+        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar:
+                for name in sorted(files):
+                    content = files[name].read_bytes()
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+
+
+def read_archive(path: Path) -> dict[str, str]:
+    """The texts of an archive by their names. Nothing is written to the disk.
+
+    Raises:
+        InputError: the file is missing, is not such an archive, or unpacks to more than `LIMIT` bytes.
+    """
+    try:
+        with gzip.open(path) as packed:
+            content = packed.read(LIMIT + 1)
+        if len(content) > LIMIT:
+            raise InputError(f"{path} unpacks to more than {LIMIT:,} bytes: expected the archive of a study")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            return dict(_texts(tar, path))
+    except (OSError, EOFError, zlib.error, tarfile.TarError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read ({one_line(error)}): expected the archive of a study") from error
+
+
+def _texts(tar: tarfile.TarFile, path: Path) -> Iterable[tuple[str, str]]:
+    for entry in tar:
+        name = PurePosixPath(entry.name)
+        if not entry.isreg() or name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{path} holds {entry.name!r:.100}: expected files of runs alone")
+        yield entry.name, tar.extractfile(entry).read().decode()
+
+
+def check_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Compare the accuracies of results.csv with the logs in an archive.
+
+    Raises:
+        InputError: a row has no log, or another accuracy than its log.
+    """
+    logs: dict[tuple, dict[int, str]] = {}  # group, size, seed → epochs → log
+    for name, text in read_archive(path).items():
+        folder = PurePosixPath(name).parent.parts[1:]
+        if PurePosixPath(name).name == "log.txt" and len(folder) >= 3:
+            group, *size, epochs, seed = folder
+            logs.setdefault((group, "".join(size), seed), {})[int(epochs)] = text
+    for row in rows:
+        of_epochs = logs.get((slug(row.group), row.size, str(row.seed)), {})
+        # the accuracy before training is in the log of the shortest run
+        text = of_epochs.get(row.epochs) or (of_epochs[min(of_epochs)] if of_epochs and row.epochs == 0 else "")
+        found = [line["test_acc1"] for line in map(json.loads, text.splitlines()) if line["epoch"] == row.epochs - 1]
+        if found != [row.accuracy]:
+            what = " ".join(filter(None, (row.group, row.size)))
+            raise InputError(
+                f"{path}: {what}, {row.epochs} epochs, seed {row.seed} has accuracy {found[0] if found else 'missing'} "
+                f"in its log, but {row.accuracy} in results.csv: run the study again, or restore both files"
+            )

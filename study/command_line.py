@@ -1,0 +1,119 @@
+"""A study: many runs of main.py that one YAML file describes, and their results in one table.
+
+scripts/study.py configs/study_cpu.yaml
+scripts/study.py configs/study_gpu.yaml --minutes 110
+
+The same command resumes a study that was stopped by --minutes, by Ctrl-C or in any other way. Learning rates are tuned
+on training images held out, before the runs that use them. Runs write to output/study/NAME. results/NAME keeps log.txt
+and args.yaml of every run in runs.tar.gz, results.csv, tuning.csv, tables and plots.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import InputError, nearest
+from options import at_least, local_path, positive
+from study.kept import write_results
+from study.plan import Run, Study, order_of
+from study.report import write
+from study.runner import Runner
+from study.study_file import read_study
+from training.config import Parser
+
+import torch
+from filelock import FileLock, Timeout
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("config", type=local_path, help="the YAML file of the study")
+    p.add_argument("--jobs", type=at_least(1), help="runs at a time; default: one per processor, 4 on a GPU")
+    p.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many; the same command resumes")
+    p.add_argument("--only", nargs="+", metavar="GROUP", help="run these groups and those that they depend on")
+    p.add_argument(
+        "--results", type=local_path, default=Path("results"), metavar="DIR", help="write results to DIR/NAME"
+    )
+    p.add_argument(
+        "--output",
+        type=local_path,
+        default=Path("output/study"),
+        metavar="DIR",
+        help="the runs write to DIR/NAME",
+    )
+    p.add_argument("--list", action="store_true", help="print the runs and their state, and exit")
+    return p.parse_args(argv)
+
+
+def show_plan(runner: Runner) -> None:
+    """Print the groups, and how many runs of each are done, begun and to do."""
+    for group in runner.study.groups.values():
+        runs = [run for run in runner.chosen if run.group is group]
+        for tuning in (True, False):
+            some = [run for run in runs if run.tuning is tuning]
+            done = sum(map(runner.is_done, some))
+            begun = sum(runner.records[run] is not None for run in some) - done
+            states = f"{done} done, {begun} begun, {len(some) - done - begun} to do"
+            macs = sum(run.macs for run in some)
+            if some:
+                print(f"{group.name}{', tuning' * tuning}: {len(some)} runs ({states}), {macs:.2e} MACs")
+    print(f"{len(runner.chosen)} runs, {sum(run.macs for run in runner.chosen):.2e} MACs")
+
+
+def chosen_runs(study: Study, only: list[str] | None) -> list[Run]:
+    """The runs of these groups, or of all, each after those that it depends on."""
+    if only is None:
+        return order_of(study.all_runs)
+    for name in only:
+        if name not in study.groups:
+            raise InputError(f"--only {name} is no group{nearest(name, study.groups)}")
+    chosen, found = [run for run in study.runs.values() if run.group.name in only], set()
+    while chosen:
+        run = chosen.pop()
+        found.add(run)
+        chosen += run.after - found
+    return [run for run in order_of(study.all_runs) if run in found]
+
+
+def work(args: argparse.Namespace, deadline: float) -> int:
+    """Run the study, and return the exit status."""
+    study = read_study(args.config)
+    root, results = args.output / study.name, args.results / study.name
+    jobs = args.jobs or (4 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    if args.list:
+        show_plan(Runner(study, root, jobs, chosen_runs(study, args.only)))
+        return 0
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(root / ".lock", timeout=0):
+            runner = Runner(study, root, jobs, chosen_runs(study, args.only))
+            status = 1
+            try:
+                status = runner.run_all(deadline)
+            finally:
+                write_results(runner, results, args.config)
+    except Timeout as error:
+        raise InputError(f"{root} is used by another process of this study: wait for it, or stop it") from error
+    done = sum(map(runner.is_done, runner.chosen))
+    if status:
+        print(f"{done} of {len(runner.chosen)} runs are done; the same command continues", flush=True)
+    elif all(map(runner.is_done, study.all_runs)):
+        write(results)
+        print(f"all {done} runs are done: {results}", flush=True)
+    else:
+        print(f"these {done} runs are done: {results}", flush=True)
+    return status
+
+
+def main(argv: Sequence[str]) -> int:
+    began = time.monotonic()
+    try:
+        args = parse(argv)
+        return work(args, began + 60 * args.minutes)
+    except (InputError, OSError) as error:  # an OSError: a file that cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        return 2

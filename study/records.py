@@ -1,0 +1,69 @@
+"""The record that a study keeps of each run, ``run.json``, and the result that it reads from the files of the run."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import atomic_write, read_json, sha256
+from study.plan import WEIGHTS
+
+from safetensors import safe_open
+
+
+@dataclass
+class Record:
+    """The content of ``run.json`` in the folder of a run; ``result`` is None until the run is done."""
+
+    identity: dict  # the options that the result depends on
+    lr: float | None
+    made_from: dict[str, str]  # reference → SHA-256 of the weights of that run
+    seconds: float = 0
+    device: str = ""
+    result: dict | None = None
+
+    def write(self, folder: Path) -> None:
+        with atomic_write(folder / "run.json") as unfinished:
+            Path(unfinished).write_text(json.dumps(vars(self), indent=1) + "\n")
+
+
+def read_record(path: Path) -> Record | None:
+    """The record of a run, or None if the run was not begun.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        return Record(**content)
+    except TypeError as error:
+        raise InputError(f"{path} is no record of a run: remove its folder to run it again") from error
+
+
+def result_of(folder: Path) -> dict:
+    """Accuracies, numbers of parameters and SHA-256 of the weights of a finished run of main.py."""
+    log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    weights = next(folder / name for name in WEIGHTS if (folder / name).exists())
+    with safe_open(weights, framework="pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return {
+        "accuracy": log[-1]["test_acc1"],
+        "before": log[0]["test_acc1"] if log[0]["epoch"] == -1 else None,
+        "parameters": log[-1]["n_parameters"],
+        "stored": stored,
+        "sha256": sha256(weights),
+    }
+
+
+def not_finite(folder: Path) -> str | None:
+    """The message of main.py if a loss or weight that was not finite has ended the run."""
+    return next((line for line in last_printed(folder, 3) if line.startswith("error: ") and "finite" in line), None)
+
+
+def last_printed(folder: Path, lines: int) -> list[str]:
+    """The last lines of the output of a run."""
+    output = folder / "output.txt"
+    return output.read_text(errors="replace").splitlines()[-lines:] if output.exists() else []
