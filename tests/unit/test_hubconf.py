@@ -32,6 +32,8 @@ try:
     torch.hub.load(path, "deit_tiny_patch16_224_L3", source="local", pretrained=True)
 except ValueError as error:
     assert "deit_tiny_patch16_224_L3 has no pretrained weights of its own" in str(error)
+else:
+    raise AssertionError("pretrained=True is accepted")
 vit = gene.descend(sys.argv[2])
 assert "published checkpoint" in torch.hub.help("owner/learngenes:main", "learngene", trust_repo=True)
 torch.save(vit.eval()(torch.ones(2, 3, 16, 16)), "logits.pt")
