@@ -76,7 +76,7 @@ def save(vit: nn.Module, member: Member, family: Family) -> None:
     """Write ``model.safetensors`` and ``config.json`` in timm's format."""
     size = family.options.input_size
     # small images are resized without a crop, as datasets.build_transform does
-    small = DATA_SETS[family.run_options.data_set][2] is not None and size <= SMALL
+    small = DATA_SETS[family.run_options.data.data_set][2] is not None and size <= SMALL
     save_model(
         vit,
         member.folder,
@@ -84,7 +84,7 @@ def save(vit: nn.Module, member: Member, family: Family) -> None:
         model_args={},
         data_config={
             "input_size": [family.shape["in_chans"], size, size],
-            "crop_pct": 1.0 if small else family.run_options.eval_crop_ratio,
+            "crop_pct": 1.0 if small else family.run_options.data.eval_crop_ratio,
             "crop_mode": "squash" if small else "center",
             "interpolation": "bicubic",
             "mean": IMAGENET_DEFAULT_MEAN,

@@ -1,6 +1,5 @@
 """The options of a family, what its members share, and the grid of its members."""
 
-import argparse
 import json
 import platform
 import re
@@ -20,7 +19,9 @@ from scripts.inspect_learngene import name_of
 from training.build import autocast_of, device_of
 from training.build_data import build_loaders
 from training.build_model import CHANNELS
-from training.config import parse_options, recipe
+from training.checks import check_data
+from training.command_line import parse_options
+from training.config import Config, options_of, recipe, resolve
 from training.label_check import names_known, warn_of_head
 from training.setup import writable_folder
 
@@ -112,7 +113,7 @@ class Family:
     """
 
     options: FamilyOptions
-    run_options: argparse.Namespace
+    run_options: Config
     command: list[str]
     gene: models.Learngene
     device: torch.device
@@ -152,8 +153,8 @@ class Family:
         return f"{name}, {getattr(self.autocast, 'fast_dtype', torch.float32)}".replace("torch.", "")
 
     def descend(self, arch: ViTArch) -> nn.Module:
-        random_seed(self.run_options.seed)  # a re-initialised head does not depend on the members before it
-        choices = {name: getattr(self.run_options, name) for name in INITIALISATION}
+        random_seed(self.run_options.runtime.seed)  # a re-initialised head does not depend on the members before it
+        choices = {name: getattr(self.run_options.model, name) for name in INITIALISATION}
         return self.gene.descend(arch, **self.shape, **choices).eval()
 
 
@@ -172,9 +173,10 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
     print(f"{options.load_gene}: {gene}", flush=True)
     options = replace(options, input_size=options.input_size or gene.arch.img_size)
     command = main_command(options, main_options, path)
-    run_options = parse_options(command)
+    run_options = resolve(parse_options(command))
     check_run_options(run_options)
-    device = device_of(run_options)
+    check_data(run_options.data)
+    device = device_of(run_options.runtime.device)
     writable_folder(options.output_dir)
     loaders, classes, in_chans = None, [], gene.config["in_chans"]
     if options.data_set:
@@ -186,7 +188,7 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
         warn_of_head(f"--load-gene {options.load_gene}", gene.classes, names_known(options.data_set, classes))
     identity, training = reproducible_options(options, run_options, gene, path)
     shape = {"num_classes": len(classes) or gene.num_classes, "in_chans": in_chans}
-    autocast, _ = autocast_of(run_options, device)
+    autocast, _ = autocast_of(run_options.runtime.amp_dtype, device)
     return Family(
         options=options,
         run_options=run_options,
@@ -210,23 +212,22 @@ def main_command(options: FamilyOptions, main_options: Sequence[str], gene_path:
     return [*main_options, *command, "--gene-ema" if options.gene_ema else "--no-gene-ema"]
 
 
-def check_run_options(run_options: argparse.Namespace) -> None:
+def check_run_options(run_options: Config) -> None:
     """Raises InputError if an option of main.py does not fit a family."""
-    defaults = vars(parse_options([]))
+    given, defaults = options_of(run_options), options_of(Config())
     for name in REFUSED:
-        if vars(run_options)[name] != defaults[name]:
+        if given[name] != defaults[name]:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} cannot be used for a family: every Des-Net starts from the learngene")
 
 
 def reproducible_options(
-    options: FamilyOptions, run_options: argparse.Namespace, gene: models.Learngene, gene_path: Path
+    options: FamilyOptions, run_options: Config, gene: models.Learngene, gene_path: Path
 ) -> tuple[dict, dict | None]:
     """`Family.identity` and `Family.training`, as they come back from JSON."""
     identity = {"learngene": sha256(gene_path), "head_dim": gene.arch.head_dim, "gene_ema": options.gene_ema}
-    identity |= {
-        name: getattr(run_options, name) for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")
-    }
+    given = options_of(run_options)
+    identity |= {name: given[name] for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
     data_path = options.data_path and str(Path(options.data_path).resolve())
     identity |= {"data_set": options.data_set, "data_path": data_path}
     training = {name: value for name, value in recipe(run_options).items() if name not in NO_EFFECT}

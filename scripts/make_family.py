@@ -26,7 +26,7 @@ from family.make import make_family
 from family.plan import FamilyOptions
 from models.vit import MAX_DEPTH
 from options import at_least, place, place_or_none
-from training.config import Parser, with_dashes
+from training.command_line import Parser, with_dashes
 
 
 def numbers(text: str) -> list[int]:

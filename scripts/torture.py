@@ -4,8 +4,8 @@
 scripts/torture.py --minutes 60
 scripts/torture.py --kills 25 --processes 1
 
-Each round trains a LeTs Aux-Net on scikit-learn's digits, with a teacher, mixup, drop-path and EMA. SIGKILL ends it at a
-random moment, or while a checkpoint is written; some runs get SIGTERM, SIGUSR1 or SIGHUP instead. The newest checkpoint
+Each round trains a LeTs Aux-Net on scikit-learn's digits, with a teacher, mixup, drop-path and EMA. SIGKILL ends it at
+a random moment, or while a checkpoint is written; some runs get SIGTERM, SIGUSR1 or SIGHUP instead. The newest checkpoint
 is sometimes damaged before the restart, and every restart has another number of data workers. At the end log.txt,
 learngene, EMA and optimiser state must equal those of an undisturbed run, bit for bit; exit status 1 if any differs.
 """
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from common import console
 from common.files import read_checkpoint
-from training.loop import main as run_main
+from main import main as run_main
 
 import torch
 from tqdm import tqdm
@@ -57,7 +57,13 @@ LONGEST = 900  # seconds; a run that takes longer hangs
 
 
 # modules that the runs import late, imported once for all of them
-for module in ("matplotlib.figure", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
+for module in (
+    "training.launch",
+    "matplotlib.figure",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch.utils.tensorboard",
+):
     import_module(module)
 
 
