@@ -252,7 +252,7 @@ def test_processes_of_a_run_download_once(outcomes):
 
 def test_hub_file_is_there_when_the_hub_is_not(tmp_path, monkeypatch):
     """In processes of their own: huggingface_hub reads its address once, when it is imported."""
-    code = "import sys, common.download as d; print(d.fetch(sys.argv[1]).read_bytes().decode())"
+    code = "import sys; from common.download import fetch; print(fetch(sys.argv[1]).read_bytes().decode())"
 
     def fetch(environment: dict[str, str], address: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, address]

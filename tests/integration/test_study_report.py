@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from study import report as study_report
 from study.report import main, write
 from study.runner import COLUMNS
 
@@ -125,7 +124,7 @@ def answers(text: str) -> list[list[str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole study and its report, written by the command line."""
     folder = write_study(tmp_path_factory.mktemp("results") / "tiny", rows())
-    command = [sys.executable, study_report.__file__, folder]
+    command = [sys.executable, TESTS.parent / "scripts" / "study_report.py", folder]
     subprocess.run(command, env=ENVIRONMENT, timeout=SECONDS, check=True)
     return folder
 

@@ -351,7 +351,7 @@ FORMATS = {
     "tleg": Format(partial(own_gene, "tleg"), partial(read_gene, 32)),
     "published-lets": Format(partial(published_gene, "lets"), partial(read_gene, 32)),
     "published-tleg": Format(partial(published_gene, "tleg"), partial(read_gene, 4)),
-    "checkpoint": Format(checkpoint, resume),
+    "checkpoint": Format(checkpoint, resume_reader),
     "weights": Format(model_weights, finetune),
     "folder-weights": Format(model_weights, partial(folder_with, "model.safetensors")),
     "folder-config": Format(model_config, partial(folder_with, "config.json")),

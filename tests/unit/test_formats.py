@@ -434,9 +434,9 @@ def test_pushed_model_comes_back_from_the_hub(runs):
     for name in names:
         assert files[name] == (runs.out / "push" / name).read_bytes()
     code = (
-        "import models, timm, torch\n"
+        "import models, timm, torch\nfrom models.formats.timm_folder import read_model\n"
         "images = torch.ones(1, 3, 16, 16)\n"
-        f"here, _ = models.read_model({str(runs.out / 'push')!r})\n"
+        f"here, _ = read_model({str(runs.out / 'push')!r})\n"
         "there = timm.create_model('hf-hub:owner/vit', pretrained=True).eval()\n"
         "assert torch.equal(here(images), there(images))\n"
     )
