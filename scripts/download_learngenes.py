@@ -203,7 +203,7 @@ def drive_files(entry: Entry, folder: Path) -> dict[Path, str]:
             return {folder / (entry.name + Path(file.path).suffix): file.id}
         files = gdown.download_folder(id=DRIVE_FOLDER.match(entry.address)[1], **options)
         if not files:  # an empty or a private folder
-            raise gdown.DownloadError("the folder has no public files")
+            raise gdown.DownloadError("the folder has no files visible to the public")
     return {folder / entry.name / file.path: file.id for file in files}
 
 

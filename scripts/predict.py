@@ -50,7 +50,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]
             found = model(transform(Image.new("RGB", (32, 32)))[None]).shape
     except Exception as error:  # invalid values raise all kinds of errors
         what = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-        raise models.InputError(f"{folder}/config.json does not describe a transform for this model: {what}") from error
+        raise models.InputError(f"{folder}/config.json does not describe how to prepare pictures: {what}") from error
     if found != (1, config["num_classes"]):
         raise models.InputError(f"{folder} gives {tuple(found)} for one picture, expected (1, {config['num_classes']})")
     return model, transform, config

@@ -215,7 +215,7 @@ def test_file_on_the_hugging_face_hub(run, hub, tmp_path):
     first = entry("hf-hub:owner/mine/first.pth@main", sha256=DIGEST) | {"name": "first"}
     outcome = run("first", "mine", "--head-dim", "4", registry=[first, entry("hf-hub:owner/mine")])
     assert describes_gene(outcome.stdout, "learngenes/first.pth"), outcome
-    assert said_in_one_sentence(outcome, "learngenes/mine.safetensors", "no learngene")
+    assert said_in_one_sentence(outcome, "learngenes/mine.safetensors", "not a learngene")
     assert (tmp_path / "learngenes" / "first.pth").read_bytes() == GENE
     assert (tmp_path / "learngenes" / "mine.safetensors").read_bytes() == weights
     assert not any(path.is_symlink() for path in (tmp_path / "learngenes").iterdir())  # as in the hub's cache
