@@ -25,9 +25,9 @@ def error_context(options: str) -> Iterator[None]:
         raise InputError(f"{options}: {error}") from error
 
 
-def one_line(error: Exception) -> str:
-    """The message of a library's error on one line, truncated; some messages contain a stack trace."""
-    return " ".join(str(error).split())[:300]
+def one_line(message: object) -> str:
+    """A library's error, or another text, on one line and truncated; some messages contain a stack trace."""
+    return " ".join(str(message).split())[:300]
 
 
 def shown(value: object) -> str:

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 from torch.utils.data import DataLoader
 
@@ -57,8 +57,8 @@ def as_worker_error(error: BaseException, where: str = "") -> WorkerError:
     text = (is_worker_error(error) and read_send_error()) or original_message(error)
     for pattern, cause in CAUSES.items():
         if re.search(pattern, text):
-            return WorkerError(f"{cause} ({shorten(text)})")
-    return WorkerError(f"a data worker failed{where}: {shorten(text)}; {WITHOUT}, and shows where it fails")
+            return WorkerError(f"{cause} ({one_line(text)})")
+    return WorkerError(f"a data worker failed{where}: {one_line(text)}; {WITHOUT}, and shows where it fails")
 
 
 def raise_exit_reason(workers: Sequence[BaseProcess], seconds: float = 2) -> None:
@@ -101,11 +101,6 @@ def original_message(error: BaseException) -> str:
         place = text.rfind(f"\n{match[1]}") if f"\n{match[1]}" in text else text.rfind(match[1])
         return text[place:].strip().strip(": ")
     return f"{type(error).__name__}: {text}".strip(": ")
-
-
-def shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else line[:297] + "…"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,5 +226,5 @@ def report_unless_main_exited(kind: type[BaseException], error: BaseException, t
 def exit_on_send_error(error: Exception, item: object) -> None:
     """Exit when a batch cannot be sent: multiprocessing would drop it, and the main process would wait for ever."""
     with suppress(OSError):
-        os.write(_send_errors[1], (shorten(f"{type(error).__name__}: {error}") + "\n").encode(errors="replace")[:4000])
+        os.write(_send_errors[1], (one_line(f"{type(error).__name__}: {error}") + "\n").encode(errors="replace")[:4000])
     os._exit(CANNOT_SEND)

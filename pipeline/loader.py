@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import utils
 from common.errors import InputError, one_line
-from common.workers import ExitPipe, WorkerError, as_worker_error, raise_exit_reason, shorten
+from common.workers import ExitPipe, WorkerError, as_worker_error, raise_exit_reason
 from pipeline.images import Normalise, RawBatch, RawImage, collate_raw
 from pipeline.shards import ShardDataset
 from samplers import Key
@@ -62,7 +62,7 @@ class CheckedDataset(Dataset):
                 return Sample(None, None, [f"{name} ({one_line(error)})"])
             if get_worker_info() is None and not isinstance(error, OSError):
                 raise
-            return Sample(None, None, [as_worker_error(error, f" at {shorten(name)}")])
+            return Sample(None, None, [as_worker_error(error, f" at {one_line(name)}")])
 
 
 class SeededDataset(CheckedDataset):
