@@ -1,5 +1,6 @@
-"""The data sets, checked before training, and their transforms."""
+"""Data sets by name, checked when they are built, and their transforms."""
 
+import copy
 import gzip
 import json
 import re
@@ -9,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import InputError
-from pipeline.folders import FOLDERS, LAYOUTS, SPLITS, ImageFolder, not_found, own_folder, subfolders
-from pipeline.images import load
+from pipeline.folders import FOLDERS, LAYOUTS, SPLITS, ImageFolder, find_folder, not_found_error, subfolders
+from pipeline.images import load_image
 from pipeline.shards import ShardCache, ShardDataset, is_remote
 
 import numpy as np
@@ -23,7 +24,7 @@ from torchvision.datasets.utils import check_integrity
 
 
 class ArrayDataset(Dataset):
-    """Grey images held in memory, (count, height, width) in 0…255, as three-channel pictures."""
+    """Grey images in memory, (count, height, width) in 0…255, returned as RGB."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], transform: Callable | None = None):
         self.classes = classes
@@ -38,7 +39,7 @@ class ArrayDataset(Dataset):
 
 
 class ImageList(Dataset):
-    """Image files named in a list, for data sets whose folders are not their classes."""
+    """Image files given as a list, for data sets without class folders."""
 
     def __init__(self, samples: list[tuple[str, int]], classes: list[str], transform: Callable | None = None):
         self.samples, self.classes, self.transform = samples, classes, transform
@@ -49,33 +50,33 @@ class ImageList(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        image = load(path)
+        image = load_image(path)
         return self.transform(image) if self.transform else image, label
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One function per layout on disk: (root, is_train, transform) → dataset; root is what folders.own_folder finds
+# One function per layout on disk: (root, is_train, transform) → dataset; root is what folders.find_folder finds
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def image_folder(
-    root: Path, is_train: bool, transform: Callable, num_classes: int | None = None, alone: bool = False
+    root: Path, is_train: bool, transform: Callable, num_classes: int | None = None, single_split: bool = False
 ) -> Dataset:
     """``train/`` and ``val/`` with one folder per class, the same classes in both.
 
     Args:
-        alone: whether the other one may be missing.
+        single_split: whether the other split may be missing.
     """
     own = SPLITS[not is_train]
-    needed = (own,) if alone else SPLITS
+    needed = (own,) if single_split else SPLITS
     for split in needed:
         if not (root / split).is_dir():
             expected = " and ".join(f"{name}/" for name in needed)
             raise InputError(f"--data-path {root} has no folder {split}/: expected {expected}")
     classes = {split: subfolders(root / split) for split in SPLITS if (root / split).is_dir()}
-    both = [classes[own] if alone and not classes.get(split) else classes[split] for split in SPLITS]
+    both = [classes[own] if single_split and not classes.get(split) else classes[split] for split in SPLITS]
     check_classes(root, *both, expected=num_classes)
-    return ImageFolder(root / own, transform, load)
+    return ImageFolder(root / own, transform, load_image)
 
 
 def check_classes(
@@ -85,7 +86,7 @@ def check_classes(
     expected: int | None = None,
     places: tuple[str, str] = ("train/", "val/"),
 ) -> None:
-    """Raises InputError unless training and test images are of the same classes, ``expected`` in number."""
+    """Raises InputError unless training and test images have the same classes, ``expected`` of them."""
     train, test = set(train), set(test)
     if train != test:
         raise InputError(
@@ -98,22 +99,24 @@ def check_classes(
         )
 
 
-def tiny_imagenet(root: Path, is_train: bool, transform: Callable, alone: bool = False) -> Dataset:
+def tiny_imagenet(root: Path, is_train: bool, transform: Callable, single_split: bool = False) -> Dataset:
     """Tiny ImageNet as distributed, with val/val_annotations.txt, or with val/ sorted into classes."""
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file():
-        return image_folder(root, is_train, transform, 200, alone)
+        return image_folder(root, is_train, transform, 200, single_split)
     lines = [line.split("\t") for line in annotations.read_text().splitlines()]
     classes = sorted({label for _, label, *_ in lines})
-    if not alone or (root / "train").is_dir():
+    if not single_split or (root / "train").is_dir():
         check_classes(root, subfolders(root / "train"), classes, expected=200)
     if is_train:
-        return ImageFolder(root / "train", transform, load)
+        return ImageFolder(root / "train", transform, load_image)
     samples = [(str(root / "val" / "images" / name), classes.index(label)) for name, label, *_ in lines]
     return ImageList(samples, classes, transform)
 
 
-def inat19(root: Path, is_train: bool, transform: Callable, category: str = "name", alone: bool = False) -> Dataset:
+def inat19(
+    root: Path, is_train: bool, transform: Callable, category: str = "name", single_split: bool = False
+) -> Dataset:
     """iNaturalist 2019 as distributed: ``train2019.json``, ``val2019.json``, ``categories.json``."""
 
     def read(name: str):
@@ -153,8 +156,8 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
-    """scikit-learn's 1797 handwritten digits, 8×8 pixels: 1437 to train, 360 to test, the same split every time."""
-    from sklearn.datasets import load_digits  # half a second that other data sets need not wait for
+    """scikit-learn's 1797 handwritten digits, 8×8 pixels: 1437 for training, 360 for testing, always the same split."""
+    from sklearn.datasets import load_digits  # inside: the import takes half a second
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
@@ -164,11 +167,11 @@ def digits(root: Path | None, is_train: bool, transform: Callable) -> Dataset:
     return ArrayDataset(data.images[rows] * (255 / 16), labels[rows], list(map(str, range(10))), transform)
 
 
-# torchvision's readers keep no image for its repetitions, and look for these folders under one name alone
+# torchvision's readers do not cache an image for its repetitions, and expect one name for these folders
 
 
 def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
-    """Oxford Flowers 102: the training and validation images to train, as is usual."""
+    """Oxford Flowers 102; training uses the official training and validation images, as is usual."""
     from scipy.io import loadmat
 
     for name, digest in (tv.Flowers102._file_dict[key] for key in ("label", "setid")):
@@ -177,7 +180,7 @@ def flowers(root: Path, is_train: bool, transform: Callable) -> Dataset:
     labels, ids = (loadmat(root / name, squeeze_me=True) for name in ("imagelabels.mat", "setid.mat"))
     numbers = np.concatenate([np.atleast_1d(ids[part]) for part in (("trnid", "valid") if is_train else ("tstid",))])
     samples = [(str(root / "jpg" / f"image_{n:05d}.jpg"), int(labels["labels"][n - 1]) - 1) for n in numbers.tolist()]
-    # newer torchvision has names
+    # newer versions of torchvision know the class names
     return ImageList(samples, getattr(tv.Flowers102, "classes", list(map(str, range(1, 103)))), transform)
 
 
@@ -206,14 +209,14 @@ def cars(root: Path, is_train: bool, transform: Callable) -> Dataset:
 
 
 class _Cifar(tv.CIFAR10):
-    """torchvision's reader of a folder of any name, for which the files of the other split may be missing."""
+    """torchvision's reader for a folder of any name; the files of the other split may be missing."""
 
     def __init__(self, root: Path, is_train: bool, transform: Callable):
         self.base_folder = root.resolve().name
         super().__init__(root.resolve().parent, is_train, transform)
 
     def _check_integrity(self) -> bool:
-        """Whether the files that are unpickled have the digests that they should; the names' are looked at, too."""
+        """Check the MD5 of the files of this split before they are unpickled; torchvision checks the class names'."""
         files = self.train_list if self.train else self.test_list
         return all(check_integrity(Path(self.root, self.base_folder, name), digest) for name, digest in files)
 
@@ -226,11 +229,13 @@ class _Cifar100(_Cifar, tv.CIFAR100):
     pass
 
 
-def sharded(root: str, is_train: bool, transform: Callable, cache: ShardCache | None, alone: bool = False) -> Dataset:
-    """WebDataset shards, in a folder or elsewhere."""
+def webdataset(
+    root: str, is_train: bool, transform: Callable, cache: ShardCache | None, single_split: bool = False
+) -> Dataset:
+    """WebDataset shards, in a folder or remote."""
     if not is_remote(root) and not Path(root).is_dir():
         raise InputError(f"--data-path {root} is not a folder, an address (https://…) or a command (pipe:…)")
-    return ShardDataset(root, is_train, transform, cache, alone)
+    return ShardDataset(root, is_train, transform, cache, single_split)
 
 
 # name → (reader, number of classes or None to count them, native size in pixels or None where it varies)
@@ -247,7 +252,7 @@ DATA_SETS = {
     "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),
     "FMNIST": (fmnist, 10, 28),
     "DIGITS": (digits, 10, 8),
-    "WDS": (sharded, None, None),
+    "WDS": (webdataset, None, None),
 }
 
 
@@ -258,40 +263,40 @@ def build_dataset(
     transform: Callable,
     inat_category: str = "name",
     shard_cache: ShardCache | None = None,
-    alone: bool = False,
+    single_split: bool = False,
 ) -> tuple[Dataset, list[str]]:
     """The training or the test images of a data set, and the names of its classes in the order of their labels.
 
     Args:
-        shard_cache: where shards from another machine are kept, if there are any.
-        alone: whether the images of the other kind may be missing. If they are there, their classes are compared.
+        shard_cache: of remote shards.
+        single_split: whether the other split may be missing; if it exists, its classes are compared.
 
     Raises:
-        InputError: the path is missing or does not have the layout of the data set, a class is empty, or the classes
-            of training and test images differ.
+        InputError: the path is missing or does not have the layout of the data set, a class has no images, or the
+            classes of training and test images differ.
     """
     reader, num_classes, _ = DATA_SETS[name]
     if name == "INAT19":
         reader = partial(reader, category=inat_category)
-    if name == "INAT19" or is_of_folders(name):
-        reader = partial(reader, alone=alone)  # others read one kind of images at a time anyway
+    if name == "INAT19" or has_class_folders(name):
+        reader = partial(reader, single_split=single_split)  # the other readers never need both splits
     root = None
     if name != "DIGITS":
         if path is None:
             raise InputError(f"--data-set {name} needs --data-path, the folder that holds it")
         if name == "WDS":
-            dataset = sharded(path, is_train, transform, shard_cache, alone)
+            dataset = webdataset(path, is_train, transform, shard_cache, single_split)
             return dataset, dataset.classes
         if not Path(path).is_dir():
             raise InputError(f"--data-path {path} is not a folder")
     try:
         if name in LAYOUTS:
-            root = folder_of(name, Path(path), is_train, alone)
+            root = find_root(name, Path(path), is_train, single_split)
         dataset = reader(root, is_train, transform)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError, zlib.error) as error:
-        # torchvision and the readers above meet a wrong layout in these ways
+        # what torchvision and the readers above raise for a wrong layout
         reason = " ".join(str(error).split()).partition(". You can use download=True")[0]  # here it is --download
         raise InputError(f"--data-path {path} does not hold {name} in its usual layout: {reason}") from error
     classes = list(dataset.classes)
@@ -300,44 +305,54 @@ def build_dataset(
     return dataset, classes
 
 
-def is_of_folders(name: str) -> bool:
+def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
+    """The images of a data set of `build_dataset` with another transform, without reading its folders again."""
+    copied = copy.copy(dataset)
+    copied.transform = transform
+    return copied
+
+
+def has_class_folders(name: str) -> bool:
     """Whether a data set is ``train/`` and ``val/`` with a folder per class."""
     return name in LAYOUTS and LAYOUTS[name].train == FOLDERS.train
 
 
-def folder_of(name: str, path: Path, is_train: bool, alone: bool) -> Path:
-    """The folder in which a reader finds the data set; readers of class folders say themselves what is missing.
+def find_root(name: str, path: Path, is_train: bool, single_split: bool) -> Path:
+    """The root folder for the reader; readers of class folders report missing folders themselves.
 
     Raises:
-        InputError: it is not in ``path``.
+        InputError: ``path`` does not contain the data set.
     """
-    splits = (SPLITS[not is_train],) if alone else SPLITS
-    root = own_folder(name, path, splits)
-    if root is None and not is_of_folders(name):
-        raise not_found(name, path, splits)
+    splits = (SPLITS[not is_train],) if single_split else SPLITS
+    root = find_folder(name, path, splits)
+    if root is None and not has_class_folders(name):
+        raise not_found_error(name, path, splits)
     return root or path
 
 
 def train_holdout_split(labels: Sequence[int], train: int | None, holdout: int | None) -> tuple[list[int], list[int]]:
-    """The images to train, ``train`` of them or all that are left, and ``holdout`` others or none, in ascending order.
+    """Stratified, disjoint subsets of the training images: ``train`` of them (default: all others), and ``holdout``.
 
-    They are the beginning and the end of one order that the labels alone determine: runs of every seed see the same
-    images, and more images include those of fewer. Each class has its share of both.
+    They are the beginning and the end of one order that depends on the labels only: runs of all seeds use the same
+    images, and larger subsets contain the smaller ones.
 
     Args:
         labels: of all images, 0 … classes − 1.
 
+    Returns:
+        The indices of both subsets, ascending.
+
     Raises:
-        InputError: there are not so many images.
+        InputError: there are too few images.
     """
     if (train or 1) + (holdout or 0) > len(labels):
         wanted = [f"--holdout {holdout}"] * (holdout is not None)
         wanted.append(f"--train-images {train}" if train else "one image to train")
         raise InputError(f"{' and '.join(wanted)}: more than the {len(labels)} training images of the data set")
-    shuffled = np.random.RandomState(0).permutation(len(labels))  # whose numbers NumPy never changes
+    shuffled = np.random.RandomState(0).permutation(len(labels))  # NumPy guarantees its numbers
     of_shuffled = np.asarray(labels)[shuffled]
     grouped, sizes = np.argsort(of_shuffled, kind="stable"), np.bincount(of_shuffled)
-    quantiles = np.empty(len(labels))  # of an image in its class
+    quantiles = np.empty(len(labels))  # of each image within its class
     quantiles[grouped] = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes if size])
     order = shuffled[np.argsort(quantiles, kind="stable")]
     end = len(order) - (holdout or 0)
@@ -345,7 +360,7 @@ def train_holdout_split(labels: Sequence[int], train: int | None, holdout: int |
 
 
 def describe_classes(classes: list[str]) -> dict[str, str]:
-    """What class names mean that are WordNet's codes, as ImageNet's are; empty for other names."""
+    """Descriptions of class names that are WordNet IDs, such as ImageNet's; empty for other names."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return {}
     wordnet = ImageNetInfo("imagenet-22k")
@@ -357,7 +372,7 @@ def describe_classes(classes: list[str]) -> dict[str, str]:
 # Transforms
 # ---------------------------------------------------------------------------------------------------------------------
 
-SMALL = 64  # pixels; up to here a data set of small images is used whole, not cropped like photographs
+SMALL = 64  # pixels; up to this input size the images of small data sets are not cropped like photographs
 
 
 def build_transform(
@@ -376,13 +391,13 @@ def build_transform(
 ) -> transforms.Compose:
     """PIL image → normalised tensor (3, input_size, input_size); DeiT's recipe for photographs.
 
-    Photographs are cut out at random to train, and resized and cut from the middle to test. Data sets whose images
-    are small are used whole at sizes up to 64: resized if need be, and shifted by up to an eighth to train.
+    Training uses random resized crops, evaluation a centre crop. At input sizes up to 64, data sets of small images
+    are resized without a crop; training shifts them by up to an eighth.
 
     Args:
-        three_augment: DeiT III's 3-Augment to train (timm's policy ``3a``, then ``color_jitter``), in the place of
-            ``aa`` and of random erasing.
-        src: its simple random crop: the shorter side resized, then shifted by up to 4 pixels.
+        three_augment: DeiT III's 3-Augment (timm's policy ``3a``, then ``color_jitter``) instead of ``aa`` and random
+            erasing.
+        src: DeiT III's simple random crop: resize the shorter side, then shift by up to 4 pixels.
     """
     small = DATA_SETS[name][2] is not None and input_size <= SMALL
     if not is_train:
@@ -399,7 +414,7 @@ def build_transform(
             color_jitter=color_jitter,
             auto_augment="3a" if three_augment else aa,
             interpolation=interpolation,
-            hflip=0.0 if name == "DIGITS" else 0.5,  # a mirrored digit is no digit
+            hflip=0.0 if name == "DIGITS" else 0.5,  # mirrored digits are other symbols
             re_prob=0.0 if three_augment else reprob,
             re_mode=remode,
             re_count=recount,

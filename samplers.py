@@ -1,4 +1,4 @@
-"""Which image is the k-th of an epoch, on which process, and with which random numbers."""
+"""Samplers: repeated augmentation and exact evaluation, reproducible for any number of processes and workers."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,19 +11,19 @@ LANES = 64  # see `shuffled`
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 32-bit seed that is a function of ``numbers`` and nothing else."""
+    """A 32-bit seed computed from ``numbers``."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def shuffled(shard_sizes: Sequence[int], seed: int, lanes: int = LANES) -> np.ndarray:
-    """The images of all shards in a random order that needs only ``lanes`` shards, or one more for each, at a time.
+    """A random order of the images of all shards in which at most two shards per lane are open at a time.
 
-    The shards are put in random order, as are the images of each; what results is cut into equal spans, the lanes, and
-    place p of the order is taken from lane p mod lanes. 64 lanes put images of 64 shards beside each other. As
-    processes take places in turn, each of 2, 4, …, 64 has lanes of its own, and few machines fetch the same shard.
+    The shards are shuffled, and so are the images within each. The result is split into equal spans, the lanes, and
+    position p of the order comes from lane p mod lanes: 64 lanes mix images of 64 shards. Because processes take
+    positions in turn, each of 2, 4, …, 64 processes has lanes of its own, and few hosts need the same shard.
 
     Args:
-        shard_sizes: the number of images in each shard; of one shard, a data set in one piece, all are permuted.
+        shard_sizes: the number of images in each shard; a single shard is a full permutation.
     """
     generator = torch.Generator().manual_seed(seed)
     ends = np.cumsum(shard_sizes)
@@ -32,14 +32,14 @@ def shuffled(shard_sizes: Sequence[int], seed: int, lanes: int = LANES) -> np.nd
         for size, end in zip(shard_sizes, ends.tolist(), strict=True)
     ]
     images = np.concatenate([parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()])
-    rows = [len(lane) for lane in np.array_split(images, min(lanes, len(parts)))]  # the first ones may be longer by 1
+    rows = [len(lane) for lane in np.array_split(images, min(lanes, len(parts)))]  # may differ by 1
     begins = np.cumsum([0, *rows[:-1]])
     places = np.arange(len(images))
     return images[begins[places % len(rows)] + places // len(rows)]
 
 
-def split_mix(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The numbers at ``places`` of SplitMix64's sequences from ``seeds``, which are broadcast together; all in uint64.
+def splitmix64(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The numbers at ``places`` of SplitMix64's sequences from ``seeds``; both are broadcast, all in uint64.
 
     Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
@@ -50,15 +50,15 @@ def split_mix(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 class TrainSampler(Sampler[Key]):
-    """An epoch of random order, dealt out to the processes step by step.
+    """A shuffled epoch, distributed over the processes step by step.
 
-    With repeated augmentation (Hoffer et al., CVPR 2020; DeiT) every image stands ``repeats`` times in a row, each
+    With repeated augmentation (Hoffer et al., CVPR 2020; DeiT) every image occurs ``repeats`` times in a row, each
     time with another augmentation, and the epoch ends after as many samples as there are images. The samples of a step
-    are the same whatever the number of processes that share its images. As far as their batches can hold them, one
-    process gets all repetitions of an image, which it then has to read only once (DeiT deals them to different ones).
+    do not depend on the number of processes. Where the batch size allows it, one process gets all repetitions of an
+    image and reads it only once (DeiT distributes them over processes).
 
-    The seed of a sample is a function of the run's seed, the epoch and the sample's place in it: not of the process
-    or worker that loads it, so that two processes see the images of one.
+    The seed of a sample depends on the run's seed, the epoch and the sample's position in it, not on the process or
+    worker that loads it.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class TrainSampler(Sampler[Key]):
     ):
         """
         Args:
-            batch_size: images of one process in a step; what is left for less than a whole step is not dealt out.
-            shard_sizes: how the images lie in shards, if they do.
+            batch_size: images of one process in a step; an incomplete last step is dropped.
+            shard_sizes: images per shard; None without shards.
         """
         self.shard_sizes = [num_images] if shard_sizes is None else shard_sizes
         self.num_images, self.batch_size, self.repeats, self.seed = num_images, batch_size, repeats, seed
@@ -82,14 +82,14 @@ class TrainSampler(Sampler[Key]):
         self.epoch, self.start = 0, 0
 
     def set_position(self, epoch: int, images: int = 0) -> None:
-        """Begin ``epoch`` after as many images of all processes; their number may have been another before."""
+        """Start ``epoch`` after ``images`` of all processes; the number of processes may have changed since."""
         self.epoch, self.start = epoch, images
 
     def __len__(self) -> int:
         return (self.num_images - self.start) // (self.batch_size * self.world_size) * self.batch_size
 
     def steps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The images of this process in every step, and their places in the epoch."""
+        """For every step: the images of this process, and their positions in the epoch."""
         order = shuffled(self.shard_sizes, derived_seed(self.seed, self.epoch))
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         images_per_step, end = self.batch_size * self.world_size, self.start + len(self) * self.world_size
@@ -99,9 +99,9 @@ class TrainSampler(Sampler[Key]):
             yield order[places // self.repeats], places
 
     def seeds(self, places: np.ndarray) -> np.ndarray:
-        """64-bit seeds of many samples of the epoch at once, a hundred times as fast as those of the keys."""
+        """64-bit seeds of many samples at once, a hundred times as fast as the seeds of the keys."""
         epoch = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-        return split_mix(epoch, places.astype(np.uint64))
+        return splitmix64(epoch, places.astype(np.uint64))
 
     def __iter__(self) -> Iterator[Key]:
         for images, places in self.steps():
@@ -110,9 +110,9 @@ class TrainSampler(Sampler[Key]):
 
 
 class ExactSampler(Sampler[int]):
-    """Every image once over all processes, whatever their number; some processes get one image more.
+    """Every image exactly once over all processes; some processes get one image more.
 
-    Each has a span of its own, so that few of them need the same shard.
+    Each process gets a contiguous span, so that few of them need the same shard.
     """
 
     def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):

@@ -1,4 +1,4 @@
-"""Distributed set-up, checkpoints and logging."""
+"""Distributed set-up, failures and stop signals, printing on the main process."""
 
 import os
 import re
@@ -12,28 +12,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from datetime import timedelta
 from errno import EMFILE, ENFILE
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from common.errors import InputError, one_line
 from common.launchers import World, find_world
-from common.workers import WorkerError, describe, is_of_worker, worker_error_behind
+from common.workers import WorkerError, as_worker_error, find_worker_error, is_worker_error
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    pass
-
-tqdm.set_lock(threading.RLock())  # its own is shared by processes, which print no bars here, and left behind by _exit
+tqdm.set_lock(threading.RLock())  # the default lock is shared between processes, and os._exit leaks it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distributed set-up
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# where the processes leave word for each other when they cannot reach each other's tensors any more
+# the processes exchange messages through it when collectives no longer work
 _store: dist.Store | None = None
 _world: World | None = None
 
@@ -42,10 +38,10 @@ def init_distributed(timeout: timedelta) -> None:
     """Join the process group that a launcher (torchrun, srun, mpirun) describes in the environment.
 
     Args:
-        timeout: how long one process waits for the others before it gives up.
+        timeout: of the rendezvous and of every collective.
 
     Raises:
-        InputError: the others were not met, or the environment says half of what is needed.
+        InputError: the rendezvous failed, or the environment variables are incomplete.
     """
     global _store, _world
     _world = find_world()
@@ -54,7 +50,7 @@ def init_distributed(timeout: timedelta) -> None:
     os.environ.update(_world.environment())
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun restarts processes beside the store of those that failed, where they would find dead addresses
+        # torchrun keeps the store when it restarts processes: the prefix hides the addresses of those that failed
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
@@ -70,7 +66,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """The rank of this process on its host."""
     return _world.local_rank if _world else 0
 
 
@@ -90,8 +86,8 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def maximum(*values: float) -> list[float]:
-    """The largest of all processes, for each of ``values``; no device is waited for."""
+def max_over_processes(*values: float) -> list[float]:
+    """The maximum over all processes, for each of ``values``. Does not wait for the device."""
     if dist.is_initialized():
         largest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -99,23 +95,23 @@ def maximum(*values: float) -> list[float]:
     return list(values)
 
 
-def from_main(value: object) -> object:
-    """What the main process has, on all processes."""
+def broadcast_from_main(value: object) -> object:
+    """The main process's ``value``, on all processes."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give all processes the buffers of the first: batch norm's statistics are of each process's own images."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the buffers of rank 0 to all processes: batch norm's statistics differ, as each has its own images."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def leave_together() -> None:
-    """End the process group when all processes have come here: with older torch, one that is left alone can hang."""
+def shutdown_distributed() -> None:
+    """Destroy the process group after a barrier: with older torch a process that is left alone can hang."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -123,12 +119,12 @@ def leave_together() -> None:
 
 @contextmanager
 def errors_reported_once(patience: timedelta) -> Iterator[None]:
-    """An InputError on any process ends all of them with status 2, said once, by the first that met it.
+    """End all processes with status 2 if any of them raises an InputError; only the lowest such rank prints it.
 
-    Every process has to pass here, and nothing inside may wait for another process.
+    All processes must enter this context, and no code inside may wait for another process.
 
     Args:
-        patience: how much longer than another process one may need.
+        patience: how long the processes wait for each other at the end.
     """
     if dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=patience)
@@ -146,50 +142,52 @@ def errors_reported_once(patience: timedelta) -> Iterator[None]:
         if rank() == failed[0]:
             print(f"error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            dist.barrier()  # the launcher ends everybody as soon as one process is gone: not before it is said
+            dist.barrier()  # the launcher ends all processes as soon as one exits: print first
         sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Failing and stopping
+# Failures and stop signals
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOST = re.compile(r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|[Tt]imeout|Socket|socket")
+CONNECTION_LOST = re.compile(
+    r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|[Tt]imeout|Socket|socket"
+)
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|[Cc]annot allocate memory")
 
 
 @contextmanager
 def failures_reported_once() -> Iterator[None]:
-    """Whatever goes wrong inside, on any process, is said once, and ends all processes.
+    """End all processes if any of them raises an exception; only the first to fail prints it.
 
-    Unlike `errors_reported_once` it is for work in which the processes wait for each other: the first that fails says
-    so and leaves, and the others, which then lose their connection to it, leave in silence.
+    Unlike `errors_reported_once` this is for code in which the processes wait for each other: the first to fail prints
+    its error and exits, the others then lose their connection to it and exit silently.
     """
     try:
         yield
-    except NotFiniteError as error:  # which all processes raise together
+    except NotFiniteError as error:  # raised by all processes together
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        leave_together()
+        shutdown_distributed()
         sys.exit(1)
     except Exception as raised:
-        error = worker_error_behind(raised) or raised
-        known = what_happened(error)  # asked once: what a worker has left behind can be read once
+        error = find_worker_error(raised) or raised
+        known = known_cause(error)  # called once: it reads a worker's message from a pipe
         if known or world_size() > 1:
             message = f"error: {known}" if known else traceback.format_exc()
-            if first_to_fail():
+            if is_first_failure():
                 where = f"process {rank()} of {world_size()} failed\n" if message.startswith("Traceback") else ""
                 print(where + message, file=sys.stderr, flush=True)
-            leave_at_once(2 if isinstance(error, InputError) else 1)
+            abort(2 if isinstance(error, InputError) else 1)
         raise
 
 
-def what_happened(error: Exception) -> str | None:
-    """One sentence about what the user can do something about; None for what should not happen."""
+def known_cause(error: Exception) -> str | None:
+    """The message for an error that the user can do something about; None for a bug."""
     if isinstance(error, (InputError, WorkerError)):
         return str(error)
-    if is_of_worker(error):
-        return str(describe(error))
+    if is_worker_error(error):
+        return str(as_worker_error(error))
     if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
         return f"too many open files: raise the limit with 'ulimit -n' ({one_line(error)[:300]})"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
@@ -197,7 +195,7 @@ def what_happened(error: Exception) -> str | None:
             f"out of memory on process {rank()} of {world_size()} ({one_line(error)[:300]}); a smaller --batch-size "
             "with a larger --accum-iter, --grad-checkpointing, or fewer --num-workers need less"
         )
-    if isinstance(error, RuntimeError) and world_size() > 1 and LOST.search(str(error)):
+    if isinstance(error, RuntimeError) and world_size() > 1 and CONNECTION_LOST.search(str(error)):
         return (
             f"process {rank()} of {world_size()} has lost its connection to the others: one of them was killed, or the "
             f"network is down ({one_line(error)[:300]})"
@@ -205,12 +203,12 @@ def what_happened(error: Exception) -> str | None:
     return None
 
 
-def first_to_fail(patience: float = 10) -> bool:
-    """Whether no other process has failed before this one; also true where the others cannot be asked any more."""
+def is_first_failure(patience: float = 10) -> bool:
+    """Whether no other process failed before this one; also true if the store is unreachable."""
     answers: list[int] = []
 
     def ask() -> None:
-        with suppress(RuntimeError):  # the store's process is gone
+        with suppress(RuntimeError):  # the process that holds the store has exited
             answers.append(_store.add("failures", 1))
 
     if _store is not None:
@@ -220,11 +218,11 @@ def first_to_fail(patience: float = 10) -> bool:
     return not answers or answers[0] == 1
 
 
-def leave_at_once(status: int, patience: float = 3) -> None:
-    """End this process, with which the others lose their connection.
+def abort(status: int, patience: float = 3) -> None:
+    """End this process at once; the others lose their connection to it.
 
-    Without torchrun the store is the main process's: it stays a moment, so that the others learn from it that they are
-    not the first to fail.
+    Without torchrun the main process holds the store: it waits a moment, so that the others can find out there that
+    they are not the first to fail.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -232,18 +230,18 @@ def leave_at_once(status: int, patience: float = 3) -> None:
         end, others = time.monotonic() + patience, world_size() - 1
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
-        closing.join(patience)  # it can wait for what will never come
+        closing.join(patience)  # it can block for ever
         while _store.add("failures", 0) <= others and time.monotonic() < end:
             time.sleep(0.02)
     os._exit(status)
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss, or the gradient, is not a number any more."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 class Stopped(BaseException):
-    """The run was asked to stop by a signal. It is no error, and nothing that handles errors is to keep it.
+    """A signal asked the run to stop. Not an Exception, so that error handlers let it pass.
 
     Attributes:
         together: whether all processes raise this at the same place.
@@ -255,11 +253,11 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Within this context SIGTERM, SIGUSR1, SIGINT and SIGHUP are noted; a second Ctrl-C ends the process as usual.
+    """Record SIGTERM, SIGUSR1, SIGINT and SIGHUP within this context; a second Ctrl-C ends the process as usual.
 
-    A process that waits for data (`interruptible`) does not wait on: at once if it is alone, or if the batch does not
-    come within some seconds, as the others may have it and wait for this process. A SIGHUP that was ignored before, by
-    nohup, is ignored.
+    The run stops after the current step. A process that waits for data (`interruptible`) stops waiting: at once if it
+    is the only process, else after some seconds, because the others may have their batch and wait for this process. A
+    SIGHUP that was ignored before, by nohup, is ignored.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -281,7 +279,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.pid:  # a data worker that has just been forked
+        if os.getpid() != self.pid:  # a data worker that was just forked
             return
         if self.late:
             self.late = False
@@ -304,7 +302,7 @@ class StopSignals:
             self.alarm.start()
 
     def _wake(self) -> None:
-        """Interrupt what the main thread waits for."""
+        """Interrupt the wait of the main thread."""
         self.late = True
         signal.pthread_kill(threading.main_thread().ident, self.noted)
 
@@ -322,19 +320,19 @@ class StopSignals:
                 self.alarm = None
 
     def check(self) -> None:
-        """Raises Stopped, on all processes together, if any of them was asked to stop."""
-        (number,) = maximum(self.noted)
+        """Raises Stopped on all processes together if any of them received a signal."""
+        (number,) = max_over_processes(self.noted)
         if number:
             raise Stopped(int(number))
 
 
 def interruptible() -> AbstractContextManager[None]:
-    """Around a wait for data, which the signals of the current `StopSignals` may interrupt by raising `Stopped`."""
+    """A context for a wait for data, which the signals of the current `StopSignals` interrupt by raising `Stopped`."""
     return nullcontext() if StopSignals.current is None else StopSignals.current.wait()
 
 
-def all_are_at(place: str, patience: float = 5) -> bool:
-    """Whether all processes come here within ``patience`` seconds, from the same ``place``: only then they go on."""
+def all_processes_reach(place: str, patience: float = 5) -> bool:
+    """Whether all processes call this within ``patience`` seconds with the same ``place``."""
     if _store is None:
         return True
     try:
@@ -343,19 +341,19 @@ def all_are_at(place: str, patience: float = 5) -> bool:
         while not _store.check(names) and time.monotonic() < end:
             time.sleep(0.05)
         return _store.check(names) and all(_store.get(name).decode() == place for name in names)
-    except RuntimeError as error:  # the store's process is gone
-        if is_of_worker(error):
+    except RuntimeError as error:  # the process that holds the store has exited
+        if is_worker_error(error):
             raise
         return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Logging
+# Printing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def print_main(line: str) -> None:
     """Print a line once, however many processes there are."""
     if is_main():
-        tqdm.write(line)  # above a bar, if there is one
+        tqdm.write(line)  # above a progress bar
         sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""One file per table of docs/performance.md."""
+"""Benchmarks: one program per table of docs/performance.md, with shared helpers in `interleaved`."""

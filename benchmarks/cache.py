@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Time the training images of --cache-data against those that are augmented one by one.
+"""Throughput of training images: --cache-data against a DataLoader that augments one image at a time.
 
-Both run in turn, so that a slow moment of the machine meets both; the ratio is taken pair by pair. Without workers both
-have one processor. With workers, one for each processor, the cache still has one, or the GPU.
+Both alternate, and ratios are taken pair by pair. Without workers both use one core. With one worker per core the cache
+still uses one core, or the GPU.
 
-    scripts/benchmark_cache.py                                                      DIGITS at 28 pixels
-    scripts/benchmark_cache.py --data-set FMNIST --data-path DIR --input-size 32
+    benchmarks/cache.py                                                      DIGITS at 28 pixels
+    benchmarks/cache.py --data-set FMNIST --data-path DIR --input-size 32
 """
 
 import argparse
@@ -24,10 +24,10 @@ from common import console
 from datasets import DATA_SETS, build_dataset, build_transform
 from options import place
 from pipeline.batch_augment import BatchAugment
-from pipeline.cache import AugmentedBatches, check_memory, read_all, resized
+from pipeline.cache import AugmentedBatches, check_memory, load_into_memory, resize_only
 from pipeline.loader import SeededDataset, collate
 from samplers import TrainSampler
-from training.build_data import check_small
+from training.checks import check_small
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,13 +40,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--input-size", type=int, default=28)
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=5, help="counted turns, after one that is not")
-    p.add_argument("--seconds", type=float, default=1.0, help="at least, that each of a pair is watched")
+    p.add_argument("--repeats", type=int, default=5, help="after one warm-up")
+    p.add_argument("--seconds", type=float, default=1.0, help="minimum length of a measurement")
     return p.parse_args()
 
 
 def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> float:
-    """Over at least so many seconds, after workers have begun to deliver."""
+    """Measured over at least ``seconds``, after the first batch of the workers."""
     batches = iter(loader)
     if isinstance(loader, DataLoader):
         next(batches)
@@ -63,10 +63,10 @@ def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> 
 
 
 def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
-    """Loaders without workers and with one per processor, and the one that reads from the cache."""
+    """Loaders without workers and with one per core, and the cache."""
     device, seeded = torch.device(args.device), []
     transform = build_transform(args.data_set, True, args.input_size)
-    for steps in (transform, resized(transform)):
+    for steps in (transform, resize_only(transform)):
         seeded.append(SeededDataset(build_dataset(args.data_set, args.data_path, True, steps)[0]))
     count = len(seeded[0])
     sampler = TrainSampler(count, args.batch_size, repeats=3)
@@ -74,7 +74,9 @@ def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
     processors = len(os.sched_getaffinity(0))
     loaders = {f"{n} workers": DataLoader(seeded[0], num_workers=n, **common) for n in (0, processors)}
     check_memory(count, args.input_size, device)
-    read = read_all(args.input_size, device, False, seeded[1], [(i, 0) for i in range(count)], collate_fn=collate)
+    read = load_into_memory(
+        args.input_size, device, False, seeded[1], [(i, 0) for i in range(count)], collate_fn=collate
+    )
     return {**loaders, "cache": AugmentedBatches(*read, sampler, args.batch_size, BatchAugment(transform))}
 
 

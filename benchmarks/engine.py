@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Time this program's training loop against timm's on the same model, batches and precision.
+"""Time per step of this program's training loop against timm's, with the same model, batches and precision.
 
-    scripts/benchmark_engine.py
-    scripts/benchmark_engine.py --model deit_base_patch16_224_L12 --batch-size 128 --dtype bfloat16       on a GPU
+    benchmarks/engine.py
+    benchmarks/engine.py --model deit_base_patch16_224_L12 --batch-size 128 --dtype bfloat16       on a GPU
 
-timm's loop is in its repository's train.py and not in its package; `timm_epoch` follows it step by step, with timm's
-own mixup, optimiser, gradient scaler, average and meters. Both loops get the same images, which are in memory.
+timm's loop is in its repository's train.py and not in its package; `timm_epoch` reproduces it with timm's own mixup,
+optimiser, gradient scaler, EMA and meters. Both loops read the same images from memory.
 """
 
 import argparse
@@ -38,7 +38,7 @@ log = logging.getLogger("train")
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="deit_nano_patch8_32_L4", help="small, so that a loop's own time shows")
+    p.add_argument("--model", default="deit_nano_patch8_32_L4", help="small, to expose the overhead of the loop")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--steps", type=int, default=50, help="of an epoch")
     p.add_argument("--repeats", type=int, default=5)
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
 
 
 class Training:
-    """What both loops train with."""
+    """Model, optimiser, EMA, mixup and precision of a loop."""
 
     def __init__(self, args: argparse.Namespace, fused: bool):
         torch.manual_seed(0)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure how times grow with sizes, and plot them with the growth that is expected.
+"""Scaling of times with sizes, plotted beside the expected growth.
 
-    scripts/benchmark_growth.py --plot docs/growth.png
+    benchmarks/growth.py --plot docs/growth.png
 
-Stage 1: seconds of a step of a LeTs Aux-Net (forward and backward, one thread) against its width, its depth and the
-batch; expected is the growth of the multiply-accumulates that the step counts. Two processes: images per second of
-main.py's distributed step, one thread each, against one process. Stage 2: seconds and memory to make a Des-Net of
-published size from its file. Start: seconds of main.py --help, and of a run up to its first checkpoint.
+Stage 1: time of a step of a LeTs Aux-Net (forward and backward, one thread) against width, depth and batch size; the
+expected growth is that of the multiply-accumulates. Data parallelism: throughput of two processes with one thread each,
+against one. Stage 2: time and memory to initialise Des-Nets of published sizes from a file. Start-up: time of
+main.py --help, and of a run until its first checkpoint.
 """
 
 import argparse
@@ -40,13 +40,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-BATCH, DEPTH, HEADS = 4, 8, 4  # where the other one is varied
+BATCH, DEPTH, HEADS = 4, 8, 4  # unless varied
 BATCHES, DEPTHS, WIDTHS = (1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 6, 8, 12)
 DES_NETS = ("L3_H6", "L6_H6", "L12_H6", "L6_H12", "L12_H12", "L16_H12")
 
 
 def options(batch: int = BATCH, depth: int = DEPTH, heads: int = HEADS) -> argparse.Namespace:
-    """A LeTs Aux-Net of ``depth`` layers and ``heads`` · 64 neurons, from half as many of both but four layers."""
+    """A LeTs Aux-Net of ``depth`` layers and ``heads`` heads of 64 neurons, from 4 layers with half as many heads."""
     return argparse.Namespace(
         src_arch=f"deit_tiny_patch16_224_L4_H{heads // 2}",
         tgt_arch=f"deit_tiny_patch16_224_L{depth}_H{heads}",
@@ -59,15 +59,15 @@ def options(batch: int = BATCH, depth: int = DEPTH, heads: int = HEADS) -> argpa
     )
 
 
-def steps_against(sizes: dict[int, argparse.Namespace], repeats: int) -> dict[int, tuple[float, float]]:
-    """For each size the median seconds of a step and its multiply-accumulates."""
+def measure_steps(sizes: dict[int, argparse.Namespace], repeats: int) -> dict[int, tuple[float, float]]:
+    """For each size the median seconds of a step, and its multiply-accumulates."""
     steps = {size: Step(args, "Aux-Net") for size, args in sizes.items()}
     seconds = in_turn({size: step.seconds for size, step in steps.items()}, repeats, warm_up=1)
     return {size: (statistics.median(seconds[size]), step.macs()) for size, step in steps.items()}
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-    """k of the power law values ∝ sizes^k, by least squares of the logarithms."""
+    """k of the power law values ∝ sizes^k, from a least-squares fit of the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
@@ -77,7 +77,7 @@ def in_process(function: Callable, *args: object):
 
 
 def des_net(path: str, arch: str) -> tuple[float, int, int]:
-    """Seconds and bytes of memory that making a Des-Net takes, and its parameters."""
+    """Seconds and bytes of memory to initialise a Des-Net, and its number of parameters."""
     before, start = peak_memory(), time.perf_counter()
     vit = models.load_learngene(path).descend(arch)
     seconds = time.perf_counter() - start
@@ -85,7 +85,7 @@ def des_net(path: str, arch: str) -> tuple[float, int, int]:
 
 
 def distributed_steps(rank: int, processes: int, port: int, steps: int) -> float:
-    """Seconds of a step of ``processes`` together, each with a batch of its own."""
+    """Seconds per step of ``processes`` data-parallel processes."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=processes)
@@ -110,7 +110,7 @@ def seconds_of(processes: int, port: int) -> float:
 
 
 def start_up(*arguments: str, until: Path | None = None) -> float:
-    """Seconds until main.py has ended, or has written a file."""
+    """Seconds until main.py exits, or has written the file ``until``."""
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, REPOSITORY / "main.py", *arguments], stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and not (until and until.exists()):
@@ -137,7 +137,7 @@ def measure_des_nets() -> dict[str, tuple[float, int, int]]:
 
 
 def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: str) -> None:
-    """Measured points, and the expected growth through their middle one, on logarithmic axes."""
+    """Measurements, and the expected growth through the middle one, on logarithmic axes."""
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
     for axis, (title, (sizes, measured, expected)) in zip(axes, panels.items(), strict=True):
         middle = len(sizes) // 2
@@ -154,8 +154,8 @@ def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--plot", type=place, help="a picture of the growth")
+    p.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    p.add_argument("--plot", type=place, help="file for the plot")
     args = p.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
@@ -166,7 +166,7 @@ def main() -> None:
         "layers of the Aux-Net": {depth: options(depth=depth) for depth in DEPTHS},
         "images of a batch": {batch: options(batch=batch) for batch in BATCHES},
     }.items():
-        found = steps_against(sizes, args.repeats)
+        found = measure_steps(sizes, args.repeats)
         seconds, macs = (list(column) for column in zip(*found.values(), strict=True))
         panels[title] = [*found], seconds, macs
         print(

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Time how long a Des-Net takes to make from a learngene file, each time in a new process, imports not counted.
+"""Time to initialise a Des-Net from a learngene file, each time in a new process, without imports.
 
-scripts/benchmark_init.py                           the published 12-layer Des-Net, random weights
-scripts/benchmark_init.py --load-gene FILE --des-arch deit_base_patch16_224_L6_H9
+benchmarks/init.py                           the published 12-layer Des-Net, random weights
+benchmarks/init.py --load-gene FILE --des-arch deit_base_patch16_224_L6_H9
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     p.add_argument("--load-gene", type=place, help="default: a LeTs learngene of published size with random weights")
     p.add_argument("--des-arch", default="deit_base_patch16_224_L12")
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--once", action="store_true", help="print the seconds of one start in this process")
+    p.add_argument("--once", action="store_true", help="measure once, in this process")
     args = p.parse_args()
     if args.once:
         print(seconds(args.load_gene, args.des_arch))

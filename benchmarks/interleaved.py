@@ -1,4 +1,4 @@
-"""Comparing things on a machine that others use too: in turn, in one process, pair by pair."""
+"""Interleaved measurements, for comparisons on a shared machine: alternate in one process, compare pair by pair."""
 
 import platform
 import re
@@ -12,10 +12,10 @@ from tqdm import trange
 
 
 def in_turn(measure: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Call each function once, then each again, …; a slow moment of the machine meets all of them.
+    """Call all functions in turn, ``warm_up`` + ``repeats`` times, so that background load affects all of them.
 
     Returns:
-        For each name what its function returned, in the order of the calls, without the first ``warm_up`` ones.
+        For each name the results of its function in order, without those of the warm-up.
     """
     results = {name: [] for name in measure}
     for i in trange(warm_up + repeats, leave=False):
@@ -27,13 +27,13 @@ def in_turn(measure: Mapping[str, Callable[[], float]], repeats: int, warm_up: i
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:
-    """Median and range of the ratios of what was measured in turn, such as '0.65 (0.61–0.72, 5 pairs)'."""
+    """Median and range of the pairwise ratios, such as '0.650 (0.610–0.720, 5 pairs)'."""
     ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
     return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}–{ratios[-1]:.3f}, {len(ratios)} pairs)"
 
 
 def machine(device: str | torch.device = "cpu") -> str:
-    """What the numbers were measured with, in a line."""
+    """Device and versions on one line."""
     if torch.device(device).type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
@@ -43,5 +43,5 @@ def machine(device: str | torch.device = "cpu") -> str:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had at most; getrusage would count those of the process that started it too."""
+    """Peak resident memory of this process in bytes; getrusage would include the parent's."""
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])

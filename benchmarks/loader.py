@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Time the loading of photographs to train on: this program's, the published one, and timm's.
+"""CPU time to load training photographs: this program's loader, the published one, and timm's.
 
-Makes a folder of JPEG files like ImageNet's unless there is one: 1/f spectra with occluding edges, half the colour
-resolution, quality 90, and sizes with a mean of 468×394 pixels and 121 kB (ImageNet: 469×387, 110 kB); one in 32 has
-a side of more than 1000 pixels.
+Creates synthetic JPEG files similar to ImageNet's unless the folder exists: 1/f spectra with occluding edges, 4:2:0,
+quality 90, 468×394 pixels and 121 kB on average (ImageNet: 469×387, 110 kB); one in 32 has a side of more than 1000
+pixels.
 
-Each loader runs DeiT's augmentation to the batch of normalised images in the main process. Counted is the processor's
-time of the main process and the workers together, because other programs then disturb the numbers little. The loaders
-take turns, so that a slow moment of the machine meets all of them; the ratio is taken turn by turn.
+Each loader applies DeiT's augmentation and returns normalised batches in the main process. The CPU time of the main
+process and the workers is measured, because other programs on the machine hardly affect it. The loaders alternate, and
+ratios are taken turn by turn.
 
-    scripts/benchmark_loader.py                             every image once in an epoch
-    scripts/benchmark_loader.py --repeated-aug              three times in a row, DeiT's and this program's default
-    scripts/benchmark_loader.py --steps                     the milliseconds of each step of the transforms
+    benchmarks/loader.py                             every image once in an epoch
+    benchmarks/loader.py --repeated-aug              three times in a row, DeiT's and this program's default
+    benchmarks/loader.py --steps                     the milliseconds of each step of the transforms
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
 from datasets import build_dataset, build_transform
 from options import place
-from pipeline.images import Normalise, RawImage, batch_of, faster, load
+from pipeline.images import Normalise, RawImage, collate_raw, fast_transform, load_image
 from pipeline.loader import CheckedLoader, SeededDataset, collate
 from samplers import TrainSampler
 
@@ -57,12 +57,12 @@ BATCH_SIZE = 64
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=256, help=f"of an epoch, at least {BATCH_SIZE}")
-    p.add_argument("--folder", type=place, help="where the images are, or are put and kept")
-    p.add_argument("--workers", type=int, default=1, help="of each loader, on as many processor cores")
-    p.add_argument("--repeats", type=int, default=5, help="counted epochs of each loader, after one that is not")
+    p.add_argument("--images", type=int, default=256, help=f"per epoch, at least {BATCH_SIZE}")
+    p.add_argument("--folder", type=place, help="of the images; they are created and kept if it is empty")
+    p.add_argument("--workers", type=int, default=1, help="of each loader, on as many cores")
+    p.add_argument("--repeats", type=int, default=5, help="epochs of each loader, after one warm-up")
     p.add_argument("--repeated-aug", action="store_true", help="every image three times in a row")
-    p.add_argument("--steps", action="store_true", help="where the time of an image goes, instead")
+    p.add_argument("--steps", action="store_true", help="time each step of the transforms instead")
     args = p.parse_args()
     if min(args.workers, args.repeats) < 1 or args.images < BATCH_SIZE:
         p.error(f"--workers and --repeats are at least 1, --images at least {BATCH_SIZE}")
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def spectrum(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise whose amplitude falls with frequency as photographs' does, of mean 0 and standard deviation 1."""
+    """1/f noise of mean 0 and standard deviation 1."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width))
@@ -80,7 +80,7 @@ def spectrum(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     picture = 128 + np.stack([spread * spectrum(rng, height, width) for spread in (38, 12, 12)], axis=-1)
-    for _ in range(24):  # things with edges
+    for _ in range(24):  # occluding ellipses
         radius = min(width, height) * rng.uniform(0.03, 0.35)
         thing = np.hypot((x - rng.uniform(0, width)) * rng.uniform(0.5, 2), y - rng.uniform(0, height)) < radius
         picture[thing] += rng.normal(0, (35, 10, 10))
@@ -88,7 +88,7 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 
 def make_images(root: Path, count: int) -> None:
-    """``count`` files to train, and one to test because a data set has such."""
+    """``count`` training images, and the one test image that a data set needs."""
     rng = np.random.default_rng(0)
     sizes = [size for size, number in SIZES.items() for _ in range(number)]
     order = rng.permutation(len(sizes))
@@ -102,7 +102,7 @@ def make_images(root: Path, count: int) -> None:
 
 def build_loaders(root: str, args: argparse.Namespace) -> dict[str, Iterable]:
     published = torchvision.datasets.ImageFolder(Path(root) / "train", build_transform("FOLDER", True, 224))
-    ours, _ = build_dataset("FOLDER", root, True, faster(build_transform("FOLDER", True, 224)))
+    ours, _ = build_dataset("FOLDER", root, True, fast_transform(build_transform("FOLDER", True, 224)))
     repeats = 3 if args.repeated_aug else 1
     loaders = {}
     for name, dataset in (("this program", ours), ("published", published)):
@@ -117,7 +117,7 @@ def build_loaders(root: str, args: argparse.Namespace) -> dict[str, Iterable]:
             drop_last=True,
         )
         loaders[name] = CheckedLoader(loader, skip_bad=False, device=torch.device("cpu"))
-    # it repeats images in distributed runs alone, and reads them anew then too
+    # it repeats images in distributed runs only, and decodes each repetition
     loaders["timm"] = create_loader(
         torchvision.datasets.ImageFolder(Path(root) / "train"),
         input_size=224,
@@ -134,7 +134,7 @@ def build_loaders(root: str, args: argparse.Namespace) -> dict[str, Iterable]:
 
 
 def processor_time() -> float:
-    """Seconds that this process and its workers have computed."""
+    """CPU seconds of this process and its workers."""
     ticks = 0
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -143,7 +143,7 @@ def processor_time() -> float:
 
 
 def time_per_image(loader: Iterable) -> float:
-    """Processor seconds of an epoch, by its images."""
+    """CPU seconds per image of an epoch."""
     start, count = processor_time(), 0
     for images, _ in loader:
         count += len(images)
@@ -151,11 +151,11 @@ def time_per_image(loader: Iterable) -> float:
 
 
 def time_steps(root: Path) -> dict[str, Counter]:
-    """Processor milliseconds of an image in each step, of the published transform and of this program's."""
+    """CPU milliseconds per image of each step of the published transform and of this program's."""
     published = build_transform("FOLDER", True, 224)
     pipelines = {
         "published": (datasets.folder.pil_loader, published.transforms, torch.stack),
-        "this program": (load, faster(copy.deepcopy(published)).transforms, finish),
+        "this program": (load_image, fast_transform(copy.deepcopy(published)).transforms, finish),
     }
     files, times = sorted(map(str, root.glob("train/*/*"))), {name: Counter() for name in pipelines}
     for name, (read, steps, collated) in pipelines.items():
@@ -176,7 +176,7 @@ def time_steps(root: Path) -> dict[str, Counter]:
 
 
 def finish(images: list[RawImage]) -> Tensor:
-    return Normalise(torch.device("cpu"))(batch_of(images))
+    return Normalise(torch.device("cpu"))(collate_raw(images))
 
 
 def main() -> None:

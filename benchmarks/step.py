@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Time a stage-1 training step against that of a plain ViT of the same shape, and count what both compute.
+"""Time, memory and multiply-accumulates of a stage-1 training step against those of a plain ViT of the same size.
 
-    scripts/benchmark_step.py                                                   LeTs at published sizes
-    scripts/benchmark_step.py --model aux_deit_base_patch16_224                 TLEG
-    scripts/benchmark_step.py --memory                                          peak memory instead of time
-    scripts/benchmark_step.py --whole --compile --dtype bfloat16 --batch-size 128 --peak-tflops 989       on an H200
+    benchmarks/step.py                                                   LeTs at published sizes
+    benchmarks/step.py --model aux_deit_base_patch16_224                 TLEG
+    benchmarks/step.py --memory                                          peak memory instead of time
+    benchmarks/step.py --whole --compile --dtype bfloat16 --batch-size 128 --peak-tflops 989       on an H200
 
-A step is forward and backward pass; with --whole also AdamW and the average of the weights, as main.py makes them. On
-CUDA a step that waits for the device is an error, and with --compile a graph break is one.
+A step is a forward and a backward pass; with --whole also AdamW and EMA, as in main.py. On CUDA a host–device
+synchronisation within a step is an error, and with --compile a graph break.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of autocast")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=5, help="counted pairs, after two that are not")
+    p.add_argument("--repeats", type=int, default=5, help="pairs, after two warm-ups")
     p.add_argument("--compile", action="store_true")
-    p.add_argument("--whole", action="store_true", help="with optimiser and average of the weights")
-    p.add_argument("--peak-tflops", type=float, help="of the device in --dtype, to state its utilisation")
-    p.add_argument("--memory", action="store_true", help="peak memory of a step, each network in a process of its own")
+    p.add_argument("--whole", action="store_true", help="with optimiser and EMA")
+    p.add_argument("--peak-tflops", type=float, help="of the device in --dtype, to print the utilisation")
+    p.add_argument("--memory", action="store_true", help="measure peak memory instead, each network in its own process")
     return p.parse_args()
 
 
@@ -78,7 +78,7 @@ class Step:
             p.grad = None
 
     def seconds(self) -> float:
-        """Of one step; that it waits for the device in between is an error."""
+        """Seconds of one step; a synchronisation within it is an error."""
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.cuda.synchronize()
@@ -100,7 +100,7 @@ class Step:
 
 
 def memory_of(args: argparse.Namespace, kind: str) -> int:
-    """Bytes that a process has at most while it makes three steps, less what it had before it made the network."""
+    """Peak memory of three steps in bytes, without what the process used before it built the network."""
     if args.device != "cpu":
         step = Step(args, kind)
         for _ in range(3):
@@ -133,7 +133,7 @@ def main() -> None:
     for kind in KINDS:
         median = statistics.median(seconds[kind])
         line = f"{kind}: {median:.4g} s, {args.batch_size / median:.4g} images/s, {macs[kind] / 1e9:,.1f} GMACs"
-        if args.peak_tflops:  # of the network that is trained, whatever it really computes
+        if args.peak_tflops:  # MACs of the plain ViT for both, as in model FLOPs utilisation
             line += f", {2 * macs['plain ViT'] / median / 1e12 / args.peak_tflops:.1%} of {args.peak_tflops:g} TFLOP/s"
         if args.device != "cpu":
             line += f", {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB for both networks"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Time a stage-1 training step without a teacher, with one, and with a cache of its outputs.
+"""Time of a stage-1 training step without a teacher, with one, and with the teacher-logit cache.
 
-All run in one process, in turn, so that a slow moment of the machine meets all; the ratios are taken turn by turn. What
-the cache does once for many steps is timed apart, and shared out among them. No optimiser, no loading of images.
+All alternate in one process; ratios are taken turn by turn. What the cache does once per file is timed separately and
+divided by the steps of a file. Without optimiser and data loading.
 
-    scripts/benchmark_teacher.py                                                LeTs and LeViT-384 at published sizes
-    scripts/benchmark_teacher.py --model aux_deit_small_patch16_224 --keep 50   TLEG, fewer classes kept
+    benchmarks/teacher.py                                                LeTs and LeViT-384 at published sizes
+    benchmarks/teacher.py --model aux_deit_small_patch16_224 --keep 50   TLEG, fewer classes kept
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--repeats", type=int, default=5, help="counted turns, after two that are not")
+    p.add_argument("--repeats", type=int, default=5, help="after two warm-ups")
     p.add_argument("--compile", action="store_true")
     return p.parse_args()
 
@@ -59,8 +59,8 @@ def cache_of(teacher: Callable[[Tensor], Tensor], folder: Path, top: int | None,
     return TeacherCache(teacher, folder, {}, CLASSES, len(images), top, device=images.device)
 
 
-def filled(cache: TeacherCache, images: Tensor) -> float:
-    """Fill a file of ``cache``, and return the seconds that writing it takes."""
+def fill(cache: TeacherCache, images: Tensor) -> float:
+    """Fill a file of ``cache``; returns the seconds to write it."""
     for _ in range(STEPS_OF_A_FILE):
         cache(images)
     return seconds(cache.flush, images.device)
@@ -68,7 +68,7 @@ def filled(cache: TeacherCache, images: Tensor) -> float:
 
 def bytes_per_image(teacher: Callable[[Tensor], Tensor], images: Tensor, top: int | None) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        filled(cache_of(teacher, Path(folder), top, images), images)
+        fill(cache_of(teacher, Path(folder), top, images), images)
         (file,) = Path(folder).glob("*/*")
         return file.stat().st_size / STEPS_OF_A_FILE / len(images)
 
@@ -77,7 +77,7 @@ def main() -> None:
     args = parse()
     torch.manual_seed(0)
     device = torch.device(args.device)
-    autocast, _ = autocast_of(args, device)
+    autocast, _ = autocast_of(args.amp_dtype, device)
     aux_net = models.create_model(args.model) if args.model else models.create_aux_net(args.src_arch, args.tgt_arch)
     aux_net, network = aux_net.to(device).train(), models.create_model(args.teacher_model).to(device)
     if args.compile:
@@ -96,18 +96,18 @@ def main() -> None:
         loss.backward()
 
     with autocast:
-        said = teacher(images)
+        logits = teacher(images)
     with tempfile.TemporaryDirectory() as folder:
         written, read = (cache_of(teacher, Path(folder) / name, args.keep, images) for name in ("written", "read"))
-        once = {"cache written": filled(cache_of(lambda _: said, read.folder, args.keep, images), images)}
+        once = {"cache written": fill(cache_of(lambda _: logits, read.folder, args.keep, images), images)}
         once["cache read"] = seconds(lambda: read(images), device)
-        ways = {"no teacher": None, "teacher": teacher, "cache written": written, "cache read": read}
+        variants = {"no teacher": None, "teacher": teacher, "cache written": written, "cache read": read}
         times = in_turn(
-            {name: lambda how=how: seconds(lambda: step(how), device) for name, how in ways.items()}, args.repeats
+            {name: lambda use=use: seconds(lambda: step(use), device) for name, use in variants.items()}, args.repeats
         )
     report(args, times, once)
     for top in (1, 10, 100, None):
-        print(f"kept of {top or 'all'} classes: {bytes_per_image(lambda _: said, images, top):.0f} bytes per image")
+        print(f"kept of {top or 'all'} classes: {bytes_per_image(lambda _: logits, images, top):.0f} bytes per image")
 
 
 def report(args: argparse.Namespace, times: dict[str, list[float]], once: dict[str, float]) -> None:
@@ -115,10 +115,13 @@ def report(args: argparse.Namespace, times: dict[str, list[float]], once: dict[s
     compiled = ", compiled" * args.compile
     print(f"{name}, teacher {args.teacher_model}, batch {args.batch_size}, {args.amp_dtype}{compiled}")
     print(machine(args.device))
-    times = {way: [time + once.get(way, 0) / STEPS_OF_A_FILE for time in of_way] for way, of_way in times.items()}
-    for way in times:
-        print(f"{way}: {statistics.median(times[way]):.4f} s per step", end="")
-        print(f"; over a step with the teacher {ratio(times[way], times['teacher'])}" * (way != "teacher"))
+    times = {
+        variant: [time + once.get(variant, 0) / STEPS_OF_A_FILE for time in seconds]
+        for variant, seconds in times.items()
+    }
+    for variant in times:
+        print(f"{variant}: {statistics.median(times[variant]):.4f} s per step", end="")
+        print(f"; over a step with the teacher {ratio(times[variant], times['teacher'])}" * (variant != "teacher"))
     shared = ", ".join(f"{name.removeprefix('cache ')} in {time:.3f} s" for name, time in once.items())
     print(f"of this a file of {STEPS_OF_A_FILE} steps, {shared}")
 

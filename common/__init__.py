@@ -1,1 +1,1 @@
-"""Errors, files, downloads, processes: what every part of the project uses, and no part of it."""
+"""Errors, files, downloads and processes. Imports nothing else of the project."""

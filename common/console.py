@@ -1,6 +1,6 @@
-"""Standard output and error as they are: of any encoding, closed, or to a terminal that is gone.
+"""Makes standard output and error robust: any encoding, closed streams, a terminal that has gone away.
 
-It imports nothing that takes time, for the sake of --help.
+Imports nothing slow, so that --help stays fast.
 """
 
 import io
@@ -10,12 +10,12 @@ from collections.abc import Collection
 from errno import EDQUOT, EIO, ENOSPC, EPIPE
 from typing import TextIO
 
-GONE = (EIO, EPIPE)  # a closed terminal, and a pipe that nobody reads
+GONE = (EIO, EPIPE)  # a closed terminal, and a pipe without a reader
 FULL = (ENOSPC, EDQUOT)
 
 
 class _Descriptor(io.FileIO):
-    """Takes what is written where writing fails for a reason that is ignored; there is no place to say so."""
+    """A stream that discards output if writing fails with one of the ``ignored`` errors."""
 
     def __init__(self, number: int, ignored: Collection[int]):
         super().__init__(number, "w", closefd=False)
@@ -31,19 +31,19 @@ class _Descriptor(io.FileIO):
 
 
 def accept_any_text(ignored: Collection[int] = GONE) -> None:
-    r"""Make standard output and error take every text; what their encoding does not have becomes ``\x…`` or ``\u…``.
+    r"""Make standard output and error accept any text; characters outside their encoding become ``\x…`` or ``\u…``.
 
-    Every script calls this first. What is no stream of the system, but of a test, say, stays as it is.
+    Every script calls this first. Streams that are not the system's, such as those of a test, are left as they are.
 
     Args:
-        ignored: reasons for which the system refuses to write that do not end the program.
+        ignored: errno values of failed writes that do not end the program.
     """
     sys.stdout = _opened(sys.stdout, 1, ignored)
     sys.stderr = _opened(sys.stderr, 2, ignored)
 
 
 def _opened(stream: TextIO | None, number: int, ignored: Collection[int]) -> TextIO:
-    if stream is None:  # closed by whoever started this
+    if stream is None:  # closed by the parent process
         return open(os.devnull, "w", encoding="utf-8")
     if type(stream) is not io.TextIOWrapper or stream.fileno() != number:
         return stream

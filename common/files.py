@@ -1,7 +1,4 @@
-"""Files that somebody else may have written: fetched from addresses, read without running code from them.
-
-Also the other direction: a file is written whole or not at all.
-"""
+"""Reading untrusted files without executing code from them, and writing files atomically."""
 
 import errno
 import hashlib
@@ -21,32 +18,21 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import InputError, one_line
-from common.plain_data import plain_data_alone
+from common.plain_data import allow_plain_data
 
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-
-def hardlink_or_copy(path: Path, name: Path) -> None:
-    """Make ``name`` the same file as ``path``, or a copy where the file system has no links."""
-    with atomic_write(name) as unfinished:
-        Path(unfinished).unlink(missing_ok=True)  # a name of another file, if a process of this number was killed
-        try:
-            os.link(path, unfinished)
-        except OSError:
-            shutil.copyfile(path, unfinished)
-
-
-YAML_LIMIT = 2**20  # bytes; those of this program have a thousandth of it
-JSON_LIMIT = 2**24  # bytes; the names and meanings of all of ImageNet's classes take a twelfth of it
-NESTING_LIMIT = 20  # levels of YAML, which takes quadratic time to read
-PLAIN_TAGS = {("!!", name) for name in ("bool", "float", "int", "null", "str")}  # which are in published YAML files
-SCALAR_LIMIT = 1000  # characters of a value in YAML; some numbers take quadratic time, too
+YAML_LIMIT = 2**20  # bytes; this program's have about 1,000
+JSON_LIMIT = 2**24  # bytes; the names and descriptions of all classes of ImageNet-22k take a twelfth
+NESTING_LIMIT = 20  # levels of YAML: parsing time is quadratic
+PLAIN_TAGS = {("!!", name) for name in ("bool", "float", "int", "null", "str")}  # used by published YAML files
+SCALAR_LIMIT = 1000  # characters of a value in YAML: parsing time of some numbers is quadratic
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -60,14 +46,14 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
-    """The content of a checkpoint, without running code from it: the weights are under ``model``.
+    """Load a checkpoint without executing code from it; the weights are under ``model``.
 
     A bare state dict and a safetensors file become ``{"model": …}``; the header of a learngene file is added as
-    ``learngene``. Plain data are what `plain_data` lists, such as the ``argparse.Namespace`` of the published
-    checkpoints.
+    ``learngene``. `plain_data` lists which types are loaded besides tensors, such as the ``argparse.Namespace`` of
+    published checkpoints.
 
     Args:
-        mapped: leave the tensors on the disk until they are used, where the format allows it.
+        mapped: memory-map the tensors, where the format allows it.
 
     Raises:
         InputError: the file is missing or damaged, or holds objects other than tensors and plain data.
@@ -89,7 +75,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
         content = _unpickled(path, mapped and start.startswith(b"PK"))
     except InputError:
         raise
-    except Exception as error:  # a damaged file can fail in any way the parsers know
+    except Exception as error:  # damaged files make the parsers raise all kinds of errors
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:
             raise InputError(
@@ -104,15 +90,15 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
 
 
 def _unpickled(path: str | os.PathLike, mapped: bool) -> object:
-    with plain_data_alone(os.path.getsize(path)), warnings.catch_warnings(), open(path, "rb") as file:
-        warnings.simplefilter("ignore")  # of the pickle's protocol; `read_checkpoint` says what is wrong
-        # torch maps only what has a path, and goes by the suffix of a path: this one has none
+    with allow_plain_data(os.path.getsize(path)), warnings.catch_warnings(), open(path, "rb") as file:
+        warnings.simplefilter("ignore")  # about the pickle's protocol; `read_checkpoint` reports errors
+        # torch maps only files given by path, and interprets the suffix of the path: this one has none
         source = f"/proc/self/fd/{file.fileno()}" if mapped else file
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _in_utf8(path: str | os.PathLike, file: IO) -> str | os.PathLike:
-    """A name of an open file that safetensors takes, which wants it in UTF-8."""
+    """A name of the open ``file`` that is valid UTF-8, which safetensors requires."""
     try:
         os.fspath(path).encode()
         return path
@@ -121,10 +107,10 @@ def _in_utf8(path: str | os.PathLike, file: IO) -> str | os.PathLike:
 
 
 def _refuse_bombs(path: str | os.PathLike, zipped: bool) -> None:
-    """Refuse pickles and archives that were made to fill the memory: torch writes none of what is refused here."""
+    """Raises InputError for pickles and archives that expand to fill the memory; torch never writes such files."""
     size = os.path.getsize(path)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"bytearray") >= 0:  # one of any length can stand in a few bytes of a pickle
+        if content.find(b"bytearray") >= 0:  # a few bytes of a pickle can create one of any length
             raise InputError(f"{path} is refused: besides tensors and plain data it holds a bytearray")
         tail = content[-98:]
     if not zipped:
@@ -140,9 +126,9 @@ def _refuse_bombs(path: str | os.PathLike, zipped: bool) -> None:
 
 
 def _directory_is_at(start: int, tail: bytes, size: int) -> bool:
-    """Whether a zip archive's end records point to the directory that Python found, which torch then finds, too.
+    """Whether torch reads the same directory of a zip archive as Python, which starts at ``start``.
 
-    Python takes the directory that stands before the end records, torch the one that they point to.
+    Python reads the directory directly before the end records, torch the one that the end records point to.
 
     Args:
         tail: the last 98 bytes of the archive's ``size``: a 64-bit end record, the pointer to it, the end record.
@@ -158,13 +144,13 @@ def _directory_is_at(start: int, tail: bytes, size: int) -> bool:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Of a key that is there twice, YAML's own loader takes the last value without a word."""
+    """YAML's own loader silently takes the last value of a duplicate key; this one raises."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping, seen = super().construct_mapping(node, deep), set()
         for key, _ in node.value if len(mapping) < len(node.value) else ():
             if key.value in seen:
-                raise yaml.YAMLError(f"the key {key.value} of line {key.start_mark.line + 1} is there twice")
+                raise yaml.YAMLError(f"duplicate key {key.value} in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return mapping
 
@@ -173,10 +159,10 @@ def read_yaml(path: str | os.PathLike) -> object:
     """The plain data of a YAML file.
 
     Raises:
-        InputError: the file is missing, no YAML, holds a key twice, or what could make much of little: tags other than
-            those of plain values, aliases, deep nesting.
+        InputError: the file is missing, not YAML, or contains duplicate keys, aliases, deep nesting, or tags other than
+            those of plain values.
     """
-    text = _plain_text(path, YAML_LIMIT)
+    text = _read_text(path, YAML_LIMIT)
     try:
         depth = 0
         for token in yaml.scan(text):
@@ -191,7 +177,7 @@ def read_yaml(path: str | os.PathLike) -> object:
             elif depth > NESTING_LIMIT:
                 what = f"more than {NESTING_LIMIT} levels"
             if what:
-                raise InputError(f"{path} holds {what}, which is not read here: write short, plain values")
+                raise InputError(f"{path} contains {what}, which is not supported: write short, plain values")
         return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
@@ -203,17 +189,17 @@ def read_json(path: str | os.PathLike) -> object:
     """The plain data of a JSON file.
 
     Raises:
-        InputError: the file is missing or no JSON.
+        InputError: the file is missing or not JSON.
     """
     try:
-        return json.loads(_plain_text(path, JSON_LIMIT))
+        return json.loads(_read_text(path, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not JSON: {one_line(error)}") from error
 
 
-def _plain_text(path: str | os.PathLike, limit: int) -> str:
+def _read_text(path: str | os.PathLike, limit: int) -> str:
     try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)
@@ -224,7 +210,7 @@ def _plain_text(path: str | os.PathLike, limit: int) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text: {error}") from error
+        raise InputError(f"{path} is not a text file: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,33 +220,43 @@ def _plain_text(path: str | os.PathLike, limit: int) -> str:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[str]:
-    """A name to write to, beside ``path``; it becomes ``path`` when all is written, and is removed if that fails."""
+    """Write a file atomically: yields a temporary name, which is renamed to ``path`` unless an exception is raised."""
     path = Path(path)
-    # processes of several machines may write there, and have the same number
+    # random, because processes of several hosts may write there and have the same number
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06}")
     try:
         yield str(unfinished)
         umask = os.umask(0)  # there is no other way to read it
         os.umask(umask)
-        with suppress(OSError):  # some file systems of other machines have no modes: the file is kept as it is
-            unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-        flush_to_disk(unfinished)  # the name must not be there before the content, whatever happens to the machine
+        with suppress(OSError):  # some network file systems have no modes
+            unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only the owner can read
+        flush_to_disk(unfinished)  # before the rename, so that a crash cannot leave an empty file
         os.replace(unfinished, path)
     except (RuntimeError, SafetensorError) as error:
         if not re.search(r"inline_container|I/O error", str(error)):
             raise
-        # torch and safetensors do not say why they cannot write
+        # torch and safetensors do not report the cause
         reason = errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**16 else errno.EIO
         raise OSError(reason, os.strerror(reason), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
+def hardlink_or_copy(path: Path, name: Path) -> None:
+    """Make ``name`` a hard link to ``path``, or a copy where the file system has no hard links."""
+    with atomic_write(name) as unfinished:
+        Path(unfinished).unlink(missing_ok=True)  # left by a killed process with the same number
+        try:
+            os.link(path, unfinished)
+        except OSError:
+            shutil.copyfile(path, unfinished)
+
+
 def flush_to_disk(path: str | os.PathLike) -> None:
-    """Have the system write a file to its disk, where the file system can be asked to.
+    """Flush a file to disk with fsync, where the file system supports it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: writing failed.
     """
     with open(path, "rb") as file:
         try:
@@ -271,7 +267,7 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `atomic_write` has left in a folder when its process was killed."""
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder."""
     for left in folder.glob(".*.*"):
         if re.fullmatch(
             r"\.(best_checkpoint|checkpoint|learngene|model|config|log|curves|args|README|train-|val-|index|\.writable)\S*\.\d+",
@@ -281,14 +277,14 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raises InputError unless every byte of a checkpoint is as it was written, by the sums of the archive it is."""
+    """Raises InputError unless the checksums of a checkpoint's zip archive are correct."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        _refuse_bombs(path, zipped=True)  # which looks at what the sums do not cover
+        _refuse_bombs(path, zipped=True)  # checks what the checksums do not cover
     except InputError as error:
         raise InputError(f"{path}, which is damaged: {error}") from error
     except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}, which is damaged or no checkpoint: {one_line(error)}") from error
     if damaged:
-        raise InputError(f"{path}, which is damaged: {damaged} is not what was written")
+        raise InputError(f"{path}, which is damaged: the checksum of {damaged} is wrong")

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: learngenes and weights from it; trained models to it, with a card.
+"""The Hugging Face Hub: download learngenes and weights, upload trained models with a model card.
 
-huggingface_hub is imported where it is used: half a second that local files need not wait for.
+huggingface_hub is imported inside functions: it takes half a second, which local files do not need.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ from common.errors import InputError, one_line
 
 import yaml
 
-SECONDS = 10.0  # without an answer, after which the Hub is given up
+TIMEOUT = 10.0  # seconds
 
 
-def from_hub(address: str, on_hub: str) -> Path:
-    """The file of ``hf-hub:owner/name[/file][@revision]`` in huggingface_hub's cache, downloaded if it is not there.
+def fetch_from_hub(address: str, on_hub: str) -> Path:
+    """The path of ``hf-hub:owner/name[/file][@revision]`` in huggingface_hub's cache, downloaded if necessary.
 
     Args:
-        on_hub: the file that is meant where the address names none.
+        on_hub: the file if the address does not name one.
 
     Raises:
-        InputError: there is no such repository, revision or file, or the Hub cannot be reached.
+        InputError: the repository, revision or file does not exist, or the Hub is unreachable.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -32,17 +32,17 @@ def from_hub(address: str, on_hub: str) -> Path:
         raise InputError(f"{address} names no repository: expected hf-hub:owner/name[/file][@revision]")
     repo_id, file, revision, offline = f"{owner}/{name}", file or on_hub, revision or None, None
     try:
-        # asked first: the download itself would try again and again where there is no such thing, or no network
-        HfApi().model_info(repo_id, revision=revision, timeout=SECONDS)
+        # first, because a download of a missing repository, or without a network, retries for a long time
+        HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)
     except (HfHubHTTPError, ValueError) as error:
         raise InputError(f"{address} could not be downloaded: {one_line(error)}") from error
-    except hub_errors() as error:  # offline, or as good as that
+    except hub_errors() as error:  # offline
         offline = error
     try:
         return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=offline is not None))
     except LocalEntryNotFoundError as error:
         reason = one_line(offline or error)
-        raise InputError(f"{address} is not kept on this machine, and the Hub not reached: {reason}") from error
+        raise InputError(f"{address} is not in the local cache, and the Hub is unreachable: {reason}") from error
     except EntryNotFoundError as error:
         raise InputError(f"{address}: the repository has no {file}; …/{name}/FILE names another one") from error
     except hub_errors() as error:
@@ -50,17 +50,17 @@ def from_hub(address: str, on_hub: str) -> Path:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises for what a user can put right; its versions use different HTTP libraries."""
+    """The exceptions of huggingface_hub that a user can resolve; its versions use different HTTP libraries."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 def check_upload(repo_id: str) -> None:
-    """Make the repository if need be, before any long work, and with that see whether it may be written to.
+    """Check write access before training: create the repository if it does not exist.
 
     Raises:
-        InputError: the name is not ``owner/name``, the Hub cannot be reached, or does not accept this machine's token.
+        InputError: the name is not ``owner/name``, the Hub is unreachable, or it rejects this machine's token.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -69,32 +69,35 @@ def check_upload(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise InputError(f"{repo_id} is no name of a repository: expected OWNER/NAME") from error
+        raise InputError(f"{repo_id} is not a repository name: expected OWNER/NAME") from error
     if "/" not in repo_id:
         raise InputError(f"{repo_id} has no owner: expected OWNER/NAME")
     try:
-        with suppress(RepositoryNotFoundError):  # the one question that takes a time-out
-            HfApi().model_info(repo_id, timeout=SECONDS)
+        with suppress(RepositoryNotFoundError):  # the only call with a time-out
+            HfApi().model_info(repo_id, timeout=TIMEOUT)
         HfApi().create_repo(repo_id, exist_ok=True)
     except hub_errors() as error:
         raise InputError(f"{repo_id} cannot be written to, see `hf auth login`: {one_line(error)}") from error
 
 
 def upload(folder: Path, files: Sequence[str], repo_id: str) -> str:
-    """Upload ``files`` of a folder in one commit, and return its address.
+    """Upload ``files`` of a folder in one commit.
+
+    Returns:
+        The address of the commit.
 
     Raises:
-        InputError: the upload failed; the folder is as it was.
+        InputError: the upload failed; the folder is unchanged.
     """
     from huggingface_hub import HfApi
 
-    message = "Upload what was trained"
+    message = "Upload the trained model"
     try:
         commit = HfApi().upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=list(files), commit_message=message
         )
     except hub_errors() as error:
-        raise InputError(f"not uploaded, {', '.join(files)} stay in {folder}: {one_line(error)}") from error
+        raise InputError(f"upload failed, {', '.join(files)} stay in {folder}: {one_line(error)}") from error
     return str(commit.commit_url)
 
 
@@ -105,10 +108,10 @@ def model_card(
     options: Mapping[str, object],
     usage: str,
 ) -> str:
-    """The text of a card: what it is, where it comes from, how it was trained, what was measured, how to use it.
+    """The model card in Markdown: facts, accuracy, usage and training options.
 
     Args:
-        facts: name → value, each a line.
+        facts: name → value, one line each.
         accuracy: the lines of ``log.txt``; the first and the last are shown.
         options: of the run, as in ``args.yaml``.
         usage: Python code.

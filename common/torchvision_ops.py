@@ -1,9 +1,9 @@
-"""Makes ``import torchvision`` work where its compiled operators cannot load.
+"""Makes ``import torchvision`` work where its compiled operators cannot be loaded.
 
-torch without CUDA next to a torchvision wheel built for CUDA is common: the wheel of the default index is such a
-build. There torchvision's Python side stops at "operator torchvision::nms does not exist", although nothing here uses
-these operators. Declaring the two schemas it insists on is enough. This has to happen before torchvision, or timm,
-which imports it, is first imported.
+A common case is torch without CUDA next to a torchvision wheel built for CUDA, the wheel of the default index. There
+``import torchvision`` fails with "operator torchvision::nms does not exist", although nothing here uses the operators.
+Declaring the schemas of two of them is enough. This must happen before the first import of torchvision or of timm,
+which imports it.
 """
 
 import sys
@@ -16,7 +16,7 @@ SCHEMAS = ("nms", "qnms")
 
 
 def declare_missing_operators() -> torch.library.Library | None:
-    """Declare the schemas if torchvision is not imported yet and cannot load its own; the result keeps them alive."""
+    """Declare the schemas if torchvision's own operators cannot be loaded; the returned object keeps them alive."""
     spec = find_spec("torchvision")
     if spec is None or "torchvision" in sys.modules:
         return None

@@ -1,4 +1,4 @@
-"""Data workers: how they are started, when they end, and what is said when they fail."""
+"""Data workers: start, exit, and error messages when they fail."""
 
 import atexit
 import multiprocessing.queues
@@ -20,12 +20,12 @@ from common.errors import InputError
 from torch.utils.data import DataLoader
 
 SOCKET_PATH = 107  # bytes of the longest path of a Unix socket
-SOCKET_NAME = len("/pymp-12345678/listener-12345678")  # multiprocessing's, in the temporary folder
+SOCKET_NAME = len("/pymp-12345678/listener-12345678")  # multiprocessing's sockets in the temporary folder
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock")
-CANNOT_SEND = 71  # exit status of a worker whose batches cannot reach the main process
+CANNOT_SEND = 71  # exit status of a worker that cannot send a batch
 WITHOUT = "--num-workers 0 loads images in the main process instead"
 
-# what torch, multiprocessing and the system say → what is said here
+# pattern in the messages of torch, multiprocessing and the system → the message to print
 CAUSES = {
     r"[Bb]us error|shared memory ?\(shm\)|No space left on device|shm_open": (
         "shared memory (/dev/shm) is full or too small for the batches of data workers: make it larger (docker run "
@@ -35,7 +35,7 @@ CAUSES = {
         "too many open files: raise the limit with 'ulimit -n', or use fewer --num-workers; --num-workers 0 needs the "
         "fewest"
     ),
-    r"is killed by signal: (Killed|Terminated)|Connection(Reset|Refused)|EOFError"  # it ended while it was sending
+    r"is killed by signal: (Killed|Terminated)|Connection(Reset|Refused)|EOFError"  # it exited while sending
     r"|MemoryError|[Cc]annot allocate memory|can't allocate memory": (
         "no memory is left for the images, or a data worker was killed, as the kernel does then: use fewer "
         "--num-workers or a smaller --batch-size"
@@ -44,28 +44,28 @@ CAUSES = {
 
 
 class WorkerError(RuntimeError):
-    """A data worker has failed; the message is a line that says what to change."""
+    """A data worker failed; the message is one line and says what to change."""
 
 
-def describe(error: BaseException, where: str = "") -> WorkerError:
-    """What has failed in or around the data workers, in a line.
+def as_worker_error(error: BaseException, where: str = "") -> WorkerError:
+    """A one-line error with cause and remedy.
 
     Args:
-        error: what a loader with data workers raised, or torch in their name.
-        where: words that follow "a data worker failed".
+        error: raised by a loader with data workers, or by torch's SIGCHLD handler.
+        where: appended to "a data worker failed".
     """
-    text = (is_of_worker(error) and reason_of_worker()) or what_was_raised(error)
+    text = (is_worker_error(error) and read_send_error()) or original_message(error)
     for pattern, cause in CAUSES.items():
         if re.search(pattern, text):
-            return WorkerError(f"{cause} ({shortened(text)})")
-    return WorkerError(f"a data worker failed{where}: {shortened(text)}; {WITHOUT}, and shows where it fails")
+            return WorkerError(f"{cause} ({shorten(text)})")
+    return WorkerError(f"a data worker failed{where}: {shorten(text)}; {WITHOUT}, and shows where it fails")
 
 
-def await_end_of_one(workers: Sequence[BaseProcess], seconds: float = 2) -> None:
-    """After a connection to one of them broke: it is ending, and says why only by its exit status.
+def raise_exit_reason(workers: Sequence[BaseProcess], seconds: float = 2) -> None:
+    """After a connection to a worker broke, wait for its exit, which tells the cause.
 
     Raises:
-        RuntimeError: one has ended, and by what signal or with what status, in torch's words.
+        RuntimeError: a worker exited; the message is torch's, with the signal.
     """
     wait([worker.sentinel for worker in workers], seconds)  # torch may raise here already
     for worker in workers:
@@ -74,28 +74,27 @@ def await_end_of_one(workers: Sequence[BaseProcess], seconds: float = 2) -> None
             raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}")
 
 
-def is_of_worker(error: BaseException) -> bool:
-    """Whether torch raised ``error`` in the name of a data worker, which it does at any place of the main process."""
+def is_worker_error(error: BaseException) -> bool:
+    """Whether torch raised ``error`` for a data worker; its SIGCHLD handler does so anywhere in the main process."""
     return "DataLoader worker" in str(error)
 
 
-def worker_error_behind(error: BaseException | None) -> BaseException | None:
-    """What torch raised in the name of a data worker, if that is ``error`` or what led to it; else None.
+def find_worker_error(error: BaseException | None) -> BaseException | None:
+    """The error that torch raised for a data worker, in the chain of causes of ``error``; None if there is none.
 
-    Torch's handler of SIGCHLD raises it inside any library, which may wrap it, and inside any handler of errors, which
-    must let it pass.
+    Torch's SIGCHLD handler raises it inside any library, which may wrap it in another exception.
     """
     while error is not None and not isinstance(error, WorkerError):
-        if is_of_worker(error):
+        if is_worker_error(error):
             return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
-def what_was_raised(error: BaseException) -> str:
-    """The type and message of an exception; of one from a worker, those that it had there."""
-    if error.__cause__ is not None and is_of_worker(error) and is_of_worker(error.__cause__):
-        error = error.__cause__  # which says by what signal a worker ended
+def original_message(error: BaseException) -> str:
+    """Type and message of an exception; for one that a worker raised, those of the worker's exception."""
+    if error.__cause__ is not None and is_worker_error(error) and is_worker_error(error.__cause__):
+        error = error.__cause__  # it names the signal
     text = str(error)
     match = re.search(r"Caught (\w+) in DataLoader worker process", text)
     if match:  # the message is the worker's traceback
@@ -104,7 +103,7 @@ def what_was_raised(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}".strip(": ")
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 300 else line[:297] + "…"
 
@@ -113,78 +112,78 @@ def shortened(text: str) -> str:
 # In the main process
 # ---------------------------------------------------------------------------------------------------------------------
 
-_lifelines: set[int] = set()  # write ends: workers end when the main process has none of them any more
-_reasons: tuple[int, int] | None = None  # a pipe to the main process, for what a worker cannot say otherwise
+_exit_pipes: set[int] = set()  # write ends in the main process
+_send_errors: tuple[int, int] | None = None  # a pipe for the errors of workers that cannot send a batch
 
 
-class Lifeline:
-    """Ties the workers of a loader to the main process; they end at once when it ends, or cuts it.
+class ExitPipe:
+    """A pipe from the main process to a loader's workers; they exit as soon as it is closed, or the process ends.
 
-    They ignore the signals that would end them, and one that waits for a disk that does not answer would stay for ever.
+    Without it they would stay: they ignore the usual signals, and can be blocked by a disk that does not respond.
     """
 
     def __init__(self, loader: DataLoader):
         self.read = self.write = None
         self.needed = loader.num_workers > 0
         if self.needed:
-            # forks need not import anything, and the data set is not copied; other ways of starting are not needed here
+            # a fork imports nothing and does not copy the data set
             loader.multiprocessing_context = "fork"
-            loader.worker_init_fn = self.tie
+            loader.worker_init_fn = self.init_worker
 
-    def prepare(self) -> None:
-        """Before the workers are started.
+    def open(self) -> None:
+        """Open the pipe, before the workers are started.
 
         Raises:
-            InputError: there is no place for the sockets through which they send.
+            InputError: there is no folder for the workers' sockets.
         """
-        global _reasons
+        global _send_errors
         if not self.needed:
             return
-        use_short_folder()
-        if _reasons is None:
-            _reasons = os.pipe()
-            os.set_blocking(_reasons[0], False)
+        use_short_socket_folder()
+        if _send_errors is None:
+            _send_errors = os.pipe()
+            os.set_blocking(_send_errors[0], False)
         if self.write is None:
             self.read, self.write = os.pipe()
-            _lifelines.add(self.write)
+            _exit_pipes.add(self.write)
 
-    def cut(self) -> None:
+    def close(self) -> None:
         if self.write is not None:
-            if self.write in _lifelines:  # else `cut_all` has closed it, and its number may be another file's by now
-                _lifelines.remove(self.write)
+            if self.write in _exit_pipes:  # otherwise it is closed, and its number may belong to another file
+                _exit_pipes.remove(self.write)
                 os.close(self.write)
             os.close(self.read)
             self.read = self.write = None
 
-    def tie(self, worker: int) -> None:
-        """What a worker does first."""
-        leave_signals_to_main(worker)
+    def init_worker(self, worker: int) -> None:
+        """Set up signals and error handling in a worker."""
+        ignore_stop_signals(worker)
         for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
-            signal.signal(number, signal.SIG_DFL)  # of which torch's handlers print a line, and the main process, too
-        cut_all()  # the inherited ends, which only the main process may have
-        sys.excepthook = unless_main_left
-        threading.Thread(target=end_with_main, args=(self.read,), daemon=True).start()
-        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_send)
+            signal.signal(number, signal.SIG_DFL)  # torch's handlers print a line, and so does the main process
+        close_exit_pipes()  # the inherited write ends, which only the main process may hold
+        sys.excepthook = report_unless_main_exited
+        threading.Thread(target=exit_with_main, args=(self.read,), daemon=True).start()
+        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(exit_on_send_error)
 
 
 @atexit.register
-def cut_all() -> None:
-    """Before multiprocessing waits for the workers, which registered that earlier and so does it later."""
-    while _lifelines:
-        os.close(_lifelines.pop())
+def close_exit_pipes() -> None:
+    """At exit, before multiprocessing joins the workers: it registered that earlier, so it runs later."""
+    while _exit_pipes:
+        os.close(_exit_pipes.pop())
 
 
-def use_short_folder() -> None:
-    """Have multiprocessing's sockets in a folder whose path is short enough for them, whatever TMPDIR says."""
+def use_short_socket_folder() -> None:
+    """Have multiprocessing create its sockets in a folder whose path is short enough, whatever TMPDIR is."""
     folder = multiprocessing.process.current_process()._config.get("tempdir")
-    with suppress(FileNotFoundError):  # no folder at all
+    with suppress(FileNotFoundError):  # no temporary folder at all
         folder = folder or tempfile.gettempdir() + "/pymp-12345678"
     if folder and len(os.fsencode(folder)) + len("/listener-12345678") <= SOCKET_PATH:
         return
     before = tempfile.tempdir
     for tempfile.tempdir in SHORT_FOLDERS:
         with suppress(OSError):
-            multiprocessing.util.get_temp_dir()  # which is kept for later
+            multiprocessing.util.get_temp_dir()  # multiprocessing caches it
             break
     else:
         tempfile.tempdir = before
@@ -196,11 +195,11 @@ def use_short_folder() -> None:
     tempfile.tempdir = before
 
 
-def reason_of_worker() -> str | None:
-    """What a worker has left behind that could not send a batch."""
+def read_send_error() -> str | None:
+    """The error of a worker that could not send a batch, once."""
     with suppress(BlockingIOError):
-        if _reasons is not None:
-            return os.read(_reasons[0], 4096).decode(errors="replace").partition("\n")[0]
+        if _send_errors is not None:
+            return os.read(_send_errors[0], 4096).decode(errors="replace").partition("\n")[0]
     return None
 
 
@@ -209,28 +208,28 @@ def reason_of_worker() -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def leave_signals_to_main(worker: int) -> None:
-    """Data workers work on when their whole process group is asked to stop: the batch that is waited for is needed."""
+def ignore_stop_signals(worker: int) -> None:
+    """Keep working when the whole process group gets a stop signal: the main process still needs the current batch."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_main(lifeline: int) -> None:
-    os.read(lifeline, 1)  # returns when nobody can write any more
+def exit_with_main(read_end: int) -> None:
+    os.read(read_end, 1)  # returns when all write ends are closed
     os._exit(0)
 
 
-def unless_main_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an error of the thread that serves this worker's tensors, except a main process that stops receiving them.
+def report_unless_main_exited(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """``sys.excepthook`` of a worker: ignore the broken connection when the main process stops receiving tensors.
 
-    multiprocessing.resource_sharer calls sys.excepthook from that thread, and nothing else does in a worker.
+    In a worker only the thread of multiprocessing.resource_sharer, which serves the tensors, calls it.
     """
     if not isinstance(error, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
 
-def cannot_send(error: Exception, item: object) -> None:
-    """End this worker when a batch cannot be sent: multiprocessing would drop it, and the main process wait for it."""
+def exit_on_send_error(error: Exception, item: object) -> None:
+    """Exit when a batch cannot be sent: multiprocessing would drop it, and the main process would wait for ever."""
     with suppress(OSError):
-        os.write(_reasons[1], (shortened(f"{type(error).__name__}: {error}") + "\n").encode(errors="replace")[:4000])
+        os.write(_send_errors[1], (shorten(f"{type(error).__name__}: {error}") + "\n").encode(errors="replace")[:4000])
     os._exit(CANNOT_SEND)

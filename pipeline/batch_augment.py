@@ -1,13 +1,11 @@
-"""The augmentation of small images, many at a time, on the device that trains.
+"""Batched augmentation of small images on the training device.
 
-What timm and torchvision do to one PIL image after the other is done here to a whole batch of tensors. The recipe is
-read off their own transform, so that it exists once. Pixels are as Pillow keeps them, (count, height, width, 4) in
-uint8 with a fourth byte that nothing looks at: one pixel is then one 32-bit number to copy. Neither library offers
-this: Kornia and torchvision's v2 draw one magnitude, or one operation, for a whole batch, and their pixels are not
-Pillow's.
+Applies timm's and torchvision's training transform, which processes one PIL image at a time, to a batch of tensors.
+`BatchAugment` reads the steps and their parameters from the transform itself. Kornia and torchvision's v2 do not offer
+this: they sample one magnitude, or one operation, for a whole batch, and their pixels differ from Pillow's.
 
-Everything random is drawn by NumPy from the samples' seeds: which images an operation meets is then known without
-asking the device, which nothing here waits for.
+NumPy draws all random numbers on the host, from the seeds of the samples, so that grouping the images by operation
+needs no synchronisation with the device.
 """
 
 from collections.abc import Callable
@@ -23,20 +21,20 @@ from pipeline.batch_ops import (
     contrast,
     equalize,
     invert,
-    normalised,
+    normalise,
     posterize,
     rotate,
-    sent,
     sharpness,
     shear_x,
     shear_y,
     shift_and_flip,
     solarize,
     solarize_add,
+    to_device_of,
     translate_x,
     translate_y,
 )
-from samplers import split_mix
+from samplers import splitmix64
 
 import numpy as np
 import torch
@@ -52,8 +50,8 @@ from torchvision import transforms
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Draws:
-    """Random numbers of many samples, where those of a sample follow from its seed and from how many it has drawn.
+class SeededRandom:
+    """Random numbers for a batch; those of a sample depend on its seed and on how many were drawn before.
 
     Args:
         seeds: (count,) in uint64.
@@ -66,29 +64,29 @@ class Draws:
         """(count, numbers) in uint64."""
         places = np.arange(self.drawn, self.drawn + numbers, dtype=np.uint64)
         self.drawn += numbers
-        return split_mix(self.seeds[:, None], places)
+        return splitmix64(self.seeds[:, None], places)
 
     def uniform(self, numbers: int) -> np.ndarray:
         """(count, numbers), from 0 to less than 1."""
         return (self.bits(numbers) >> np.uint64(11)) * 2.0**-53
 
     def normal(self, numbers: int) -> np.ndarray:
-        """(count, numbers), of mean 0 and variance 1, by the method of Box and Muller."""
+        """(count, numbers) of mean 0 and variance 1 (Box–Muller)."""
         radius = np.sqrt(-2 * np.log(1 - self.uniform(numbers)))
         return radius * np.cos(2 * np.pi * self.uniform(numbers))
 
 
-# Noise for single pixels: the normal distribution's quantiles, looked up with 16 random bits, at a tenth of the price
+# quantiles of the normal distribution, indexed by 16 random bits: ten times as fast as Box–Muller for noise
 QUANTILES = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float().numpy()
 
 
-def three_normals(bits: np.ndarray) -> np.ndarray:
-    """(count,) in uint64 → (count, 3), one for each channel of a pixel."""
+def rgb_noise(bits: np.ndarray) -> np.ndarray:
+    """Random bits (count,) in uint64 → normal numbers (count, 3), one per channel."""
     return QUANTILES[np.stack([(bits >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (48, 32, 16)], axis=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From magnitudes to what the operations take, as timm defines it
+# The arguments of the operations as functions of the magnitude, as timm defines them
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -96,26 +94,26 @@ class Operation(NamedTuple):
     """One of timm's operations.
 
     Attributes:
-        apply: (pixels, one number per image) → pixels; with a `Warp` if it moves them.
-        argument: (magnitude from 0 to usually 10, random sign) → that number.
+        apply: (pixels, one argument per image) → pixels; geometric operations take a `Warp`, too.
+        argument: (magnitude, usually 0 to 10; random sign) → argument.
     """
 
     apply: Callable[..., Tensor]
     argument: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda magnitude, sign: magnitude
 
 
-MOVING = (shear_x, shear_y, translate_x, translate_y, rotate)
+GEOMETRIC = (shear_x, shear_y, translate_x, translate_y, rotate)
 
 
-def enhanced(magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
+def enhancement_factor(magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
     return magnitude / 10 * 1.8 + 0.1
 
 
-def enhanced_or_reduced(magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
+def increasing_factor(magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
     return np.maximum(0.1, 1 + sign * (magnitude / 10 * 0.9))
 
 
-def signed(most: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def signed_argument(most: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return lambda magnitude, sign: sign * (magnitude / 10 * most)
 
 
@@ -129,26 +127,26 @@ OPERATIONS = {
     "Solarize": Operation(solarize, lambda m, _: np.minimum(256, np.trunc(m / 10 * 256))),
     "SolarizeIncreasing": Operation(solarize, lambda m, _: 256 - np.minimum(256, np.trunc(m / 10 * 256))),
     "SolarizeAdd": Operation(solarize_add, lambda m, _: np.minimum(128, np.trunc(m / 10 * 110))),
-    "ShearX": Operation(shear_x, signed(0.3)),
-    "ShearY": Operation(shear_y, signed(0.3)),
-    "TranslateXRel": Operation(translate_x, signed(0.45)),
-    "TranslateYRel": Operation(translate_y, signed(0.45)),
-    "Rotate": Operation(rotate, signed(30)),
+    "ShearX": Operation(shear_x, signed_argument(0.3)),
+    "ShearY": Operation(shear_y, signed_argument(0.3)),
+    "TranslateXRel": Operation(translate_x, signed_argument(0.45)),
+    "TranslateYRel": Operation(translate_y, signed_argument(0.45)),
+    "Rotate": Operation(rotate, signed_argument(30)),
 }
 for _enhancement in (color, contrast, brightness, sharpness):
     _name = _enhancement.__name__.title()
-    OPERATIONS[_name] = Operation(_enhancement, enhanced)
-    OPERATIONS[f"{_name}Increasing"] = Operation(_enhancement, enhanced_or_reduced)
+    OPERATIONS[_name] = Operation(_enhancement, enhancement_factor)
+    OPERATIONS[f"{_name}Increasing"] = Operation(_enhancement, increasing_factor)
 
 
-class Drawn(NamedTuple):
-    """Which operations images meet, in turn.
+class SampledOperations(NamedTuple):
+    """The operations to apply to each image, in order.
 
     Attributes:
         names: keys of `OPERATIONS`.
         cubic: see `Warp`, for each of ``names``.
-        choice: (count, turns): index into ``names``, or −1 for none.
-        arguments: (count, turns): what the operations take.
+        choice: (count, layers): index into ``names``, or −1 for none.
+        arguments: (count, layers): of the operations.
     """
 
     names: list[str]
@@ -158,7 +156,7 @@ class Drawn(NamedTuple):
 
 
 class Policy:
-    """RandAugment and AutoAugment, with timm's reading of their names."""
+    """RandAugment or AutoAugment, with the parameters of timm's object."""
 
     def __init__(self, policy: RandAugment | AutoAugment):
         self.random = isinstance(policy, RandAugment)
@@ -170,7 +168,7 @@ class Policy:
         if unknown or (self.random and policy.choice_weights is not None):
             found = f"the operation {min(unknown)}" if unknown else "weighted choices"
             raise InputError(f"--cache-data cannot augment with {found}: {POLICIES}")
-        resample = ops[0].kwargs["resample"]  # the same for all, as is the colour
+        resample = ops[0].kwargs["resample"]  # the same for all, as is fillcolor
         kinds = [kind == Image.Resampling.BICUBIC for kind in (resample if isinstance(resample, tuple) else [resample])]
         names = sorted({op.name for op in ops})
         self.kinds, self.fill = len(kinds), ops[0].kwargs["fillcolor"]
@@ -181,7 +179,7 @@ class Policy:
         self.deviation = np.array([op.magnitude_std for op in ops], dtype=np.float64)
         self.highest = np.array([op.magnitude_max or 10 for op in ops], dtype=np.float64)
 
-    def draw(self, draws: Draws) -> Drawn:
+    def sample(self, draws: SeededRandom) -> SampledOperations:
         turns = self.turns
         if self.random:
             op = (draws.uniform(turns) * len(self.first)).astype(np.int64)
@@ -200,14 +198,14 @@ class Policy:
         for i, name in enumerate(self.names):
             met = choice == i
             arguments[met] = OPERATIONS[name].argument(magnitude[met], sign[met])
-        return Drawn(self.names, self.cubic, choice, arguments)
+        return SampledOperations(self.names, self.cubic, choice, arguments)
 
 
 POLICIES = "expected an --aa such as rand-m9-mstd0.5-inc1, original or v0, or none"
 
 
 class Jitter:
-    """torchvision's ColorJitter without hue: three enhancements in random order."""
+    """torchvision's ColorJitter without hue: up to three enhancements in random order."""
 
     fill = (0, 0, 0)
 
@@ -215,29 +213,29 @@ class Jitter:
         ranges = {"Brightness": jitter.brightness, "Contrast": jitter.contrast, "Color": jitter.saturation}
         self.ranges = {name: ends for name, ends in ranges.items() if ends is not None}
 
-    def draw(self, draws: Draws) -> Drawn:
+    def sample(self, draws: SeededRandom) -> SampledOperations:
         low, high = np.array([*self.ranges.values()]).reshape(-1, 2).T
         choice = draws.uniform(len(self.ranges)).argsort(1)
         factors = low[choice] + (high - low)[choice] * draws.uniform(len(self.ranges))
-        return Drawn([*self.ranges], [False] * len(self.ranges), choice, factors)
+        return SampledOperations([*self.ranges], [False] * len(self.ranges), choice, factors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Random erasing
 # ---------------------------------------------------------------------------------------------------------------------
 
-ATTEMPTS = 10  # timm's, to find a rectangle that is smaller than the image
+ATTEMPTS = 10  # to find a rectangle that is smaller than the image, as in timm
 
 
-class Erased(NamedTuple):
-    """Pixels of a batch, at places (pixels,) of (count · height · width), and their values (pixels, 3)."""
+class ErasedPixels(NamedTuple):
+    """Erased pixels of a batch: flat indices (pixels,) into (count, height, width), and their values (pixels, 3)."""
 
     places: np.ndarray
     values: np.ndarray
 
 
-def draw_erasing(erasing: RandomErasing, draws: Draws, height: int, width: int) -> list[Erased]:
-    """The rectangles of a batch, one after the other for those that have several."""
+def sample_erasing(erasing: RandomErasing, draws: SeededRandom, height: int, width: int) -> list[ErasedPixels]:
+    """Sample the erased rectangles of a batch; the i-th result holds the i-th rectangle of every image that has one."""
     count = len(draws.seeds)
     chosen = draws.uniform(1)[:, 0] <= erasing.probability
     least, most = erasing.min_count, erasing.max_count
@@ -255,47 +253,54 @@ def draw_erasing(erasing: RandomErasing, draws: Draws, height: int, width: int) 
         top, left = ((draws.uniform(1)[:, 0] * (free + 1)).astype(np.int64) for free in (height - h, width - w))
         bits = draws.bits(1)[:, 0]
         which = np.flatnonzero(chosen & (i < rectangles) & fits.any(1))
-        erased.append(fill_rectangles(erasing, which, top, left, h, w, bits, height, width))
+        erased.append(fill_rectangles(erasing, which, Rectangles(top, left, h, w), bits, (height, width)))
     return erased
 
 
+class Rectangles(NamedTuple):
+    """One rectangle per image, in pixels, (count,) each."""
+
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+
+
 def fill_rectangles(
-    erasing: RandomErasing,
-    which: np.ndarray,
-    top: np.ndarray,
-    left: np.ndarray,
-    h: np.ndarray,
-    w: np.ndarray,
-    bits: np.ndarray,
-    height: int,
-    width: int,
-) -> Erased:
-    """Every pixel of one rectangle in each of the images ``which``, among all that have places, sizes and bits."""
-    sizes = (h * w)[which]
-    image = which.repeat(sizes)
-    place = np.arange(len(image)) - (sizes.cumsum() - sizes).repeat(sizes)  # within its rectangle
-    row, column = top[image] + place // w[image], left[image] + place % w[image]
+    erasing: RandomErasing, which: np.ndarray, box: Rectangles, bits: np.ndarray, size: tuple[int, int]
+) -> ErasedPixels:
+    """The pixels of the rectangles of the images ``which``.
+
+    Args:
+        bits: (count,) in uint64, random.
+        size: height and width of the images.
+    """
+    height, width = size
+    areas = (box.height * box.width)[which]
+    image = which.repeat(areas)
+    place = np.arange(len(image)) - (areas.cumsum() - areas).repeat(areas)  # within its rectangle
+    row, column = box.top[image] + place // box.width[image], box.left[image] + place % box.width[image]
     if erasing.per_pixel:
-        values = three_normals(split_mix(bits[image], place.astype(np.uint64)))
+        values = rgb_noise(splitmix64(bits[image], place.astype(np.uint64)))
     elif erasing.rand_color:
-        values = three_normals(bits[image])
+        values = rgb_noise(bits[image])
     else:
         values = np.zeros((len(image), 3), dtype=np.float32)
-    return Erased((image * height + row) * width + column, values)
+    return ErasedPixels((image * height + row) * width + column, values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# The whole transform
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class BatchAugment:
-    """A training transform of `datasets.build_transform` for many small images, that are resized already."""
+    """A training transform of `datasets.build_transform` for batches of small images that are already resized."""
 
     def __init__(self, transform: transforms.Compose):
         """
         Raises:
-            InputError: the transform has a step that is not known here.
+            InputError: the transform has an unsupported step.
         """
         self.padding, self.flip, self.policy, self.erasing = 0, 0.0, None, None
         for step in transform.transforms:
@@ -322,44 +327,44 @@ class BatchAugment:
             seeds: (count,) in uint64.
 
         Returns:
-            (count, 3, height, width), normalised; what became of an image depends on it and its seed alone.
+            (count, 3, height, width), normalised. The augmentation of an image depends on its seed only.
         """
-        draws = Draws(seeds)
+        draws = SeededRandom(seeds)
         down, right = (draws.uniform(2) * (2 * self.padding + 1)).astype(np.int64).T - self.padding
         flip = draws.uniform(1)[:, 0] < self.flip
-        x = shift_and_flip(x, *(sent(numbers, x) for numbers in (down, right, flip)))
+        x = shift_and_flip(x, *(to_device_of(numbers, x) for numbers in (down, right, flip)))
         if self.policy is not None:
-            x = apply_operations(x, self.policy.draw(draws), self.policy.fill)
-        images = normalised(x)
+            x = apply_operations(x, self.policy.sample(draws), self.policy.fill)
+        images = normalise(x)
         if self.erasing is not None:
-            for erased in draw_erasing(self.erasing, draws, *x.shape[1:3]):
+            for erased in sample_erasing(self.erasing, draws, *x.shape[1:3]):
                 erase(images, erased)
         return images
 
 
-def apply_operations(x: Tensor, drawn: Drawn, fill: tuple[int, int, int]) -> Tensor:
-    """The images ``x`` after their operations; in every turn, those that meet the same one lie side by side."""
+def apply_operations(x: Tensor, drawn: SampledOperations, fill: tuple[int, int, int]) -> Tensor:
+    """Apply the sampled operations to ``x``; in every layer the images are sorted by operation."""
     fill = torch.full((), int.from_bytes(bytes((*fill, 0)), "little"), dtype=torch.int32, device=x.device)
-    place = np.arange(len(x))  # of each image among those of `x`
+    place = np.arange(len(x))  # the position of each image in `x`
     for choice, arguments in zip(drawn.choice.T, drawn.arguments.T, strict=True):
         order = choice.argsort(kind="stable")
         ends = np.searchsorted(choice[order], np.arange(len(drawn.names) + 1)).tolist()
-        x, arguments = x.index_select(0, sent(place[order], x)), sent(arguments[order], x)
+        x, arguments = x.index_select(0, to_device_of(place[order], x)), to_device_of(arguments[order], x)
         place = order.argsort()
         groups = [x[: ends[0]]]
         for name, cubic, (start, end) in zip(drawn.names, drawn.cubic, pairwise(ends), strict=True):
             if start < end:
                 apply = OPERATIONS[name].apply
-                warp = (Warp(cubic, fill),) if apply in MOVING else ()
+                warp = (Warp(cubic, fill),) if apply in GEOMETRIC else ()
                 groups.append(apply(x[start:end], arguments[start:end], *warp))
         x = torch.cat(groups)
-    return x.index_select(0, sent(place, x))
+    return x.index_select(0, to_device_of(place, x))
 
 
-def erase(images: Tensor, erased: Erased) -> None:
-    """Put the values of ``erased`` into (count, 3, height, width)."""
-    places, values = sent(erased.places, images), sent(erased.values, images)
+def erase(images: Tensor, erased: ErasedPixels) -> None:
+    """Write the erased values to ``images`` (count, 3, height, width) in place."""
+    places, values = to_device_of(erased.places, images), to_device_of(erased.values, images)
     area = images.shape[2] * images.shape[3]
-    places = places + places // area * (2 * area)  # of the first of three channels
+    places = places + places // area * (2 * area)  # in the first of three channels
     places = places[:, None] + area * torch.arange(3, device=images.device)
     images.view(-1).index_copy_(0, places.flatten(), values.flatten())

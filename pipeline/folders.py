@@ -1,4 +1,4 @@
-"""Data sets on disk: in which folder one lies, which image files are in it, and how to download it."""
+"""Data sets on disk: class folders, the folder of a known data set, download."""
 
 import os
 import re
@@ -20,38 +20,38 @@ from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SPLITS = ("train", "val")
-# folders that network drives, macOS and Windows add to those of others, partly with small copies of the images in them
-NOT_OF_THE_DATA = {"@eaDir", "@Recycle", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
-SHOWN = 6  # endings or names in a message
-SECONDS = 30  # without an answer, after which a server is given up
+# added by network drives, macOS and Windows; some contain thumbnails of the images
+SYSTEM_FOLDERS = {"@eaDir", "@Recycle", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
+MAX_SHOWN = 6  # suffixes or names in a message
+TIMEOUT = 30  # seconds
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image files in folders that are classes
+# Class folders
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the data, such as .DS_Store, ._1.jpg or .ipynb_checkpoints."""
-    return name.startswith(".") or name in NOT_OF_THE_DATA
+    """Whether a file or folder is not part of the data, such as .DS_Store, ._1.jpg or .ipynb_checkpoints."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder`` that are not hidden, sorted."""
+    """The sorted names of the folders in ``folder``, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """The paths of all files below ``folder`` that are not hidden, in torchvision's order."""
+    """The paths of all files below ``folder`` in torchvision's order, without hidden ones."""
     places = []
     for place, inner, files in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if not is_hidden(name) and not leads_back(os.path.join(place, name))]
+        inner[:] = [name for name in inner if not is_hidden(name) and not links_to_parent(os.path.join(place, name))]
         places.append((place, files))
     for place, files in sorted(places):
         yield from (os.path.join(place, name) for name in sorted(files) if not is_hidden(name))
 
 
-def leads_back(path: str) -> bool:
-    """Whether a folder is a link to one that it is in, and would be walked through again and again."""
+def links_to_parent(path: str) -> bool:
+    """Whether a folder is a symbolic link to one of its parents, which would be walked endlessly."""
     if not os.path.islink(path):
         return False
     target, place = os.path.realpath(path), os.path.dirname(path)
@@ -59,27 +59,27 @@ def leads_back(path: str) -> bool:
     return target in {os.path.realpath(folder) for way in ways for folder in way}
 
 
-def ending_of(path: str) -> str:
+def suffix_of(path: str) -> str:
     ending = os.path.splitext(path)[1].lower()
     return ending if re.fullmatch(r"\.[\w~-]{1,20}", ending, re.ASCII) else "another ending" if ending else "no ending"
 
 
-def counted(endings: Counter) -> str:
+def format_counts(endings: Counter) -> str:
     """'.gif 3, no ending 1', the most frequent ones first."""
-    shown = [f"{ending} {count:,}" for ending, count in endings.most_common(SHOWN)]
-    rest = endings.total() - sum(count for _, count in endings.most_common(SHOWN))
+    shown = [f"{ending} {count:,}" for ending, count in endings.most_common(MAX_SHOWN)]
+    rest = endings.total() - sum(count for _, count in endings.most_common(MAX_SHOWN))
     return ", ".join([*shown, f"others {rest:,}"] if rest else shown)
 
 
 class ImageFolder(tv.ImageFolder):
-    """torchvision's, without what is hidden.
+    """torchvision's ImageFolder without hidden files and folders.
 
     Attributes:
-        passed_over: how many files are not read, by their endings.
+        skipped_files: how many files are not images, by suffix.
     """
 
     def __init__(self, root: Path, transform: Callable | None, loader: Callable):
-        self.passed_over: Counter = Counter()
+        self.skipped_files: Counter = Counter()
         super().__init__(root, transform, loader=loader)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -92,60 +92,59 @@ class ImageFolder(tv.ImageFolder):
         """(path, label) of every image, class by class.
 
         Raises:
-            InputError: a class has none.
+            InputError: a class has no images.
         """
         samples = []
         loose = [entry for entry in os.scandir(directory) if entry.is_file() and not is_hidden(entry.name)]
         if loose:
-            self.passed_over["in no class"] = len(loose)
+            self.skipped_files["in no class"] = len(loose)
         for name, label in class_to_idx.items():
             before, others = len(samples), Counter()
             for path in files_below(os.path.join(directory, name)):
                 if path.lower().endswith(IMG_EXTENSIONS):
                     samples.append((path, label))
                 else:
-                    others[ending_of(path)] += 1
+                    others[suffix_of(path)] += 1
             if len(samples) == before:
-                found = f"its files end otherwise ({counted(others)})" if others else "it has no files"
+                found = f"its files end otherwise ({format_counts(others)})" if others else "it has no files"
                 raise InputError(
                     f"--data-path: {os.path.join(directory, name)} holds no image of its class: {found}, "
                     f"expected {', '.join(IMG_EXTENSIONS)}"
                 )
-            self.passed_over += others
+            self.skipped_files += others
         return samples
 
 
 def summary(split: str, dataset: object, classes: Sequence[str], root: str) -> str | None:
-    """What was found, for people to read; None for data sets that are no image files.
+    """A line to print about a data set of image files; None for others.
 
     Args:
-        dataset: the images of ``split``.
-        root: where they were looked for.
+        root: ``--data-path``.
     """
     if not hasattr(dataset, "samples"):
         return None
     line = f"{split}: {len(dataset):,} images of {len(classes):,} classes"
     if isinstance(dataset, ImageFolder):
         line += f" in {dataset.root}" * (Path(dataset.root).parent != Path(root))
-        if dataset.passed_over:
-            line += f"; {dataset.passed_over.total():,} files passed over ({counted(dataset.passed_over)})"
+        if dataset.skipped_files:
+            line += f"; {dataset.skipped_files.total():,} files passed over ({format_counts(dataset.skipped_files)})"
     return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which folder is meant
+# The folder of a data set
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """How the folder of a data set is called, as it is distributed, and what is in it of each split (a glob)."""
+    """The name of a data set's folder as distributed, and the entries (globs) that each split needs."""
 
     name: str
     train: tuple[str, ...]
     val: tuple[str, ...]
 
     def of(self, splits: Sequence[str]) -> list[str]:
-        """What is in the folder, if ``splits`` are."""
+        """The entries that ``splits`` need."""
         return list(dict.fromkeys(entry for split in splits for entry in getattr(self, split)))
 
 
@@ -165,14 +164,14 @@ LAYOUTS = {
 }
 
 
-def own_folder(name: str, root: Path, splits: Sequence[str] = SPLITS) -> Path | None:
-    """The folder that holds ``splits`` of the data set ``name`` itself, or None.
+def find_folder(name: str, root: Path, splits: Sequence[str] = SPLITS) -> Path | None:
+    """The folder that contains ``splits`` of the data set ``name``, or None.
 
-    It is ``root``, or in it under the name that it has as distributed, or either of these in one of its folders, as
+    Candidates are ``root``, the folder's name as distributed below it, and both of these in every subfolder, because
     archives are often unpacked into a folder of their own name.
 
     Raises:
-        InputError: several folders of ``root`` hold one.
+        InputError: several subfolders contain the data set.
     """
     layout = LAYOUTS[name]
     entries = layout.of(splits)
@@ -191,13 +190,13 @@ def own_folder(name: str, root: Path, splits: Sequence[str] = SPLITS) -> Path | 
     return next(iter(found.values()), None)
 
 
-def not_found(name: str, root: Path, splits: Sequence[str]) -> InputError:
-    """The error that says which files and folders were looked for, and what is there."""
+def not_found_error(name: str, root: Path, splits: Sequence[str]) -> InputError:
+    """The error for a folder without the data set: what is expected, what was found."""
     layout = LAYOUTS[name]
     expected = " and ".join(entry.removesuffix("*") for entry in layout.of(splits))
     where = f", here or in {layout.name}/" if layout.name else ""
     names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root) if not is_hidden(entry.name))
-    found = one_line(", ".join(names[:SHOWN] + ["…"] * (len(names) > SHOWN))) or "nothing"
+    found = one_line(", ".join(names[:MAX_SHOWN] + ["…"] * (len(names) > MAX_SHOWN))) or "nothing"
     return InputError(f"--data-path {root} does not hold {name}: expected {expected}{where}; found {found}")
 
 
@@ -215,32 +214,32 @@ DOWNLOADS = {
 
 
 def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> None:
-    """Have torchvision download a data set to ``path``, unless ``splits`` of it are there.
+    """Download a data set to ``path`` with torchvision, unless ``splits`` of it exist.
 
-    It is unpacked in a hidden folder and moved when it is whole.
+    It is unpacked in a hidden folder and moved when it is complete.
 
     Raises:
-        InputError: it is none that torchvision downloads, or that failed.
+        InputError: torchvision does not provide the data set, or the download failed.
     """
     if name not in DOWNLOADS:
-        why = "from where it was, it is gone" if name == "CARS" else "torchvision does not do it"
+        why = "it is no longer available" if name == "CARS" else "torchvision does not provide it"
         raise InputError(f"--download cannot fetch {name} ({why}): only {', '.join(DOWNLOADS)}")
     if path is None:
         raise InputError(f"--data-set {name} needs --data-path, the folder to --download it to")
     root, unfinished = Path(path), Path(path, f".download-{name}")
     try:
-        if root.is_dir() and own_folder(name, root, splits) is not None:  # perhaps where nothing can be written
+        if root.is_dir() and find_folder(name, root, splits) is not None:  # it may be read-only
             return
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".download.lock"):  # other machines may see this folder, too
-            if own_folder(name, root, splits) is not None:
+        with FileLock(root / ".download.lock"):  # other hosts may share this folder
+            if find_folder(name, root, splits) is not None:
                 return
             _check_no_part(name, root)
-            if unfinished.exists():  # archives are used again, what was unpacked of them may not be whole
+            if unfinished.exists():  # keep the archives; what was unpacked may be incomplete
                 _remove_folders(unfinished)
             print(f"downloading {name} to {root}", flush=True)
             unfinished.mkdir(exist_ok=True)
-            with answers_expected():
+            with socket_timeout():
                 DOWNLOADS[name](unfinished, download=True)
             for entry in subfolders(unfinished):
                 os.replace(unfinished / entry, root / entry)
@@ -252,7 +251,7 @@ def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> Non
 
 
 def _check_no_part(name: str, root: Path) -> None:
-    """Raises InputError if the place of a data set that was not found is taken."""
+    """Raises InputError if the destination exists, but holds an incomplete data set."""
     place = root / Path(LAYOUTS[name].name).parts[0]
     if place.exists():
         raise InputError(f"--download: {place} is there, but not all of {name}: expected it to be moved or removed")
@@ -264,10 +263,10 @@ def _remove_folders(folder: Path) -> None:
 
 
 @contextmanager
-def answers_expected() -> Iterator[None]:
-    """torchvision would wait for ever for a server that does not answer."""
+def socket_timeout() -> Iterator[None]:
+    """Without a timeout torchvision waits for ever for a server that does not respond."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SECONDS)
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         yield
     finally:

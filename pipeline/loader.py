@@ -1,4 +1,4 @@
-"""Batches of images: the data set in its workers, the loader, and what happens when either fails."""
+"""Loading batches: seeded augmentation, unreadable images, failing data workers."""
 
 import hashlib
 import random
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import utils
 from common.errors import InputError, one_line
-from common.workers import Lifeline, WorkerError, await_end_of_one, describe, shortened
-from pipeline.images import Normalise, RawBatch, RawImage, batch_of
+from common.workers import ExitPipe, WorkerError, as_worker_error, raise_exit_reason, shorten
+from pipeline.images import Normalise, RawBatch, RawImage, collate_raw
 from pipeline.shards import ShardDataset
 from samplers import Key
 
@@ -23,17 +23,27 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate, get_worker_info
 
+# raised by Pillow and the file system for a missing, truncated or invalid image
+READ_ERRORS = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error)
+READ_ERRORS += (Image.DecompressionBombError,)
+RESOURCE_ERRORS = (EMFILE, ENFILE, ENOMEM)  # errno values that are not about the image
+MAX_UNREADABLE = 10  # images of a batch; more suggest that the data have disappeared
+
 
 class Sample(NamedTuple):
-    """An image and its label, or neither, and what could not be read on the way to them."""
+    """An image and its label, both None if the image cannot be read.
+
+    Attributes:
+        unreadable: names of images that could not be read; an exception ends the run.
+    """
 
     image: Tensor | RawImage | None
     label: int | None
-    unreadable: list[str | InputError | WorkerError]  # an error is of more than this image, and ends the run
+    unreadable: list[str | InputError | WorkerError]
 
 
-class ReadDataset(Dataset):
-    """A data set that says of an image that cannot be read which one it is."""
+class CheckedDataset(Dataset):
+    """A data set that returns the name of an image that cannot be read instead of raising."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -44,22 +54,22 @@ class ReadDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         try:
             return Sample(*self.dataset[index], [])
-        except InputError as error:  # which would come out of a data worker without its sentence
+        except InputError as error:  # a data worker would lose the message
             return Sample(None, None, [error])
         except Exception as error:
-            name = name_of_image(self.dataset, index)
-            if isinstance(error, UNREADABLE) and getattr(error, "errno", None) not in EXHAUSTED:
+            name = image_name(self.dataset, index)
+            if isinstance(error, READ_ERRORS) and getattr(error, "errno", None) not in RESOURCE_ERRORS:
                 return Sample(None, None, [f"{name} ({one_line(error)})"])
             if get_worker_info() is None and not isinstance(error, OSError):
                 raise
-            return Sample(None, None, [describe(error, f" at {shortened(name)}")])
+            return Sample(None, None, [as_worker_error(error, f" at {shorten(name)}")])
 
 
-class SeededDataset(ReadDataset):
-    """A data set whose random augmentation follows from the seed in the key, in whatever process it is loaded.
+class SeededDataset(CheckedDataset):
+    """A data set whose augmentation depends on the seed in the key only, not on the process that loads it.
 
     Args:
-        replacements: how many images are tried in the place of one that cannot be read: those that follow it.
+        replacements: how many of the following images are tried in place of one that cannot be read.
     """
 
     def __init__(self, dataset: Dataset, replacements: int = 0):
@@ -69,7 +79,7 @@ class SeededDataset(ReadDataset):
     def __getitem__(self, key: Key) -> Sample:
         (index, seed), unreadable = key, []
         for i in range(index, index + 1 + self.replacements):
-            # timm's transforms use all three; torch.manual_seed would look at every accelerator for each image
+            # timm's transforms use all three; torch.manual_seed would also seed every accelerator
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
@@ -80,57 +90,57 @@ class SeededDataset(ReadDataset):
         return sample._replace(unreadable=unreadable)
 
 
-def name_of_image(dataset: Dataset, index: int) -> str:
-    """The file of an image, or its number where it is held in memory."""
+def image_name(dataset: Dataset, index: int) -> str:
+    """The path of an image, or its number if it is held in memory."""
     if isinstance(dataset, Subset):
-        return name_of_image(dataset.dataset, dataset.indices[index])
+        return image_name(dataset.dataset, dataset.indices[index])
     if isinstance(dataset, ShardDataset):
         return dataset.name_of(index)
     return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
 
 
-def names_digest(dataset: Dataset) -> str:
-    """A fingerprint of the names of all images, in their order, without the folders of this machine.
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 over the names of all images in order, without the path of the data set on this machine.
 
-    Of images in memory (`TensorDataset`), which have none, it is one of their pixels.
+    For images in memory (`TensorDataset`) it is over their pixels.
     """
     if isinstance(dataset, TensorDataset):
         return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in dataset.tensors)).hexdigest()
-    if isinstance(dataset, ReadDataset):
+    if isinstance(dataset, CheckedDataset):
         dataset = dataset.dataset
-    if isinstance(dataset, ShardDataset):  # which would have to be fetched for the names in it
+    if isinstance(dataset, ShardDataset):  # reading the names would download the shards
         names = (shard.sha256 for shard in dataset.shards)
     else:
-        names = ("/".join(name_of_image(dataset, index).split("/")[-2:]) for index in range(len(dataset)))
+        names = ("/".join(image_name(dataset, index).split("/")[-2:]) for index in range(len(dataset)))
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor | RawBatch, Tensor, list[str | InputError | WorkerError]]:
-    """Images, labels, and what could not be read and is not among them."""
+    """Images, labels, and the names of images that could not be read, which are left out."""
     images = [sample.image for sample in samples if sample.image is not None]
     labels = torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.int64)
     unreadable = [name for sample in samples for name in sample.unreadable]
     if not images:
         return torch.empty(0), labels, unreadable
-    return (batch_of if isinstance(images[0], RawImage) else default_collate)(images), labels, unreadable
+    return (collate_raw if isinstance(images[0], RawImage) else default_collate)(images), labels, unreadable
 
 
 class CheckedLoader:
-    """A loader's images and labels, where images that cannot be read are an error, or warned of and counted.
+    """Images and labels of a DataLoader. Unreadable images raise, or are skipped with a warning.
 
     Attributes:
-        skipped: how many of this process could not be read since this was set to 0; in training others take their
-            places, in evaluation they are left out.
+        skipped: how many images this process skipped since this was set to 0; in training others replace them, in
+            evaluation they are left out.
     """
 
     def __init__(self, loader: DataLoader, skip_bad: bool, device: torch.device):
         """
         Args:
-            device: where images are normalised that workers send as bytes.
+            device: where uint8 images are normalised.
         """
         self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device)
         self.skipped, self.warned = 0, set()
-        self.lifeline = Lifeline(loader)
+        self.exit_pipe = ExitPipe(loader)
 
     @property
     def dataset(self) -> Dataset:
@@ -144,35 +154,35 @@ class CheckedLoader:
         return len(self.loader)
 
     def close(self) -> None:
-        """End data workers that would stay: they ignore the signal with which the end of this process would end them.
+        """Shut down persistent data workers, which ignore the signal that they get when this process exits.
 
-        The end of the last reference to them would do it, but a library that keeps an exception keeps all its callers.
+        Deleting the last reference would do the same, but a stored exception may keep references alive.
         """
-        self.lifeline.cut()
-        if self.loader._iterator is not None:  # there is no public way
+        self.exit_pipe.close()
+        if self.loader._iterator is not None:  # there is no public API
             self.loader._iterator._shutdown_workers()
 
-    def _started(self) -> Iterator:
-        """The loader's iterator. No signal interrupts a fork, whose hooks hold locks and swallow exceptions.
+    def _start(self) -> Iterator:
+        """The loader's iterator. Signals do not interrupt a fork, whose hooks hold locks and swallow exceptions.
 
-        Workers that stay from an earlier iteration are not forked again, but waited for: they may be busy.
+        Persistent workers are not forked again; waiting for busy ones is interruptible.
         """
-        self.lifeline.prepare()
+        self.exit_pipe.open()
         with nullcontext() if self.loader._iterator is None else utils.interruptible():
             return iter(self.loader)
 
-    def _loaded(self) -> Iterator[tuple[Tensor | RawBatch, Tensor, list[str | InputError | WorkerError]]]:
-        """What the loader gives; a signal may interrupt the wait for it.
+    def _load(self) -> Iterator[tuple[Tensor | RawBatch, Tensor, list[str | InputError | WorkerError]]]:
+        """Batches as `collate` makes them; stop signals interrupt the wait for one.
 
         Raises:
-            WorkerError: data workers failed, or could not be started.
+            WorkerError: data workers failed or could not be started.
         """
         batches, complete = None, False
         try:
             while True:
                 try:
                     if batches is None:
-                        batches = self._started()
+                        batches = self._start()
                     with utils.interruptible():
                         batch = next(batches)
                 except StopIteration:
@@ -182,23 +192,23 @@ class CheckedLoader:
                     if self.loader.num_workers == 0 or isinstance(error, InputError):
                         raise
                     ended = isinstance(error, (ConnectionError, EOFError)) or "exited unexpectedly" in str(error)
-                    iterator = batches or self.loader._iterator  # where workers that stay do not start again
+                    iterator = batches or self.loader._iterator  # None: persistent workers failed on reset
                     if ended and iterator is not None:
-                        await_end_of_one(iterator._workers)  # by what, is not in the error
-                    raise describe(error) from error
+                        raise_exit_reason(iterator._workers)  # raises with the cause
+                    raise as_worker_error(error) from error
                 yield batch
         finally:
             if not complete and not self.loader.persistent_workers:
-                self.lifeline.cut()  # those that wait for a file would be waited for
+                self.exit_pipe.close()  # or the exit would wait for blocked workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, unreadable in self._loaded():
+        for images, labels, unreadable in self._load():
             for error in unreadable:
                 if isinstance(error, Exception):
                     raise error
             if unreadable and not self.skip_bad:
                 raise InputError(f"{unreadable[0]} cannot be read as an image: --skip-bad-images goes on without it")
-            if len(unreadable) > SKIPPED_AT_ONCE:
+            if len(unreadable) > MAX_UNREADABLE:
                 raise InputError(
                     f"{len(unreadable)} images of one batch cannot be read, among them {unreadable[0]}: are the data "
                     "still there?"
@@ -209,10 +219,3 @@ class CheckedLoader:
             self.warned.update(unreadable)
             self.skipped += len(unreadable)
             yield self.normalise(images) if isinstance(images, RawBatch) else images, labels
-
-
-# what Pillow and the file system raise for an image that is not there, not whole, or no image
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error)
-UNREADABLE += (Image.DecompressionBombError,)
-EXHAUSTED = (EMFILE, ENFILE, ENOMEM)  # what no other image would change
-SKIPPED_AT_ONCE = 10  # images of a batch; more are no accident

@@ -1,13 +1,13 @@
-"""WebDataset shards: image files in tar archives, read where they lie in them, from this machine or another.
+"""WebDataset shards: images in tar archives with random access, local or remote.
 
-A sample is two neighbours in a tar, ``<key>.jpg`` (or another image) and ``<key>.cls``, its label in digits. The file
-index.json beside the shards, which scripts/make_shards.py writes, says which there are:
+A sample is two adjacent members of a tar, ``<key>.jpg`` (or another image format) and ``<key>.cls``, the label in
+digits. index.json beside the shards, which scripts/make_shards.py writes, lists them:
 
     {"version": 1, "classes": ["n01440764", …],
      "train": [{"file": "train-000000.tar", "samples": 1000, "bytes": 110000000, "sha256": "…"}, …], "val": […]}
 
-The package webdataset reads the same shards, but as streams, which keep no position to go on from; wids, which reads
-them by index, unpickles members that are called .pkl, and puts addresses into a command line of a shell.
+The package webdataset reads the same shards, but as streams, which cannot resume at a position; wids, which reads them
+by index, unpickles .pkl members and passes addresses to a shell.
 """
 
 import io
@@ -29,7 +29,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from common.download import receive
+from common.download import download_file
 from common.errors import InputError, one_line
 from common.files import flush_to_disk, read_json, sha256
 from pipeline.folders import SPLITS, is_hidden
@@ -45,8 +45,8 @@ INDEX = "index.json"
 COMMAND = "pipe:"  # a data path that is a command line
 SHARD_NAME = re.compile(r"\w[\w.+=-]*\.tar", re.ASCII)
 LABEL_DIGITS = 9
-KEPT_OPEN = 8 * LANES  # reads after which a process closes a shard that it has not come back to, for the disk's sake
-WAITS = (1, 5, 25)  # seconds before a shard is asked for again: object stores send away who asks too often
+KEEP_OPEN_READS = 8 * LANES  # a process closes a shard that was not used in so many reads
+RETRY_SECONDS = (1, 5, 25)  # delays between download attempts: object stores limit the request rate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ WAITS = (1, 5, 25)  # seconds before a shard is asked for again: object stores s
 
 
 class Shard(NamedTuple):
-    """What the index says of a shard."""
+    """An entry of the index."""
 
     file: str
     samples: int
@@ -72,13 +72,14 @@ class Index(NamedTuple):
 
 
 def parse_index(content: object, source: str, needed: Sequence[str] = SPLITS) -> Index:
-    """The index that stands in ``source``, from the plain data that it holds.
+    """Validate the content of an index file.
 
     Args:
+        source: of the content, for messages.
         needed: the splits that must have shards.
 
     Raises:
-        InputError: it is none, or of another version; a name of a file could lead out of the folder.
+        InputError: it is not an index, has another version, or names a file outside of the folder.
     """
     try:
         if content["version"] != 1:
@@ -87,7 +88,7 @@ def parse_index(content: object, source: str, needed: Sequence[str] = SPLITS) ->
         index = Index(content["classes"], train, val)
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{source} is no index of shards ({one_line(error)}): scripts/make_shards.py writes one"
+            f"{source} is not an index of shards ({one_line(error)}): scripts/make_shards.py writes one"
         ) from error
     classes = index.classes
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -106,31 +107,31 @@ def parse_index(content: object, source: str, needed: Sequence[str] = SPLITS) ->
 
 
 def check_shard(shard: Shard, source: str) -> None:
-    """Raises InputError unless ``shard`` is the name of a file, whole numbers that can be true, and a SHA-256."""
+    """Raises InputError unless the file name, the numbers and the SHA-256 of ``shard`` are plausible."""
     if not isinstance(shard.file, str) or not SHARD_NAME.fullmatch(shard.file):
         raise InputError(f"{source} names the shard {str(shard.file)[:100]!r}: expected a file name such as a-0.tar")
-    # two headers and two contents of whole blocks make a sample
+    # a sample takes at least two headers and two blocks of content
     if type(shard.samples) is not int or type(shard.bytes) is not int or not 0 < 2048 * shard.samples <= shard.bytes:
         found = f"{str(shard.samples)[:20]} samples in {str(shard.bytes)[:20]} bytes"
-        raise InputError(f"{source} says of {shard.file} that it has {found}, which cannot be")
+        raise InputError(f"{source} lists {shard.file} with {found}, which is impossible")
     if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
         raise InputError(f"{source} has no SHA-256 of {shard.file}: expected 64 hexadecimal digits")
 
 
 def read_index(data_path: str, needed: Sequence[str] = SPLITS) -> Index:
-    """The index of a folder, an address or a command, as --data-path names them.
+    """Read the index of ``--data-path``: a folder, an address or a command.
 
     Args:
-        needed: the splits whose shards must be there.
+        needed: the splits that must have shards.
 
     Raises:
-        InputError: there is none, it cannot be read, or shards of a folder are not as it says.
+        InputError: it is missing or invalid, or the shards of a folder are missing or have other sizes.
     """
     if is_remote(data_path):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, INDEX)
-            receive_shard(data_path, INDEX, path)
-            return parse_index(read_json(path), source_of(data_path, INDEX), needed)
+            download_shard(data_path, INDEX, path)
+            return parse_index(read_json(path), shard_source(data_path, INDEX), needed)
     folder = Path(data_path)
     if not (folder / INDEX).is_file():
         if next(folder.glob("*.tar"), None) is not None:
@@ -150,7 +151,7 @@ def read_index(data_path: str, needed: Sequence[str] = SPLITS) -> Index:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From elsewhere
+# Remote shards
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -158,46 +159,46 @@ def is_remote(data_path: str) -> bool:
     return data_path.startswith(("http://", "https://", COMMAND))
 
 
-def source_of(data_path: str, name: str) -> str:
-    """The address of a file of a remote data path, or the command that writes it to its standard output."""
+def shard_source(data_path: str, name: str) -> str:
+    """The address of a file of a remote data path, or the command that writes the file to standard output."""
     if data_path.startswith(COMMAND):
         return data_path.removeprefix(COMMAND).replace("{}", shlex.quote(name))
-    parts = urlsplit(data_path)  # a signature after '?' stays at the end
+    parts = urlsplit(data_path)  # keeps a query such as a signature at the end
     return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
 
 
-def receive_shard(data_path: str, name: str, to: Path) -> None:
-    """Write the file ``name`` of a remote data path to ``to``.
+def download_shard(data_path: str, name: str, to: Path) -> None:
+    """Download the file ``name`` of a remote data path to ``to``.
 
     Raises:
-        InputError: the server does not give it, or the command fails.
+        InputError: the download or the command failed.
     """
-    source = source_of(data_path, name)
+    source = shard_source(data_path, name)
     if not data_path.startswith(COMMAND):
-        return receive(source, to, shown=False)
+        return download_file(source, to, shown=False)
     if source == data_path.removeprefix(COMMAND):
-        raise InputError(f"--data-path {data_path} does not say {{}}, in whose place the name of a file is put")
+        raise InputError(f"--data-path {data_path} has no {{}}, the placeholder for the name of a file")
     with open(to, "wb") as file:
         done = subprocess.run(source, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE)
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()[-300:] or "it says nothing"
-        raise InputError(f"--data-path: the command for {name} ended with status {done.returncode}: {source} ({said})")
+        output = done.stderr.decode(errors="replace").strip()[-300:] or "no output"
+        found = f"exited with status {done.returncode}: {source} ({output})"
+        raise InputError(f"--data-path: the command for {name} {found}")
 
 
 @dataclass
 class ShardCache:
-    """Shards from elsewhere, kept in a folder of this machine for all of its processes and for later runs.
+    """A local cache of remote shards, shared by the processes of this host and by later runs.
 
     Attributes:
-        limit: bytes of whole shards that are kept; those that were opened the longest ago make room. A process that
-            has one open goes on reading it.
+        limit: bytes; the least recently opened shards are evicted. Processes that have one open can still read it.
     """
 
     folder: Path
     limit: int
 
     def check(self, index: Index) -> None:
-        """Raises InputError if the folder cannot hold what is needed of the shards."""
+        """Raises InputError if the folder is too small, or not writable."""
         shards = (*index.train, *index.val)
         total, largest = sum(shard.bytes for shard in shards), max(shard.bytes for shard in shards)
         least = min(total, 2 * LANES * largest)
@@ -219,10 +220,10 @@ class ShardCache:
             )
 
     def open(self, shard: Shard, data_path: str) -> BinaryIO:
-        """A shard of a remote data path, which is fetched if it is not here.
+        """Open a shard of a remote data path, downloading it if necessary.
 
         Raises:
-            InputError: it cannot be had or kept, or is not what the index says.
+            InputError: it cannot be downloaded or stored, or differs from the index.
         """
         path = self.folder / f"{shard.sha256[:16]}-{shard.file}"
         try:
@@ -232,24 +233,24 @@ class ShardCache:
                 except FileNotFoundError:
                     self._fetch(shard, data_path, path)
                 else:
-                    with suppress(OSError):  # it may be another user's: then it is not known when it was opened last
+                    with suppress(OSError):  # a file of another user: its time stays
                         os.utime(file.fileno())
                     return file
         except OSError as error:
-            raise InputError(f"--shard-cache {self.folder} cannot keep {shard.file}: {error.strerror}") from error
+            raise InputError(f"--shard-cache {self.folder} cannot store {shard.file}: {error.strerror}") from error
 
     def _fetch(self, shard: Shard, data_path: str, path: Path) -> None:
         part = path.with_name(f"{path.name}.part")
         with FileLock(f"{path}.lock"):  # other processes wait, and then find the shard
             if path.exists():
                 return
-            for wait in (*WAITS, None):
+            for wait in (*RETRY_SECONDS, None):
                 try:
-                    receive_shard(data_path, shard.file, part)
-                    check_received(part, shard, source_of(data_path, shard.file))
+                    download_shard(data_path, shard.file, part)
+                    check_received(part, shard, shard_source(data_path, shard.file))
                     break
                 except InputError as error:
-                    if wait is None or is_final(error):
+                    if wait is None or is_permanent(error):
                         raise
                     time.sleep(wait)
             flush_to_disk(part)
@@ -258,7 +259,7 @@ class ShardCache:
                 os.replace(part, path)
 
     def _kept(self) -> list[tuple[int, int, Path]]:
-        """(time of the last opening, bytes, path) of the shards here, whatever data path they are of."""
+        """(time of last use, bytes, path) of the cached shards of all data paths."""
         return [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.tar")]
 
     def _make_room(self, size: int) -> None:
@@ -270,13 +271,13 @@ class ShardCache:
             total -= size
 
 
-def is_final(error: InputError) -> bool:
-    """Whether a server has said that there is no such file, or not for everybody, rather than failed."""
+def is_permanent(error: InputError) -> bool:
+    """Whether the server denied the file, so that retrying is useless."""
     return isinstance(error.__cause__, HTTPError) and error.__cause__.code in (401, 403, 404, 410)
 
 
 def check_received(path: Path, shard: Shard, source: str) -> None:
-    """Raises InputError, and removes the file, unless it has the bytes that the index says."""
+    """Raises InputError, and removes the file, unless size and SHA-256 are those of the index."""
     size, digest = path.stat().st_size, sha256(path)
     if (size, digest) != (shard.bytes, shard.sha256):
         path.unlink()
@@ -285,12 +286,12 @@ def check_received(path: Path, shard: Shard, source: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The images
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Member(NamedTuple):
-    """A sample in a tar: the name of its image, where in the file this begins, its bytes, and the label."""
+    """A sample in a tar: name, offset and size in bytes of its image, and the label."""
 
     name: str
     offset: int
@@ -298,15 +299,15 @@ class Member(NamedTuple):
     label: int
 
 
-def members_of(file: BinaryIO, shard: str) -> list[Member]:
-    """The samples of an open tar, in its order; hidden files, and what is no image or label, are passed over.
+def read_members(file: BinaryIO, shard: str) -> list[Member]:
+    """The samples of an open tar in order; hidden files, and files other than images and labels, are skipped.
 
     Raises:
-        InputError: ``shard`` is damaged or no tar, or an image and its label are not side by side.
+        InputError: ``shard`` is damaged or not a tar, or an image and its label are not adjacent.
     """
 
     def is_shown(entry: tarfile.TarInfo) -> bool:
-        if entry.size < 0:  # from which older versions of Python would go back to the beginning
+        if entry.size < 0:  # older versions of Python would loop
             raise InputError(f"{shard} is damaged: {entry.name} has {entry.size} bytes")
         return not any(is_hidden(part) for part in entry.name.split("/") if part not in (".", ".."))
 
@@ -349,10 +350,10 @@ class OpenShard:
 
 
 class ShardDataset(Dataset):
-    """The images of one split, numbered through its shards.
+    """The images of one split, numbered across its shards.
 
-    A process opens a shard when it first needs an image of it, and closes those that it does not come back to. It
-    reads at given places, so that processes that share an open file do not disturb each other.
+    A process opens a shard at the first access, and closes shards that it no longer uses. It reads with ``pread``,
+    because forked processes share the position of an open file.
 
     Attributes:
         shard_sizes: the number of images in each shard.
@@ -364,19 +365,19 @@ class ShardDataset(Dataset):
         is_train: bool,
         transform: Callable | None,
         cache: ShardCache | None,
-        alone: bool = False,
+        single_split: bool = False,
     ):
         """
         Args:
-            cache: where shards from another machine are kept; a ``data_path`` that is a folder needs none.
-            alone: whether the shards of the other split may be missing.
+            cache: of remote shards; None for a folder.
+            single_split: whether the shards of the other split may be missing.
 
         Raises:
             InputError: as `read_index`, or the cache is missing or too small.
         """
         if is_remote(data_path) and cache is None:
-            raise InputError("--shard-cache is missing: it names the folder that keeps shards from elsewhere")
-        index = read_index(data_path, (SPLITS[not is_train],) if alone else SPLITS)
+            raise InputError("--shard-cache is missing: expected a folder for the remote shards")
+        index = read_index(data_path, (SPLITS[not is_train],) if single_split else SPLITS)
         self.data_path, self.transform, self.classes = data_path, transform, index.classes
         self.cache = cache if is_remote(data_path) else None
         if self.cache is not None:
@@ -388,26 +389,31 @@ class ShardDataset(Dataset):
         self.reads = 0
         self.last: dict[int, Image.Image] = {}
 
+    def __copy__(self) -> "ShardDataset":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, opened={}, reads=0, last={})  # open shards are not shared
+        return copied
+
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, index: int):
         shard, member = self._find(index)
-        if index not in self.last:  # repeated augmentation asks for an image several times in a row
+        if index not in self.last:  # repeated augmentation loads an image several times in a row
             self.last = {index: decode(io.BytesIO(os.pread(shard.file.fileno(), member.size, member.offset)))}
         image = self.last[index]
         return self.transform(image) if self.transform else image, member.label
 
     def name_of(self, index: int) -> str:
-        """The shard and the name in it of an image."""
-        name = "".join(c if c.isprintable() else " " for c in self._find(index)[1].name)  # it goes to a terminal
+        """The shard of an image and its name there."""
+        name = "".join(c if c.isprintable() else " " for c in self._find(index)[1].name)  # printed to a terminal
         return f"{self.shards[bisect_right(self.ends, index)].file}: {name}"
 
     def _find(self, index: int) -> tuple[OpenShard, Member]:
         number = bisect_right(self.ends, index)
         self.reads += 1
         if number not in self.opened:
-            left = [n for n, shard in self.opened.items() if shard.last_read < self.reads - KEPT_OPEN]
+            left = [n for n, shard in self.opened.items() if shard.last_read < self.reads - KEEP_OPEN_READS]
             for old in left:
                 self.opened.pop(old).file.close()
             self.opened[number] = self._open(self.shards[number])
@@ -424,7 +430,7 @@ class ShardDataset(Dataset):
                 raise InputError(f"{path} cannot be read: {error.strerror}") from error
         else:
             file = self.cache.open(shard, self.data_path)
-        members = members_of(file, shard.file)
+        members = read_members(file, shard.file)
         if len(members) != shard.samples:
             raise InputError(f"{shard.file} has {len(members)} samples, {INDEX} says {shard.samples}")
         highest = max(members, key=lambda member: member.label)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """List known learngenes, or download them.
 
-scripts/download_learngenes.py             lists the registry
-scripts/download_learngenes.py NAME…       downloads these; what is already there is not downloaded again
+scripts/download_learngenes.py             list the registry
+scripts/download_learngenes.py NAME…       download these; existing files are not downloaded again
 
 A registry is a YAML file like learngenes.yaml beside this script.
 """
@@ -40,12 +40,12 @@ ADDRESS = re.compile(r"https?://[\w.:-]+/[^\s#]+|hf-hub:[\w.-]+/[\w./@-]+")
 DRIVE_HOSTS = ("drive.google.com", "docs.google.com")
 DRIVE_FOLDER = re.compile(r"https://drive\.google\.com/drive/(?:u/\d+/)?folders/([-\w]{25,})")
 DRIVE_FILE = re.compile(r"https://drive\.google\.com/(?:file/d/|(?:uc|open)\?(?:.*&)?id=)([-\w]{25,})")
-TIMEOUT = 60.0  # seconds without an answer after which Google Drive is given up
+TIMEOUT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A learngene of the registry, under its keys."""
+    """An entry of the registry; the fields are its keys."""
 
     name: str
     method: str
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def suffix(self) -> str:
-        """Of its file's name, such as ``.pth``."""
+        """The suffix of the file, such as ``.pth``."""
         if self.address.startswith("hf-hub:"):  # owner/name[/file][@revision]
             file = self.address.partition("@")[0].split("/", 2)[2:]
             return Path(*file).suffix or ".safetensors"
@@ -72,7 +72,7 @@ def read_registry(path: Path) -> dict[str, Entry]:
     """The entries of a registry by their names.
 
     Raises:
-        InputError: the file cannot be read, or one of its entries is not as it should be.
+        InputError: the file cannot be read, or an entry is invalid.
     """
     content = read_yaml(path)
     if not isinstance(content, list):
@@ -91,7 +91,7 @@ def read_registry(path: Path) -> dict[str, Entry]:
 
 
 def checked_entry(values: object) -> Entry:
-    """One item of the registry's list as an `Entry`. Raises InputError if it is none."""
+    """Validate an item of the registry. Raises InputError if it is invalid."""
     if not isinstance(values, Mapping):
         raise InputError(f"it is {values!r:.200}, expected the keys {', '.join(KEYS)}")
     for key, value in values.items():
@@ -103,7 +103,7 @@ def checked_entry(values: object) -> Entry:
         raise InputError(f"{missing[0]} is missing")
     entry = Entry(**values)
     if not re.fullmatch(r"\w[\w.-]*", entry.name):
-        raise InputError("name becomes that of a file: expected letters, digits, '_', '-' and '.'")
+        raise InputError("name is used as a file name: expected letters, digits, '_', '-' and '.'")
     if entry.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", entry.sha256):
         raise InputError(f"sha256 is {entry.sha256!r:.200}, expected 64 hexadecimal digits")
     check_architectures(entry)
@@ -112,7 +112,7 @@ def checked_entry(values: object) -> Entry:
 
 
 def check_architectures(entry: Entry) -> None:
-    """Raises InputError unless they are the architectures of the entry's method."""
+    """Raises InputError unless the architectures fit the entry's method."""
     for name in entry.architectures:
         if not isinstance(name, str):
             raise InputError(f"architectures holds {name!r:.200}, expected names")
@@ -129,7 +129,7 @@ def check_architectures(entry: Entry) -> None:
 
 
 def check_address(entry: Entry) -> None:
-    """Raises InputError unless it is an address that something can be fetched from."""
+    """Raises InputError unless the address is supported."""
     if not ADDRESS.fullmatch(entry.address):
         raise InputError(f"address is {entry.address!r:.200}, expected http(s)://…/… without '#', or hf-hub:owner/name")
     if urlsplit(entry.address).hostname in DRIVE_HOSTS and not DRIVE_FILE.match(entry.address):
@@ -142,7 +142,7 @@ def check_address(entry: Entry) -> None:
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """The registry in columns; an entry has as many lines as architectures."""
+    """The registry as a text table; an entry takes one line per architecture."""
     rows: list[Sequence[str]] = [("name", "method", "architectures", "address", "sha256", "note")]
     for entry in entries:
         cells = {**asdict(entry), "sha256": "known" if entry.sha256 else "unknown"}
@@ -160,10 +160,10 @@ def table(entries: Sequence[Entry]) -> str:
 
 
 def fetch_entry(entry: Entry, folder: Path) -> list[Path]:
-    """The files of an entry, in ``folder``; those that are already there are said and left alone.
+    """Download the files of an entry to ``folder``, except existing ones.
 
     Raises:
-        InputError: a file could not be downloaded or written, or has another hash than the registry says.
+        InputError: a file cannot be downloaded or written, or its SHA-256 differs from the registry's.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def fetch_entry(entry: Entry, folder: Path) -> list[Path]:
             files = {folder / (entry.name + entry.suffix): ""}
         for path, drive_id in files.items():
             if path.exists():
-                print(f"{path} is already there")
+                print(f"{path} already exists")
                 check_hash(entry, path, "remove it to download it again")
             elif drive_id:
                 fetch_from_drive(entry, folder, drive_id, path)
@@ -189,33 +189,33 @@ def fetch_entry(entry: Entry, folder: Path) -> list[Path]:
 
 
 def check_hash(entry: Entry, path: Path, consequence: str) -> None:
-    """Raises InputError unless the file has the hash that the registry says, if it says one."""
+    """Raises InputError if the registry has a SHA-256 and the file has another one."""
     if entry.sha256 and (found := sha256(path)) != entry.sha256.lower():
         raise InputError(f"{path} has the SHA-256 {found}, expected {entry.sha256} of {entry.name}: {consequence}")
 
 
 def drive_files(entry: Entry, folder: Path) -> dict[Path, str]:
-    """What to write for an entry on Google Drive, with Google Drive's ids of the files."""
+    """The files of an entry on Google Drive: destination → Google Drive's id."""
     options = dict(skip_download=True, quiet=True, use_cookies=False, timeout=TIMEOUT)
     with drive_errors(entry, folder):
         if match := DRIVE_FILE.match(entry.address):
             file = gdown.download(id=match[1], **options)
             return {folder / (entry.name + Path(file.path).suffix): file.id}
         files = gdown.download_folder(id=DRIVE_FOLDER.match(entry.address)[1], **options)
-        if not files:  # a folder that only some may see looks like this, too
-            raise gdown.DownloadError("it shows no files to the public")
+        if not files:  # an empty or a private folder
+            raise gdown.DownloadError("the folder has no files visible to the public")
     return {folder / entry.name / file.path: file.id for file in files}
 
 
 def fetch_from_drive(entry: Entry, folder: Path, drive_id: str, path: Path) -> None:
-    """Download a file of Google Drive to ``path``, continuing where an earlier attempt stopped.
+    """Download a file of Google Drive to ``path``, resuming an earlier attempt.
 
-    Until it is whole it is kept in torch's hub folder, as other downloads are.
+    A partial file is kept in torch's hub folder, like those of other downloads.
     """
     received = Path(torch.hub.get_dir(), "checkpoints", f"drive-{drive_id}")
     received.parent.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{received}.lock"):  # gdown would continue a file that another process is writing
+    with FileLock(f"{received}.lock"):  # gdown would resume a file that another process is writing
         with drive_errors(entry, folder):
             print(f"downloading {path} from Google Drive", file=sys.stderr)
             options = dict(resume=True, quiet=not sys.stderr.isatty(), use_cookies=False, timeout=TIMEOUT)
@@ -231,7 +231,7 @@ def fetch_from_drive(entry: Entry, folder: Path, drive_id: str, path: Path) -> N
 
 @contextmanager
 def drive_errors(entry: Entry, folder: Path) -> Iterator[None]:
-    """Whatever gdown could not do becomes an InputError that says what the user can."""
+    """Turn gdown's errors into an InputError with advice."""
     try:
         yield
     except (gdown.DownloadError, OSError) as error:
@@ -241,7 +241,7 @@ def drive_errors(entry: Entry, folder: Path) -> Iterator[None]:
         reason = " ".join(str(first).split()) or type(first).__name__
         raise InputError(
             f"{entry.name} could not be downloaded from Google Drive ({reason}): try again later, "
-            f"or open {entry.address} in a browser and save what it holds in {folder}"
+            f"or open {entry.address} in a browser and save the files in {folder}"
         ) from error
 
 
@@ -251,13 +251,13 @@ def drive_errors(entry: Entry, folder: Path) -> Iterator[None]:
 
 
 def describe(paths: Sequence[Path], head_dim: int) -> None:
-    """Print what the learngenes among the files are. Raises InputError if none is one."""
+    """Print a line about each learngene among the files. Raises InputError if there is none."""
     others = []
     for path in paths:
         try:
             print(f"{path}: {models.load_learngene(path, head_dim)}")
         except InputError as error:
-            others.append(f"no learngene, but kept: {error}")
+            others.append(f"not a learngene, but kept: {error}")
     if len(others) == len(paths):
         raise InputError("; ".join(others))
     for line in others:
@@ -266,7 +266,7 @@ def describe(paths: Sequence[Path], head_dim: int) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("names", nargs="*", metavar="NAME", help="what to download; default: list what there is")
+    p.add_argument("names", nargs="*", metavar="NAME", help="learngenes to download; default: list the registry")
     p.add_argument("--registry", type=local_path, default=REGISTRY, metavar="FILE", help="default: %(default)s")
     p.add_argument(
         "--output-dir", type=local_path, default=Path("learngenes"), metavar="DIR", help="default: %(default)s"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write the model of a folder as model.onnx and as model.pt2, for any number of images at once.
+"""Export the model of a folder to model.onnx and model.pt2, with a dynamic batch size.
 
 scripts/export_model.py --model output/des
 scripts/export_model.py --model output/des --formats onnx --images picture.jpg other.png
 
-Each file is read back and compared with the model on images before it gets its name.
+Each file is loaded again and compared with the model before it replaces an existing one.
 """
 
 import argparse
@@ -31,22 +31,22 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 TOLERANCE = 1e-4  # between logits
-MAX_BATCH = 2**31 - 1  # torch 2.6 does not export position embeddings for a batch without limit
-ONNX_LIMIT = 1536 * 2**20  # bytes of weights beyond which torch writes a second file beside the ONNX file
+MAX_BATCH = 2**31 - 1  # torch 2.6 cannot export position embeddings for an unlimited batch
+ONNX_LIMIT = 1536 * 2**20  # bytes of weights; for more, torch writes a second file
 
 
 class ExportError(Exception):
-    """The model cannot be exported, said in one sentence."""
+    """The model cannot be exported; printed as one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One pair of functions per format: write the file, and read it back as a function images → logits
+# Two functions per format: write a file, and load it as a function images → logits
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_onnx(program: ExportedProgram, path: str) -> None:
     names = dict(input_names=["images"], output_names=["logits"])
-    # torch 2.6 would leave the graph as it is
+    # torch 2.6 does not optimise by default
     torch.onnx.export(program, (), path, **names, dynamo=True, optimize=True, external_data=False, verbose=False)
 
 
@@ -54,58 +54,58 @@ def read_onnx(path: str) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what is wrong is raised
+    options.log_severity_level = 4  # errors are raised anyway
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 def write_torch(program: ExportedProgram, path: str) -> None:
-    with open(path, "wb") as file:  # torch wants a name to end in .pt2, and the unfinished one does not
+    with open(path, "wb") as file:  # as a path it would have to end in .pt2
         torch.export.save(program, file)
 
 
 def read_torch(path: str) -> Callable[[Tensor], Tensor]:
-    # This can run code from a file, but the file is the one that has just been written here.
+    # torch.export.load can execute code from a file; this file was just written here
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 
 
-FORMATS = {  # name → file, writer, reader, packages besides those that everything needs
+FORMATS = {  # name → file, writer, reader, additional packages
     "onnx": ("model.onnx", write_onnx, read_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "torch": ("model.pt2", write_torch, read_torch, ()),
 }
 
 
 def trace(model: nn.Module, size: Sequence[int]) -> ExportedProgram:
-    """The operations of ``model`` on any number of images of ``size`` (channels, height, width).
+    """Trace ``model`` for batches of images of ``size`` (channels, height, width).
 
     Raises:
-        ExportError: torch cannot follow the model.
+        ExportError: torch cannot trace the model.
     """
-    # One image would fix the batch at one. Files keep the example, so it is not of the pictures.
+    # a batch of one would be traced as constant; files contain the example, so it must not be one of the pictures
     example = torch.zeros(2, *size)
     try:
         with quiet():
             return torch.export.export(
                 model, (example,), dynamic_shapes=({0: Dim("batch", max=MAX_BATCH)},), strict=False
             )
-    except Exception as error:  # exporters fail in ways of their own
+    except Exception as error:  # exporters raise all kinds of errors
         raise ExportError(f"torch {torch.__version__} cannot export this model: {reason(error)}") from error
 
 
 def write(program: ExportedProgram, format: str, path: Path, images: Tensor, logits: Sequence[Tensor]) -> float:
-    """Write ``program`` to ``path``, and read it back.
+    """Write ``program`` to ``path`` and compare its logits with the model's.
 
     Args:
-        logits: the model's for the first images, for each number of images to try.
+        logits: of the model, one tensor per batch size to test, each for the first images.
 
     Returns:
-        The largest difference between logits of the file and of the model.
+        The largest absolute difference of a logit.
 
     Raises:
-        InputError: ``path`` cannot be written to.
-        ExportError: the exporter fails, or the difference is too large; there is no new file then.
+        InputError: ``path`` cannot be written.
+        ExportError: the exporter failed, or the difference is too large; ``path`` is unchanged.
     """
     _, writer, reader, packages = FORMATS[format]
     try:
@@ -113,18 +113,18 @@ def write(program: ExportedProgram, format: str, path: Path, images: Tensor, log
             writer(program, unfinished)
             exported = reader(unfinished)
             difference = torch.cat([exported(images[: len(some)]) - some for some in logits]).abs().max().item()
-            if not difference <= TOLERANCE:  # it may be nan
+            if not difference <= TOLERANCE:  # catches NaN, too
                 raise ExportError(f"its logits are {difference:.1e} off the model's, more than {TOLERANCE:.0e}")
     except OSError as error:
         raise models.InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    except Exception as error:  # exporters fail in ways of their own
+    except Exception as error:  # exporters raise all kinds of errors
         versions = ", ".join(f"{name} {import_module(name).__version__}" for name in ("torch", *packages))
         raise ExportError(f"{path} is not written ({versions}): {reason(error)}") from error
     return difference
 
 
 def reason(error: Exception) -> str:
-    """The first line of what was first raised, without what was added on its way."""
+    """The first line of the original error."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = str(error).strip().partition("\n")[0][:300]
@@ -133,7 +133,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters warn of their own insides."""
+    """Suppress the exporters' warnings about their own internals."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable()
@@ -149,10 +149,10 @@ def quiet() -> Iterator[None]:
 
 
 def check_formats(text: str, model: nn.Module) -> list[str]:
-    """The formats that a list such as 'onnx,torch' names.
+    """Parse a list of formats such as 'onnx,torch'.
 
     Raises:
-        InputError: one is unknown, not for a model of this size, or needs a package that is not there.
+        InputError: a format is unknown, unsuitable for the size of the model, or needs a package that is not installed.
     """
     formats = list(dict.fromkeys(text.split(",")))
     for format in formats:
@@ -201,7 +201,11 @@ def main() -> int:
     p.add_argument("--model-ema", action="store_true", help="export the averaged weights, in FOLDER/model_ema")
     p.add_argument("--formats", default="onnx,torch", help="onnx, torch (torch.export), or both")
     p.add_argument(
-        "--images", type=place, nargs="+", metavar="FILE", help="what to compare on; default: 16 handwritten digits"
+        "--images",
+        type=place,
+        nargs="+",
+        metavar="FILE",
+        help="to compare on; default: 16 handwritten digits",
     )
     try:
         run(p.parse_args())

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write the images of train/ and val/ as WebDataset shards, in random order, for --data-set WDS.
+"""Convert train/ and val/ to WebDataset shards, in random order, for --data-set WDS.
 
 scripts/make_shards.py --data-path imagenet --output-dir imagenet-shards
-scripts/make_shards.py --index shards-of-others     only the index.json of shards that are there
+scripts/make_shards.py --index existing-shards      write only the index.json of existing shards
 
-The bytes of the images stay as they are. Started again, it goes on behind the shards that are whole. With --index, the
-names of the shards say of which split they are (train or val is a part of them), and classes.txt in the same folder,
-one name a line in the order of the labels, names the classes; without it they are called by their labels.
+Images are copied without re-encoding. A second call resumes after the shards that are complete. With --index the name
+of every shard must contain its split (train or val); classes.txt in the same folder lists the class names in the order
+of their labels, one per line; without it the classes are named by their labels.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from common.files import atomic_write, remove_unfinished, sha256
 from datasets import build_dataset, check_classes
 from options import at_least, local_path, place_or_none, positive
 from pipeline.folders import SPLITS, is_hidden, summary
-from pipeline.shards import INDEX, Shard, members_of, parse_index
+from pipeline.shards import INDEX, Shard, parse_index, read_members
 from samplers import derived_seed, shuffled
-from training.config import Parser
+from training.command_line import Parser
 
 from tqdm import tqdm
 
-READERS = 16  # files that are read at a time: more than a disk needs, less than a network's delay would take
+READERS = 16  # concurrent reads, a compromise between disks and network file systems
 
 
 class Picture(NamedTuple):
-    """An image file of the folders, and what it is called in a shard."""
+    """An image file and its name in a shard."""
 
     path: str
     bytes: int
@@ -52,9 +52,9 @@ class Picture(NamedTuple):
 
 
 def pictures_of(root: str, split: str, seed: int) -> tuple[list[Picture], list[str]]:
-    """The images of a split in random order, and the names of the classes.
+    """The images of a split in random order, and the class names.
 
-    A name in a shard begins with a key, which must not have a dot in its last part and must not occur twice.
+    The name of an image in a shard is its key and the suffix; keys are unique, without a dot in the last component.
     """
     folder, classes = build_dataset("FOLDER", root, split == "train", None)
     print(summary(split, folder, classes, root))
@@ -72,12 +72,12 @@ def pictures_of(root: str, split: str, seed: int) -> tuple[list[Picture], list[s
     return pictures, classes
 
 
-def packed(pictures: Sequence[Picture], limit: float) -> Iterator[list[Picture]]:
-    """``pictures`` in lists for shards of ``limit`` bytes, or up to one image more."""
+def split_by_size(pictures: Sequence[Picture], limit: float) -> Iterator[list[Picture]]:
+    """Lists of pictures for shards of ``limit`` bytes, exceeded by at most one image."""
     shard, size = [], 0
     for picture in pictures:
         shard.append(picture)
-        size += picture.bytes + 2048  # two headers, the label, and what fills the blocks
+        size += picture.bytes + 2048  # two headers, the label, padding
         if size >= limit:
             yield shard
             shard, size = [], 0
@@ -100,7 +100,7 @@ def label_name(image: str) -> str:
 
 
 def is_written(path: Path, pictures: Sequence[Picture]) -> bool:
-    """Whether a shard is there already, by the names and sizes in it; it has appeared whole."""
+    """Whether a shard exists with these names and sizes; files are written atomically, so it is complete."""
     try:
         with tarfile.open(path, "r:") as tar:
             return [(entry.name, entry.size) for entry in tar] == contents_of(pictures)
@@ -109,28 +109,28 @@ def is_written(path: Path, pictures: Sequence[Picture]) -> bool:
 
 
 def write_shard(path: Path, pictures: Sequence[Picture], pool: ThreadPoolExecutor) -> None:
-    """Write images and labels side by side; the bytes of the shard follow from them alone."""
+    """Write images and labels; the same pictures give the same bytes."""
     with atomic_write(path) as unfinished, tarfile.open(unfinished, "w") as tar:
         for picture, content in zip(pictures, pool.map(lambda p: Path(p.path).read_bytes(), pictures), strict=True):
             for name, data in ((picture.name, content), (label_name(picture.name), str(picture.label).encode())):
-                entry = tarfile.TarInfo(name)  # of no owner, and of the year 1970
+                entry = tarfile.TarInfo(name)  # without owner and time
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
 
 
 def make_shards(args: argparse.Namespace) -> None:
-    """The shards of both splits and, when they are whole, their index."""
+    """Write the shards of both splits, then their index."""
     start = time.monotonic()
     folder, splits, done = Path(args.output_dir), {}, 0
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     for split in SPLITS:
         pictures, classes = pictures_of(args.data_path, split, args.seed)
-        lists = packed(pictures, args.shard_mb * 1e6)
+        lists = split_by_size(pictures, args.shard_mb * 1e6)
         splits[split] = {folder / f"{split}-{i:06}.tar": pictures for i, pictures in enumerate(lists)}
     if others := sorted(set(tars_of(folder)) - {path for split in splits.values() for path in split}):
         raise InputError(
-            f"--output-dir {folder} holds {others[0].name}, which is not of these shards: give a new folder"
+            f"--output-dir {folder} holds {others[0].name}, which is not one of these shards: expected a new folder"
         )
     (folder / INDEX).unlink(missing_ok=True)
     entries = {split: [] for split in SPLITS}
@@ -145,7 +145,7 @@ def make_shards(args: argparse.Namespace) -> None:
                 bar.update(len(pictures))
     write_index(folder, classes, entries)
     seconds = time.monotonic() - start
-    print(f"{done:,} images written, {total - done:,} were there, in {seconds:.1f} s: {done / seconds:,.0f} images/s")
+    print(f"{done:,} images written, {total - done:,} existed, in {seconds:.1f} s: {done / seconds:,.0f} images/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def make_shards(args: argparse.Namespace) -> None:
 
 
 def entry_of(path: Path, samples: int) -> dict:
-    """What the index says of a shard."""
+    """The entry of a shard in the index."""
     return Shard(path.name, samples, path.stat().st_size, sha256(path))._asdict()
 
 
@@ -169,23 +169,23 @@ def write_index(folder: Path, classes: Sequence[str], entries: dict[str, list[di
 
 
 def index_shards(folder: Path) -> None:
-    """Write the index of shards that somebody else has made.
+    """Write the index of existing shards.
 
     Raises:
-        InputError: there are none, one is damaged, or the classes of the two splits differ.
+        InputError: there are no shards, one is damaged, or the classes of the two splits differ.
     """
     entries, labels = {split: [] for split in SPLITS}, {split: set() for split in SPLITS}
     for path in tqdm(sorted(tars_of(folder)), unit="shards", disable=None):
         split = next((split for split in SPLITS if split in path.name), None)
         if split is None:
-            raise InputError(f"{path} is named neither train nor val: of which split it is has to stand in its name")
+            raise InputError(f"{path} has neither train nor val in its name: expected the split")
         with open(path, "rb", buffering=0) as file:
-            members = members_of(file, path.name)
+            members = read_members(file, path.name)
         entries[split].append(entry_of(path, len(members)))
         labels[split].update(member.label for member in members)
     for split in SPLITS:
         if not entries[split]:
-            raise InputError(f"--index {folder} has no shards whose names say {split}: both train and val are needed")
+            raise InputError(f"--index {folder} has no shards named {split}: expected train or val in every name")
     highest = max(max(of_split) for of_split in labels.values())
     listed = folder / "classes.txt"
     classes = (
@@ -207,12 +207,12 @@ def index_shards(folder: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     p = Parser("make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--data-path", type=place_or_none, help="the folder with train/ and val/, one folder per class in each"
+        "--data-path", type=place_or_none, help="folder with train/ and val/, each with one folder per class"
     )
-    p.add_argument("--output-dir", type=place_or_none, help="where the shards are written")
+    p.add_argument("--output-dir", type=place_or_none, help="folder for the shards")
     p.add_argument("--shard-mb", type=positive, default=100, help="size of a shard in MB")
-    p.add_argument("--seed", type=at_least(0), default=0, help="of the order")
-    p.add_argument("--index", type=local_path, metavar="FOLDER", help="write only the index of shards of other makers")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of the random order")
+    p.add_argument("--index", type=local_path, metavar="FOLDER", help="write only the index of existing shards")
     try:
         args = p.parse_args(argv)
         if args.index is not None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The most probable classes of pictures, by a model folder that main.py wrote.
+"""Predict the most probable classes of pictures with a model folder written by main.py.
 
 scripts/predict.py --model output/des picture.jpg other.png
 """
@@ -16,28 +16,29 @@ import models
 from common import console
 from models.formats.timm_folder import averaged_folder, read_model
 from options import place
-from pipeline.images import as_rgb, upright
+from pipeline.images import apply_orientation, as_rgb
 
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-# What torchvision's ImageFolder takes. Pillow knows more, among them PostScript, which it hands to another program.
+# those of torchvision's ImageFolder; Pillow supports more, such as PostScript, for which it starts another program
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# A picture is resized until its shorter side fits the model. These two keep the other side from filling the memory.
-LARGEST = 2048  # pixels of the shorter side after that
-LONGEST = 100  # times the shorter side
-LINE = 100  # characters of a class name and its meaning that are shown
+# the shorter side is resized to the model's input size; these limits keep the longer one from filling the memory
+LARGEST = 2048  # pixels of the resized shorter side
+LONGEST = 100  # ratio of the sides
+LINE = 100  # characters of a class name with its description
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor], dict]:
-    """The model in ``folder``, what prepares an RGB picture for it as main.py's evaluation does, its ``config.json``.
+    """Load a model folder.
 
-    The result of the preparation has the shape (3, height, width).
+    Returns:
+        The model, the evaluation transform of main.py (RGB picture → (3, height, width)), and ``config.json``.
 
     Raises:
-        InputError: a file is missing or damaged, or they do not fit each other.
+        InputError: a file is missing or damaged, or the files do not match.
     """
     model, config = read_model(folder)
     images = config["pretrained_cfg"]
@@ -47,31 +48,31 @@ def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]
         transform = create_transform(**resolve_data_config(pretrained_cfg=images), is_training=False)
         with torch.inference_mode():
             found = model(transform(Image.new("RGB", (32, 32)))[None]).shape
-    except Exception as error:  # what does not fit shows in many ways
+    except Exception as error:  # invalid values raise all kinds of errors
         what = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-        raise models.InputError(f"{folder}/config.json does not say how to prepare pictures: {what}") from error
+        raise models.InputError(f"{folder}/config.json does not describe how to prepare pictures: {what}") from error
     if found != (1, config["num_classes"]):
         raise models.InputError(f"{folder} gives {tuple(found)} for one picture, expected (1, {config['num_classes']})")
     return model, transform, config
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """The picture in RGB with 8 bits per channel, turned upright if its EXIF orientation says that it is not.
+    """Load a picture as RGB with 8 bits per channel, rotated as its EXIF orientation says.
 
     Raises:
-        InputError: the file is missing, damaged, no picture, or one that would fill the memory.
+        InputError: the file is missing, damaged, not a picture, or too elongated to be resized in memory.
     """
     if not Path(path).is_file():
         raise models.InputError(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}: expected a picture")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, and of odd metadata
+            warnings.simplefilter("ignore")  # about large pictures and unusual metadata
             picture = Image.open(file, formats=FORMATS)
             picture.load()
-            picture = upright(as_rgb(picture))
+            picture = apply_orientation(as_rgb(picture))
     except Image.UnidentifiedImageError as error:
         raise models.InputError(f"{path} is no picture: expected one of {', '.join(FORMATS)}") from error
-    except Exception as error:  # a damaged file can fail in any way the parsers know
+    except Exception as error:  # damaged files make the parsers raise all kinds of errors
         what = " ".join(str(error).split())[:300]
         raise models.InputError(f"{path} cannot be read as a picture: {what or type(error).__name__}") from error
     if max(picture.size) > LONGEST * min(picture.size):
@@ -81,19 +82,19 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def printable(text: object) -> str:
-    """``text`` without control characters, which could do things to the terminal."""
+    """``text`` without control characters, which a terminal would interpret."""
     return "".join(character for character in str(text) if character.isprintable())
 
 
 def class_names(config: Mapping) -> list[str]:
-    """What to call each class: its name and what the name means, or its number."""
+    """Name and description of each class, or its number."""
     names = config.get("label_names") or range(config["num_classes"])
     meanings = config.get("label_descriptions", {})
     return [printable(f"{name}  {meanings.get(name, '')}").rstrip()[:LINE] for name in names]
 
 
 def most_probable(logits: Tensor, names: Sequence[str], top_k: int) -> Iterable[str]:
-    """One line per class, the most probable first, for the logits (classes,) of one picture."""
+    """One line per class, most probable first, for the logits (classes,) of one picture."""
     for probability, index in zip(*logits.double().softmax(-1).topk(min(top_k, len(names))), strict=True):
         yield f"{probability.item():8.2%}  {names[index]}"
 
@@ -103,7 +104,7 @@ def predict(args: argparse.Namespace) -> None:
         raise models.InputError(f"--top-k {args.top_k} is too small: at least 1")
     folder = averaged_folder(args.model) if args.model_ema else args.model
     model, transform, config = load(folder)
-    with torch.inference_mode():  # one by one, as all of them together may be more than the memory holds
+    with torch.inference_mode():  # one by one: all pictures may not fit into memory
         logits = torch.cat([model(transform(read_picture(path))[None]) for path in args.images])
     if not logits.isfinite().all():
         raise models.InputError(f"{folder} gives logits that are not finite")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Both methods, both stages, on scikit-learn's handwritten digits, in a few minutes on two CPU cores.
+"""Run both methods and both stages on scikit-learn's handwritten digits, in a few minutes on two CPU cores.
 
-1. A small convolutional teacher is trained.
-2. A LeTs and a TLEG Aux-Net are distilled from it: each leaves one learngene.
-3. From each learngene, ViTs of several sizes are initialised, evaluated, and trained for one epoch;
-   next to them the same ViTs are trained from scratch, for one epoch and for ten.
+1. Train a small convolutional teacher.
+2. Distil a LeTs and a TLEG Aux-Net from it, each with one learngene.
+3. From each learngene, initialise ViTs of several sizes, evaluate them, and train them for one epoch; also train the
+   same ViTs from scratch, for one epoch and for ten.
 
-Every step is a main.py command, printed before it runs; up to two run at a time, each on one thread.
+Every step is a main.py command, printed before it runs. Up to two run at a time, each on one thread.
 """
 
 import argparse
@@ -45,7 +45,7 @@ COLOURS = {"LeTs": "#0b6e99", "TLEG": "#c4572e", "scratch": "#8a8a8a"}
 
 @dataclass
 class Step:
-    """One run of main.py, whose results are in the folder ``name``."""
+    """One run of main.py, with its results in the folder ``name``."""
 
     name: str
     options: list[str]
@@ -53,7 +53,7 @@ class Step:
 
 
 def plan(out: Path, seed: int) -> list[list[Step]]:
-    """The steps in groups; a group needs the one before it."""
+    """The steps in groups; a group needs the results of the one before it."""
 
     def step(name: str, *options: str) -> Step:
         common = ["--config", "configs/quickstart.yaml", "--seed", str(seed)]
@@ -111,7 +111,7 @@ def run_waiting(slot: int, waiting: "queue.SimpleQueue[Step]", failed: list[Step
 
 
 def run(step: Step, slot: int, threads: int) -> bool:
-    """One main.py command, with a bar that follows the progress it prints."""
+    """Run one main.py command, with a bar that follows the progress it prints. Returns whether it succeeded."""
     python = os.path.relpath(sys.executable, REPOSITORY) if sys.prefix != sys.base_prefix else sys.executable
     tqdm.write(f"OMP_NUM_THREADS={threads} {shlex.join([python, 'main.py', *step.options])}\n")
     process = subprocess.Popen(

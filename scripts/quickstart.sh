@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv if it is missing, then trains two learngenes on handwritten digits and compares the ViTs that are
-# initialised from them with the same ViTs from scratch: scripts/quickstart.py says how. Results: output/quickstart.
+# Creates .venv if it is missing, then trains two learngenes on handwritten digits and compares the ViTs that are
+# initialised from them with the same ViTs from scratch (scripts/quickstart.py). Results: output/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

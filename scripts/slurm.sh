@@ -4,14 +4,13 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh \
 #       --config configs/conf_train_aux_lets.yaml --data-path /data/imagenet --output_dir /data/runs/lets
 #
-# What comes before the name of this script is for sbatch, --partition and --account too, and goes before what is set
-# below; what comes after it is for main.py. All nodes have to see the data and --output_dir. --batch-size is per GPU.
-# PYTHON is the interpreter, by default that of scripts/setup.sh.
+# Options before the name of this script go to sbatch (also --partition and --account) and override those set below;
+# options after it go to main.py. All nodes need access to the data and --output_dir. --batch-size is per GPU.
+# The variable PYTHON names the interpreter; default: that of scripts/setup.sh.
 #
-# Two minutes before the time is up, or up to a minute earlier, SLURM sends SIGUSR1: the run writes a checkpoint and
-# stops, and the job is queued again. It then goes on from its newest checkpoint, as it does when SLURM itself has
-# queued it again because a node failed or another job needed the nodes. A job that fails, or that scancel ends, is not
-# queued again: the same command continues it.
+# Two to three minutes before the time limit, SLURM sends SIGUSR1: the run writes a checkpoint and stops, and the job is
+# requeued. It then resumes from its newest checkpoint, also if SLURM itself requeued it because a node failed or another
+# job needed the nodes. A job that fails, or that scancel ends, is not requeued: the same command resumes it.
 #SBATCH --job-name=learngene
 #SBATCH --open-mode=append
 #SBATCH --requeue
@@ -22,19 +21,19 @@ set -euo pipefail
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share a node get different ones
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}         # as under torchrun: the cores are for the data workers
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}         # as under torchrun: leave the cores to the data workers
 export PYTHON=${PYTHON:-.venv/bin/python}
 
 options=(
     --ntasks=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))
     --ntasks-per-node="$SLURM_GPUS_ON_NODE"
-    --gpu-bind=none # a task sees all GPUs of its node and takes the one of its number: they exchange data directly
+    --gpu-bind=none # a task sees all GPUs of its node, for direct transfers, and uses the one of its local rank
     --cpu-bind=none # and its data workers run on any core of the job
     --export=ALL    # whatever sbatch was told
-    --kill-on-bad-exit=0 --wait=60 # the processes end by themselves, and say why, when one of them has failed
+    --kill-on-bad-exit=0 --wait=60 # if one process fails, the others end by themselves and print the reason
 )
 status=0
-# What only a task knows is read there. exec: the signals are for main.py.
+# The variables of a task exist only there. exec: main.py gets the signals.
 srun "${options[@]}" bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     exec "$PYTHON" -u main.py --resume auto "$@"

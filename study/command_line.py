@@ -23,7 +23,7 @@ from study.plan import Run, Study, order_of
 from study.report import write
 from study.runner import Runner
 from study.study_file import read_study
-from training.config import Parser
+from training.command_line import Parser
 
 import torch
 from filelock import FileLock, Timeout

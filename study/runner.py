@@ -17,10 +17,10 @@ from pathlib import Path
 
 from common import console
 from common.errors import InputError
+from main import main as run_main
 from study.plan import Run, Study, order_of
 from study.records import Record, last_printed, not_finite, read_record, result_of
-from training.config import REPOSITORY
-from training.loop import main as run_main
+from training.command_line import REPOSITORY
 from utils import StopSignals
 
 import torch
@@ -90,7 +90,7 @@ class Runner:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         context = multiprocessing.get_context("forkserver")
         # with the script itself: a process that imported it again would see later edits
-        context.set_forkserver_preload(["__main__", "study.runner", *LATE])
+        context.set_forkserver_preload(["__main__", "training.launch", "study.runner", *LATE])
         return context
 
     @property

@@ -9,19 +9,22 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.files import read_checkpoint
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from training.run import Run as TrainingRun
 
 TESTS = Path(__file__).resolve().parent
 MAIN = TESTS.parent / "main.py"
@@ -31,7 +34,7 @@ PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 UNCHANGED = dict(ENVIRONMENT)  # tests change it
 # modules that the runs import, some of them late
-PRELOADED = ("training.loop", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard")
+PRELOADED = ("training.launch", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard")
 PRELOADED += ("matplotlib.figure", "matplotlib.backends.backend_agg")
 SECONDS = 600  # a run that lasts longer hangs, and is ended; a busy machine takes several times as long as an idle one
 # AdamW follows rounding errors where the exact gradient is zero, as it is of the keys' biases, unless its epsilon is
@@ -163,6 +166,17 @@ def assert_same_result(found: Path, expected: Path) -> None:
         a, b = load_file(found / name), load_file(expected / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def set_up_run(options: Sequence[str]) -> "TrainingRun":
+    """The run that main.py makes of a command line, before training."""
+    from main import builder_of
+    from training.command_line import parse_options
+    from training.launch import prepare
+    from training.setup import set_up
+
+    config = prepare(parse_options(options))
+    return set_up(config, builder_of(config.model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def run_cases(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:
 
 
 def fork_cases(folder: Path) -> None:
-    for module in ("training.loop", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
+    for module in ("training.launch", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
         import_module(module)
     for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         import_module(module)

@@ -119,7 +119,7 @@ def test_broken_connection_is_taken_up_where_it_broke(server, cache):
 
 def test_broken_download_is_taken_up_in_a_later_run(server, cache):
     server.break_after = [1000, 0]
-    with pytest.raises(models.InputError, match="the 1,000 bytes that came are kept for the next attempt"):
+    with pytest.raises(models.InputError, match="the 1,000 bytes received are kept for the next attempt"):
         fetch(f"{server.address}/gene.pth")
     assert fetch(f"{server.address}/gene.pth").read_bytes() == GENE
     assert server.asked == [None, "bytes=1000-", "bytes=1000-"]
@@ -252,7 +252,7 @@ def test_processes_of_a_run_download_once(outcomes):
 
 def test_hub_file_is_there_when_the_hub_is_not(tmp_path, monkeypatch):
     """In processes of their own: huggingface_hub reads its address once, when it is imported."""
-    code = "import sys, models; print(models.fetch(sys.argv[1]).read_bytes().decode())"
+    code = "import sys, common.download as d; print(d.fetch(sys.argv[1]).read_bytes().decode())"
 
     def fetch(environment: dict[str, str], address: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, address]
@@ -267,4 +267,4 @@ def test_hub_file_is_there_when_the_hub_is_not(tmp_path, monkeypatch):
         environment["HF_HUB_OFFLINE"] = offline
         assert fetch(environment, "hf-hub:owner/vit").stdout == "weights\n"
         missing = fetch(environment, "hf-hub:owner/other")
-        assert "hf-hub:owner/other is not kept on this machine, and the Hub not reached" in missing.stderr
+        assert "hf-hub:owner/other is not in the local cache, and the Hub is unreachable" in missing.stderr

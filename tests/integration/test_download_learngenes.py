@@ -205,7 +205,7 @@ def test_file_at_an_http_address(run, web, tmp_path, known):
     shutil.rmtree(tmp_path / "web")
     shutil.rmtree(tmp_path / "home")
     again = run("mine", "--head-dim", "4", **arguments)
-    assert (again.code, again.stdout) == (0, f"learngenes/mine.pth is already there\n{outcome.stdout}")
+    assert (again.code, again.stdout) == (0, f"learngenes/mine.pth already exists\n{outcome.stdout}")
     assert Web.requests == ["/gene.pth"]
 
 
@@ -215,7 +215,7 @@ def test_file_on_the_hugging_face_hub(run, hub, tmp_path):
     first = entry("hf-hub:owner/mine/first.pth@main", sha256=DIGEST) | {"name": "first"}
     outcome = run("first", "mine", "--head-dim", "4", registry=[first, entry("hf-hub:owner/mine")])
     assert describes_gene(outcome.stdout, "learngenes/first.pth"), outcome
-    assert said_in_one_sentence(outcome, "learngenes/mine.safetensors", "no learngene")
+    assert said_in_one_sentence(outcome, "learngenes/mine.safetensors", "not a learngene")
     assert (tmp_path / "learngenes" / "first.pth").read_bytes() == GENE
     assert (tmp_path / "learngenes" / "mine.safetensors").read_bytes() == weights
     assert not any(path.is_symlink() for path in (tmp_path / "learngenes").iterdir())  # as in the hub's cache
@@ -236,7 +236,7 @@ def test_file_with_another_hash(run, web, hub, tmp_path):
 
 def test_file_that_is_no_learngene(run, web, tmp_path):
     outcome = run("mine", "--output-dir", "here", registry=[entry(f"{web}/notes.txt")])
-    assert said_in_one_sentence(outcome, "no learngene, but kept: here/mine.txt")
+    assert said_in_one_sentence(outcome, "not a learngene, but kept: here/mine.txt")
     assert (tmp_path / "here" / "mine.txt").read_text() == "learning rate 5e-4\n"
 
 
@@ -354,7 +354,7 @@ def test_folder_of_google_drive(run, drive, tmp_path):
     (tmp_path / "learngenes" / "mine" / "small.pth").unlink()
     drive.requests.clear()
     again = run("mine", "--head-dim", "4", registry=[FOLDER_ENTRY], **drive.environment)
-    assert (again.code, again.stdout) == (0, f"learngenes/mine/more/base.pth is already there\n{outcome.stdout}")
+    assert (again.code, again.stdout) == (0, f"learngenes/mine/more/base.pth already exists\n{outcome.stdout}")
     assert [request.split()[1] for request in drive.requests] == [FOLDER, INNER, SMALL, SMALL]
 
 
@@ -379,7 +379,7 @@ def test_download_that_broke_is_continued(run, drive, tmp_path):
 
     drive.cut = None
     outcome = run("mine", registry=registry, **drive.environment)
-    assert said_in_one_sentence(outcome, "no learngene, but kept: learngenes/mine.pth")
+    assert said_in_one_sentence(outcome, "not a learngene, but kept: learngenes/mine.pth")
     assert drive.requests[-1] == f"drive.usercontent.google.com/download {SMALL} bytes={2**19}-"  # of gdown's blocks
     assert (tmp_path / "learngenes" / "mine.pth").read_bytes() == content
 

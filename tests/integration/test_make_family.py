@@ -224,7 +224,7 @@ def test_other_options_are_refused_before_anything_is_done(gene, copy, tmp_path,
     assert not (copy / "L3-H1").exists()
 
     (copy / "L1-H1" / "family.json").write_text("[]")
-    assert said_in_one_sentence(run_here("--load-gene", gene, *DIGITS, *common), "family.json is no record")
+    assert said_in_one_sentence(run_here("--load-gene", gene, *DIGITS, *common), "family.json is not a record")
     (copy / "L1-H1" / "family.json").unlink()
     (copy / "L1-H1" / "log.txt").touch()
     assert said_in_one_sentence(run_here("--load-gene", gene, *DIGITS, *common), "holds a run of main.py")
@@ -273,7 +273,7 @@ def test_tleg_family_without_evaluation(tmp_path, run_here):
     assert "cost of stage 1 is unknown" in (tmp_path / "own" / "family.md").read_text()
 
     outcome = run_here(*options, *DIGITS, "--no-eval", "--output-dir", tmp_path / "digits")
-    assert "the heads are fresh" in outcome.stdout
+    assert "the heads are re-initialised" in outcome.stdout
     before = (tmp_path / "digits" / "L2-H2" / "model.safetensors").stat().st_mtime_ns
     assert run_here(*options, *DIGITS, "--output-dir", tmp_path / "digits").code == 0  # evaluates what there is
     assert (tmp_path / "digits" / "L2-H2" / "model.safetensors").stat().st_mtime_ns == before
@@ -339,7 +339,7 @@ def test_training_that_fails(gene, tmp_path, run_here):
         (["--lr", "1"], ["--lr", "after --"]),
         (["--", "--epochs", "1"], ["--epochs belongs before --"]),
         (["--", "--learning", "1"], ["--learning"]),
-        (["--", "--mapping_layer", "0,1"], ["--mapping-layer", "not for a family"]),
+        (["--", "--mapping_layer", "0,1"], ["--mapping-layer", "cannot be used for a family"]),
     ],
 )
 def test_bad_options(gene, tmp_path, run_here, options, parts):

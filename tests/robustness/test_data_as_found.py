@@ -14,15 +14,14 @@ from datasets import build_dataset
 from models.learngene import save_published
 from pipeline import folders
 from scripts import make_shards, predict
-from training.config import parse_options
-from training.label_check import check_names
+from training.config import TeacherConfig
+from training.label_check import check_teacher_names
 from training.loop import train
-from training.setup import set_up
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, Outcome, Run, run_many
+from conftest import ENVIRONMENT, Outcome, Run, run_many, set_up_run
 from hub_stand_in import HubStandIn
 from image_files import DEEP, FRACTIONS, held, saved
 from PIL import Image
@@ -82,7 +81,7 @@ def root(tmp_path_factory) -> Path:
         file.rename(file.with_suffix(".gif"))
     for name, model in (("plain", VIT), ("aux", "aux_deit_nano_patch8_16_L2")):
         options = f"{COMMON} {root}/abc --model {model} --epochs 1 --output-dir {root}/{name}"
-        assert train(set_up(parse_options(options.split()))) == 0
+        assert train(set_up_run(options.split())) == 0
     checkpoint = torch.load(root / "plain" / "checkpoint.pth", weights_only=True)
     assert checkpoint.pop("classes") == list(ABC)
     torch.save(checkpoint, root / "nameless.pth")
@@ -205,12 +204,12 @@ def test_a_learngene_keeps_its_class_names_through_both_formats(root, tmp_path):
 
 
 def test_timms_weights_of_imagenet_are_compared_by_the_codes_of_the_classes():
-    args = parse_options(f"--model {VIT} --distillation-type hard --teacher-model resnet18".split())
+    teacher = TeacherConfig("resnet18", distillation_type="hard")
     codes = ImageNetInfo().label_names()
-    check_names(args, codes, None)
-    check_names(args, [f"thing {i}" for i in range(1000)], None)  # which may be the same ones
+    check_teacher_names(teacher, codes)
+    check_teacher_names(teacher, [f"thing {i}" for i in range(1000)])  # which may be the same ones
     with pytest.raises(InputError, match=rf"resnet18 .*class 5 is '{codes[5]}' there, '{codes[6]}'"):
-        check_names(args, [*codes[:5], codes[6], codes[5], *codes[7:]], None)
+        check_teacher_names(teacher, [*codes[:5], codes[6], codes[5], *codes[7:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,10 +273,10 @@ def test_shards_of_one_split_alone(root, tmp_path):
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(InputError, match=r"train-000000\.tar cannot be read"):
         build_dataset("WDS", str(tmp_path), False, None)
-    assert len(build_dataset("WDS", str(tmp_path), False, None, alone=True)[0]) == 6
+    assert len(build_dataset("WDS", str(tmp_path), False, None, single_split=True)[0]) == 6
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "train": []}))
-    assert len(build_dataset("WDS", str(tmp_path), False, None, alone=True)[0]) == 6
+    assert len(build_dataset("WDS", str(tmp_path), False, None, single_split=True)[0]) == 6
 
 
 @pytest.mark.parametrize("name", ["evaluation alone", "holdout", "evaluation of the holdout"])
@@ -296,7 +295,7 @@ def test_classes_of_both_splits_are_compared_where_both_are_there(root, tmp_path
     make_data(tmp_path, ABC)
     (tmp_path / "train" / "cow").rename(tmp_path / "train" / "dog")
     with pytest.raises(InputError, match="the first that is in one alone is cow"):
-        build_dataset("FOLDER", str(tmp_path), False, None, alone=True)
+        build_dataset("FOLDER", str(tmp_path), False, None, single_split=True)
 
 
 def test_a_checkpoint_of_ten_classes_is_refused_for_three(done):
@@ -307,7 +306,7 @@ def test_what_cannot_be_downloaded_is_said(done):
     message = refusal(done["download of a folder"])
     assert "--download cannot fetch FOLDER" in message
     assert "CIFAR10, CIFAR100, FLOWERS, FMNIST, FOOD101" in message
-    with pytest.raises(InputError, match=r"cannot fetch CARS .*gone"):
+    with pytest.raises(InputError, match=r"cannot fetch CARS .*no longer"):
         folders.download("CARS", "/nowhere")
     with pytest.raises(InputError, match="needs --data-path"):
         folders.download("FMNIST", None)
@@ -320,7 +319,7 @@ def test_numbers_whose_white_is_not_known_are_refused(pixels, tmp_path):
     (tmp_path / "val" / "bat" / "0.png").write_bytes(saved(pixels, "TIFF"))
     options = f"{COMMON} {tmp_path} --model {VIT} --epochs 0"
     with pytest.raises(InputError, match=r"bat/0.png \(its 32-bit pixels go from .* cannot be read as an image"):
-        train(set_up(parse_options(options.split())))
+        train(set_up_run(options.split()))
 
 
 def test_the_same_probabilities_for_a_phone_and_its_upright_twin(root, tmp_path, monkeypatch, capsys):

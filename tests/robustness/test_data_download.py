@@ -8,12 +8,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from common.errors import InputError
 from pipeline import folders
-from pipeline.folders import own_folder
-from training.config import parse_options
+from pipeline.folders import find_folder
+from training.command_line import parse_options
+from training.launch import fetch_data
 from training.loop import train
-from training.setup import fetch_data, set_up
 
 import pytest
+from conftest import set_up_run
 from data_layouts import make_cifar
 from torchvision import datasets as tv
 
@@ -48,16 +49,16 @@ def cifar(tmp_path, monkeypatch) -> Iterator[list[str]]:
 
 def test_download_fetches_what_is_not_there(cifar, tmp_path):
     options = f"--device cpu --num-workers 0 --data-set CIFAR10 --download --data-path {tmp_path}/new/data --epochs 1"
-    args = parse_options([*options.split(), *f"--model {VIT} --input-size 16 --batch-size 8".split()])
+    command = [*options.split(), *f"--model {VIT} --input-size 16 --batch-size 8".split()]
     unfinished = tmp_path / "new" / "data" / ".download-CIFAR10" / "cifar-10-batches-py"
     unfinished.mkdir(parents=True)
     (unfinished / "data_batch_1").write_bytes(b"of a download that was killed")
-    fetch_data(args)
+    fetch_data(parse_options(command))
     asked = len(cifar)
     assert asked > 0
     assert [path.name for path in (tmp_path / "new" / "data").iterdir() if path.is_dir()] == ["cifar-10-batches-py"]
-    assert train(set_up(args)) == 0
-    fetch_data(args)
+    assert train(set_up_run(command)) == 0
+    fetch_data(parse_options(command))
     assert len(cifar) == asked  # it is there
 
 
@@ -67,7 +68,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_looks_whole(c
         with pytest.raises(InputError, match=r"--download: CIFAR10 could not be fetched .*404") as raised:
             folders.download("CIFAR10", str(tmp_path / "new"))
         assert "\n" not in str(raised.value)
-    assert own_folder("CIFAR10", tmp_path / "new") is None
+    assert find_folder("CIFAR10", tmp_path / "new") is None
 
 
 def test_download_does_not_touch_what_is_there_in_part(cifar, tmp_path):

@@ -4,13 +4,10 @@ import subprocess
 import sys
 
 import models
-from training.checkpoints import find_checkpoint
-from training.config import parse_options
-from training.setup import set_up
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, MAIN, SECONDS, free_port, read_until, run_main, started
+from conftest import ENVIRONMENT, MAIN, SECONDS, free_port, read_until, run_main, set_up_run, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 DIGITS = "--data-set DIGITS --num-workers 0 --warmup-epochs 0 --device cpu --log-interval 1"
@@ -94,7 +91,5 @@ def test_a_process_that_is_left_alone_says_so(rank):
 
 @pytest.mark.parametrize("option", ["--resume auto", "--on-nan rollback", "--wandb project"])
 def test_what_needs_an_output_folder(option):
-    args = parse_options(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())
-    start = find_checkpoint if args.resume else set_up
     with pytest.raises(models.InputError, match="--output-dir is missing: " + option.split()[0]):
-        start(args)
+        set_up_run(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())

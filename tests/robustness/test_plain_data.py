@@ -111,7 +111,7 @@ def test_torch_has_its_own_function_again(tmp_path):
     before = dict(allowed)
     refusal(zipped(tmp_path / "file", pickled(CRAFTED["hex"][0])))
     assert allowed == before
-    with plain_data.plain_data_alone(10):
+    with plain_data.allow_plain_data(10):
         assert torch._weights_only_unpickler._get_allowed_globals()["_codecs.encode"]("é", "latin1") == b"\xe9"
 
 

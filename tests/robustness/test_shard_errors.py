@@ -14,7 +14,7 @@ from pipeline import shards
 from pipeline.loader import CheckedLoader, SeededDataset, collate
 from pipeline.shards import ShardCache
 from samplers import TrainSampler
-from training.config import parse_options
+from training.command_line import parse_options
 
 import pytest
 import torch
@@ -88,10 +88,10 @@ def entries(path: Path, **changes: object) -> dict:
     ("damage", "message"),
     [
         (lambda p: (p / "index.json").write_text("{"), "index.json is not JSON"),
-        (lambda p: (p / "index.json").write_text("[]"), "is no index of shards"),
+        (lambda p: (p / "index.json").write_text("[]"), "is not an index of shards"),
         (lambda p: change(p, version=2), "of version 2, expected 1"),
-        (lambda p: change(p, train=5), "is no index of shards"),
-        (lambda p: change(p, train=[{"file": "a.tar"}]), r"is no index of shards \('samples'\)"),
+        (lambda p: change(p, train=5), "is not an index of shards"),
+        (lambda p: change(p, train=[{"file": "a.tar"}]), r"is not an index of shards \('samples'\)"),
         (lambda p: change(p, val=[]), "no shards of val"),
         (lambda p: change(p, val=index_of(p)["train"]), "names train-000000.tar twice"),
         (lambda p: change(p, classes="abc"), "names no classes"),
@@ -100,8 +100,8 @@ def entries(path: Path, **changes: object) -> dict:
         (lambda p: change(p, **entries(p, file="/etc/a.tar")), "names the shard '/etc/a.tar'"),
         (lambda p: change(p, **entries(p, file="-f;a.tar")), "names the shard '-f;a.tar'"),
         (lambda p: change(p, **entries(p, file=3)), "names the shard '3'"),
-        (lambda p: change(p, **entries(p, samples=True)), "True samples in .* which cannot be"),
-        (lambda p: change(p, **entries(p, samples=10**9)), "1000000000 samples in .* which cannot be"),
+        (lambda p: change(p, **entries(p, samples=True)), "True samples in .* which is impossible"),
+        (lambda p: change(p, **entries(p, samples=10**9)), "1000000000 samples in .* which is impossible"),
         (lambda p: change(p, **entries(p, sha256="x")), "no SHA-256 of train-000000.tar"),
         (lambda p: (p / "val-000000.tar").unlink(), "val-000000.tar cannot be read: No such file"),
         (lambda p: (p / "val-000000.tar").write_bytes(b"x" * 512), "has 512 bytes, index.json says"),
@@ -146,14 +146,14 @@ def rewrite(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("cat {folder}/{{}} && exit 3", r"the command for train-000000.tar ended with status 3: cat .*it says nothing"),
+        ("cat {folder}/{{}} && exit 3", r"the command for train-000000.tar exited with status 3: cat .*no output"),
         ("head -c 1024 {folder}/{{}}", r"head .* gave 1,024 bytes of train-000000.tar than the [\d,]+ of index.json"),
         ("tr a b < {folder}/{{}}", "gave other bytes of train-000000.tar"),
         ("cat {folder}/train-1.tar {{}} >&2", "No such file"),
     ],
 )
 def test_a_command_that_fails(sharded, tmp_path, monkeypatch, command, message):
-    monkeypatch.setattr(shards, "WAITS", (0,))
+    monkeypatch.setattr(shards, "RETRY_SECONDS", (0,))
     cache, shard = ShardCache(tmp_path, 10**9), shards_of(sharded, "train")[0]
     with pytest.raises(InputError, match=message):
         cache.open(shard, "pipe:" + command.format(folder=sharded))
@@ -174,7 +174,7 @@ def test_room_is_checked_before_the_work(sharded, tmp_path):
         built(10**9, tmp_path / "file")
     with pytest.raises(InputError, match="--shard-cache is missing"):
         build_dataset("WDS", "https://host/path", True, None)
-    with pytest.raises(InputError, match=r"does not say {}, in whose place"):
+    with pytest.raises(InputError, match=r"has no {}, the placeholder"):
         build_dataset("WDS", "pipe:cat", True, None, shard_cache=ShardCache(tmp_path, 1))
 
 
@@ -183,7 +183,7 @@ def test_a_command_is_taken_from_the_command_line_alone(tmp_path):
     config.write_text("data_set: WDS\ndata_path: 'pipe:touch {}'\n")
     with pytest.raises(InputError, match=f"--config {config}: data_path is a command, which only the command line may"):
         parse_options(["--config", str(config)])
-    assert parse_options(["--config", str(config), "--data-path", "pipe:cat {}"]).data_path == "pipe:cat {}"
+    assert parse_options(["--config", str(config), "--data-path", "pipe:cat {}"]).data.data_path == "pipe:cat {}"
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_two_processes_go_on_where_one_was(runs, undisturbed, server):
     [
         ("no index", "/nowhere/index.json could not be downloaded: HTTP Error 404"),
         ("no shard", "/train-000004.tar could not be downloaded: HTTP Error 404"),
-        ("command", "the command for index.json ended with status 1: echo sorry >&2; false index.json (sorry)"),
+        ("command", "the command for index.json exited with status 1: echo sorry >&2; false index.json (sorry)"),
     ],
 )
 def test_what_is_wrong_elsewhere_is_said_once(runs, name, message):

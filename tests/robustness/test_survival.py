@@ -9,13 +9,12 @@ import main
 import models
 from common.files import hardlink_or_copy, remove_unfinished
 from training.checkpoints import find_checkpoint, newest_checkpoint, save_checkpoint
-from training.config import parse_options
+from training.command_line import parse_options
 from training.loop import train
-from training.setup import set_up
 
 import pytest
 import torch
-from conftest import COMPARABLE, assert_same_result, epochs_of, position_of, read_until, run_main, started
+from conftest import COMPARABLE, assert_same_result, epochs_of, position_of, read_until, run_main, set_up_run, started
 
 DIGITS = "--data-set DIGITS --num-workers 0 --warmup-epochs 0 --device cpu --log-interval 1"
 LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2"
@@ -62,7 +61,7 @@ def test_a_signal_saves_within_a_step_and_ends_with_its_status(tmp_path, name, s
 def test_a_signal_during_evaluation_saves_too(tmp_path):
     """What has been trained is kept although the epoch is not finished, and the evaluation is made again."""
     common = f"{DIGITS} --model {TINY} --batch-size 16 --epochs 1 --output-dir".split()
-    run = set_up(parse_options([*common, str(tmp_path / "run")]))
+    run = set_up_run([*common, str(tmp_path / "run")])
     batches = run.test_loader
 
     def interrupted() -> Iterator:
@@ -81,9 +80,9 @@ def test_a_signal_during_evaluation_saves_too(tmp_path):
     assert position_of(tmp_path / "run" / "checkpoint.pth") == (0, 1424)
     assert epochs_of(tmp_path / "run") == []
     resume = ["--resume", str(tmp_path / "run" / "checkpoint.pth")]
-    resumed = set_up(parse_options([*common, str(tmp_path / "run"), *resume]))
+    resumed = set_up_run([*common, str(tmp_path / "run"), *resume])
     assert train(resumed) == 0
-    whole = set_up(parse_options([*common, str(tmp_path / "whole")]))
+    whole = set_up_run([*common, str(tmp_path / "whole")])
     assert train(whole) == 0
     assert epochs_of(tmp_path / "run") == epochs_of(tmp_path / "whole")
 
@@ -145,16 +144,15 @@ def test_files_of_others_stay_what_they_are(tmp_path):
 def test_optimisers_that_count_steps_in_their_groups_go_on_counting(tmp_path):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 1 --opt lamb --output-dir {tmp_path}".split()
     assert main.main(options) == 0
-    run = set_up(parse_options([*options, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2"]))
+    run = set_up_run([*options, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2"])
     assert [int(group["step"]) for group in run.optimizer.param_groups] == [22, 22]
 
 
 def test_auto_passes_over_damaged_checkpoints_and_starts_afresh_without_any(tmp_path, capsys):
     def found(*more: str) -> str | None:
         options = f"{DIGITS} --model {TINY} --resume auto --output-dir {tmp_path}"
-        args = parse_options([*options.split(), *more])
-        find_checkpoint(args)
-        return args.resume and Path(args.resume).name
+        path = find_checkpoint(parse_options([*options.split(), *more]))
+        return path and Path(path).name
 
     assert found() is None
     assert "starting afresh" in capsys.readouterr().out

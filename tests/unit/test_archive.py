@@ -62,6 +62,7 @@ def link(name: str) -> tarfile.TarInfo:
         (packed(tarfile.TarInfo("a"), content=b"\xff"), "cannot be read"),
         (gzip.compress(bytes(10**6)), "unpacks to more than 100,000 bytes"),
     ],
+    ids=("empty", "text", "cut off", "parent folder", "absolute path", "link", "not text", "large"),
 )
 def test_other_files_are_refused(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(archive, "LIMIT", 100_000)

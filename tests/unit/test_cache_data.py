@@ -7,9 +7,17 @@ from common.errors import InputError
 from common.files import read_checkpoint
 from datasets import build_dataset, build_transform
 from pipeline import cache
-from pipeline.batch_augment import MOVING, OPERATIONS, BatchAugment, Draws, Policy, draw_erasing, sent
+from pipeline.batch_augment import (
+    GEOMETRIC,
+    OPERATIONS,
+    BatchAugment,
+    Policy,
+    SeededRandom,
+    sample_erasing,
+    to_device_of,
+)
 from pipeline.batch_ops import Warp, to_pixels
-from pipeline.loader import ReadDataset, SeededDataset, collate
+from pipeline.loader import CheckedDataset, SeededDataset, collate
 from samplers import ExactSampler, TrainSampler
 
 import numpy as np
@@ -60,8 +68,8 @@ def test_an_operation_gives_the_pixels_of_timm(monkeypatch, name, size):
     arguments = operation.argument(magnitude, sign)
     x = torch.stack([*map(to_pixels, images)])
     fill = torch.tensor(int.from_bytes(bytes((*FILL, 0)), "little"), dtype=torch.int32)
-    for resample in (CUBIC, LINEAR) if operation.apply in MOVING else (CUBIC,):
-        warp = (Warp(resample == CUBIC, fill),) if operation.apply in MOVING else ()
+    for resample in (CUBIC, LINEAR) if operation.apply in GEOMETRIC else (CUBIC,):
+        warp = (Warp(resample == CUBIC, fill),) if operation.apply in GEOMETRIC else ()
         found = operation.apply(x, torch.from_numpy(arguments), *warp)[..., :3].int()
         expected = []
         for i, image in enumerate(images):
@@ -71,15 +79,15 @@ def test_an_operation_gives_the_pixels_of_timm(monkeypatch, name, size):
             assert not given or given[0] == pytest.approx(arguments[i], abs=1e-12)
             expected.append(np.array(auto_augment.NAME_TO_OP[name](image, *given, fillcolor=FILL, resample=resample)))
         difference = (found - torch.tensor(np.stack(expected)).int()).abs()
-        assert difference.max() <= (operation.apply in MOVING)
+        assert difference.max() <= (operation.apply in GEOMETRIC)
         assert (difference > 0).float().mean() < 0.01
 
 
 def test_test_images_are_bit_for_bit_those_read_one_by_one():
     transform = build_transform("DIGITS", False, 16)
     one_by_one = build_dataset("DIGITS", None, False, transform)[0]
-    read = ReadDataset(build_dataset("DIGITS", None, False, cache.resized(transform))[0])
-    cached = cache.read_all(16, CPU, False, read, range(len(read)), collate_fn=collate)
+    read = CheckedDataset(build_dataset("DIGITS", None, False, cache.resize_only(transform))[0])
+    cached = cache.load_into_memory(16, CPU, False, read, range(len(read)), collate_fn=collate)
     for rank in range(2):
         batches = [*cache.CachedBatches(*cached, 50, rank=rank, world_size=2)]
         assert [len(labels) for _, labels in batches] == [50, 50, 50, 30]
@@ -116,7 +124,7 @@ def test_pixels_have_the_distribution_of_those_augmented_one_by_one(options):
 def test_operations_are_drawn_as_often_as_timm_draws_them():
     count = 20_000
     policy = Policy(build_transform("FMNIST", True, 28, aa="rand-m9-n3-mstd0.5-inc1").transforms[3])
-    drawn = policy.draw(Draws(seeds(count)))
+    drawn = policy.sample(SeededRandom(seeds(count)))
     assert drawn.choice.shape == (count, 3)
     for kind in range(15):
         per_turn = (drawn.choice == kind).mean(0)
@@ -139,7 +147,7 @@ def test_erased_rectangles_are_those_of_timm(mode, recount):
     torch.manual_seed(0)
     expected = erasing(torch.full((count, 3, size, size), 9.0))
     found = torch.full((count, 3, size, size), 9.0)
-    for erased in draw_erasing(erasing, Draws(seeds(count)), size, size):
+    for erased in sample_erasing(erasing, SeededRandom(seeds(count)), size, size):
         places = erased.places // size**2, slice(None), erased.places // size % size, erased.places % size
         found[places] = torch.from_numpy(erased.values)
     gone = [(x != 9).all(1).float() for x in (found, expected)]
@@ -157,9 +165,9 @@ def test_erased_rectangles_are_those_of_timm(mode, recount):
 
 
 def test_random_numbers_are_uniform_and_do_not_repeat():
-    bits = Draws(seeds(1000)).bits(100)
+    bits = SeededRandom(seeds(1000)).bits(100)
     assert len(np.unique(bits)) == bits.size
-    numbers = Draws(seeds(1000)).uniform(100)
+    numbers = SeededRandom(seeds(1000)).uniform(100)
     assert abs(numbers.mean() - 0.5) < fine(numbers.size, 12**-0.5)
     assert np.abs(np.corrcoef(numbers.T) - np.eye(100)).max() < fine(1000)
 
@@ -180,8 +188,8 @@ def test_an_image_is_augmented_the_same_in_any_batch(aa):
 
 def augmented(batch_size: int, epoch: int = 0, start: int = 0, **process: int) -> torch.Tensor:
     transform = build_transform("DIGITS", True, 8)
-    read = SeededDataset(build_dataset("DIGITS", None, True, cache.resized(transform))[0])
-    cached = cache.read_all(8, CPU, False, read, [(i, 0) for i in range(len(read))], collate_fn=collate)
+    read = SeededDataset(build_dataset("DIGITS", None, True, cache.resize_only(transform))[0])
+    cached = cache.load_into_memory(8, CPU, False, read, [(i, 0) for i in range(len(read))], collate_fn=collate)
     sampler = TrainSampler(len(read), batch_size, repeats=3, seed=1, **process)
     sampler.set_position(epoch, start)
     batches = cache.AugmentedBatches(*cached, sampler, batch_size, BatchAugment(transform))
@@ -206,7 +214,7 @@ def test_nothing_waits_for_the_device():
     images = augment(torch.empty(500, 28, 28, 4, dtype=torch.uint8, device="meta"), seeds(500))
     assert images.shape == (500, 3, 28, 28)
     assert images.is_meta
-    assert sent(np.arange(3), images).is_meta
+    assert to_device_of(np.arange(3), images).is_meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_one_split_alone_is_enough_if_no_other_is_asked_for(layout, is_train, tm
         if path.name in ending[is_train]:
             path.rename(tmp_path / "elsewhere")
     assert str(tmp_path) in message_of(name, tmp_path, is_train)
-    assert set(labels_of(name, tmp_path, is_train, alone=True)) == set(range(num_classes))
+    assert set(labels_of(name, tmp_path, is_train, single_split=True)) == set(range(num_classes))
 
 
 def test_flowers_with_a_damaged_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

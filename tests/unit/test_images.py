@@ -50,7 +50,7 @@ def states() -> tuple:
 def both(image: Image.Image, seed: int, **options) -> tuple[Tensor, Tensor]:
     """The image by the program and by timm's and torchvision's steps, after as many random numbers."""
     found, ends = [], []
-    for change in (images.faster, lambda transform: transform):
+    for change in (images.fast_transform, lambda transform: transform):
         transform = change(build_transform("FOLDER", True, 224, **options))
         random.seed(seed)
         np.random.seed(seed)
@@ -109,11 +109,12 @@ def test_other_policies_draw_the_same(aa: str | None, jitter: float):
 
 @pytest.mark.parametrize("amount", [0.0, 0.3, -0.3, 0.45, -0.123, 1.0, -2.5])
 @pytest.mark.parametrize("size", [(40, 30), (30, 41)])
-@pytest.mark.parametrize("operation", images.FASTER)
+@pytest.mark.parametrize("operation", images.FAST_OPERATIONS)
 def test_moved_rows_are_those_of_pillow(operation: Callable, size: tuple[int, int], amount: float):
     kwargs = dict(resample=Image.Resampling.BICUBIC, fillcolor=(124, 116, 104))
     ours, pillows = (
-        np.asarray(way(picture(*size), amount, **kwargs), dtype=int) for way in (images.FASTER[operation], operation)
+        np.asarray(way(picture(*size), amount, **kwargs), dtype=int)
+        for way in (images.FAST_OPERATIONS[operation], operation)
     )
     assert ours.shape == pillows.shape
     assert np.abs(ours - pillows).max() <= 1
@@ -121,7 +122,7 @@ def test_moved_rows_are_those_of_pillow(operation: Callable, size: tuple[int, in
 
 
 def test_random_interpolation_keeps_timms_operations():
-    transform = images.faster(build_transform("FOLDER", True, 224, interpolation="random"))
+    transform = images.fast_transform(build_transform("FOLDER", True, 224, interpolation="random"))
     assert all(op.aug_fn is auto_augment.NAME_TO_OP[op.name] for op in transform.transforms[2].ops)
 
 
@@ -130,7 +131,7 @@ def test_random_interpolation_keeps_timms_operations():
 )
 def test_small_images_and_evaluation_are_left_alone(name: str, size: int, is_train: bool):
     transform = build_transform(name, is_train, size)
-    assert images.faster(transform) is transform
+    assert images.fast_transform(transform) is transform
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_every_kind_of_image_becomes_rgb_as_torchvision_makes_it(kind: str, tmp_
     image = picture(30, 20).convert(kind)
     path = tmp_path / "image"
     image.save(path, format="TIFF" if kind == "CMYK" else "PNG")
-    found = images.load(str(path))
+    found = images.load_image(str(path))
     assert found.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(found), np.asarray(default_loader(path)))
 
@@ -172,7 +173,9 @@ def make_folder(root: Path, count: int = 3) -> str:
 
 
 def training_images(root: str, **options) -> SeededDataset:
-    dataset, _ = build_dataset("FOLDER", root, True, images.faster(build_transform("FOLDER", True, 32, **options)))
+    dataset, _ = build_dataset(
+        "FOLDER", root, True, images.fast_transform(build_transform("FOLDER", True, 32, **options))
+    )
     return SeededDataset(dataset)
 
 

@@ -4,7 +4,6 @@ from common import launchers
 from common.errors import InputError
 from common.launchers import World
 from training.build import device_of
-from training.config import parse_options
 
 import pytest
 import torch
@@ -74,12 +73,11 @@ def test_device_of_a_task(monkeypatch, devices, environment, number):
     monkeypatch.setattr("utils._world", World(1, 2, 1, 2, "127.0.0.1", 1))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args = parse_options(["--device", "cuda"])
     if number is None:
         with pytest.raises(InputError, match="CUDA device 1 is needed, there are 1 here"):
-            device_of(args)
+            device_of("cuda")
     else:
-        assert device_of(args) == torch.device("cuda", number)
+        assert device_of("cuda") == torch.device("cuda", number)
 
 
 @pytest.mark.parametrize(

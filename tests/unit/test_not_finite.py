@@ -9,13 +9,11 @@ import main
 import models
 import utils
 from losses import DistillationLoss
-from training.config import parse_options
 from training.loop import ROLLBACKS, train
-from training.setup import set_up
 
 import pytest
 import torch
-from conftest import epochs_of
+from conftest import epochs_of, set_up_run
 from torch import nn
 
 DIGITS = "--data-set DIGITS --num-workers 0 --warmup-epochs 0 --device cpu --log-interval 1"
@@ -75,7 +73,7 @@ class NotFiniteOnce(nn.Module):
 
 def test_rolling_back_goes_on_after_the_batches_that_led_there(tmp_path, capsys):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 2 --save-every-steps 10 --on-nan rollback"
-    run = set_up(parse_options([*options.split(), "--output-dir", str(tmp_path)]))
+    run = set_up_run([*options.split(), "--output-dir", str(tmp_path)])
     run.criterion = NotFiniteOnce(run.criterion, step=15)
     assert train(run) == 0
     said = capsys.readouterr().out
@@ -91,7 +89,7 @@ def test_rolling_back_goes_to_no_other_run(tmp_path, capsys):
     """A folder that holds the checkpoint of an earlier run, and a loss that is not finite before the first of this."""
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 1 --on-nan rollback --output-dir {tmp_path}"
     assert main.main(options.split()) == 0
-    run = set_up(parse_options(options.split()))
+    run = set_up_run(options.split())
     run.criterion = NotFiniteOnce(run.criterion, step=3)
     with pytest.raises(utils.NotFiniteError, match="at step 3"):
         train(run)

@@ -89,7 +89,7 @@ def test_writing_goes_on_where_it_was_ended(folder, sharded, tmp_path, capsys):
     fewer = ["--data-path", str(folder), "--output-dir", str(tmp_path / "again")]
     capsys.readouterr()
     assert make_shards.main(fewer) == 2
-    assert "train-000001.tar, which is not of these shards" in capsys.readouterr().err
+    assert "train-000001.tar, which is not one of these shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("classes", [None, "classes.txt"])
@@ -139,9 +139,12 @@ def write(path: Path, *members: tuple[str, bytes]) -> Path:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda path: None, "no shards whose names say train"),
-        (lambda path: write(path / "train-0.tar", ("a.png", png()), ("a.cls", b"0")), "no shards whose names say val"),
-        (lambda path: write(path / "x.tar"), "x.tar is named neither train nor val"),
+        (lambda path: None, "no shards named train"),
+        (
+            lambda path: write(path / "train-0.tar", ("a.png", png()), ("a.cls", b"0")),
+            "no shards named val",
+        ),
+        (lambda path: write(path / "x.tar"), "x.tar has neither train nor val in its name"),
         (lambda path: write(path / "val-0.tar", ("a.png", png())), r"1 image\(s\) and 0 label\(s\) of a"),
         (lambda path: write(path / "val-0.tar", ("a.cls", b"0")), r"0 image\(s\) and 1 label\(s\) of a"),
         (lambda path: write(path / "val-0.tar", ("a.png", b""), ("a.cls", b"-1")), r"label b'-1' in a.cls"),
@@ -208,7 +211,7 @@ def test_room_is_made_by_the_shard_that_was_used_the_longest_ago(sharded, server
 
 
 def test_a_process_closes_shards_that_it_leaves(sharded, monkeypatch):
-    monkeypatch.setattr(shards, "KEPT_OPEN", 4)
+    monkeypatch.setattr(shards, "KEEP_OPEN_READS", 4)
     dataset, _ = build_dataset("WDS", str(sharded), True, None)
     first, others = dataset.shard_sizes[0], len(dataset.shard_sizes) - 1
     begins = np.cumsum([0, *dataset.shard_sizes])

@@ -5,14 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 from common.files import read_checkpoint
-from datasets import ImageList, build_dataset, build_transform, train_holdout_split
-from pipeline.loader import name_of_image, names_digest
+from datasets import ImageList, build_dataset, build_transform, train_holdout_split, with_transform
+from pipeline.folders import ImageFolder
+from pipeline.loader import dataset_fingerprint, image_name
 from training.build_data import build_sets
-from training.config import parse_options
+from training.command_line import parse_options
 
 import pytest
 import torch
 from conftest import Run, assert_same_result, run_many
+from PIL import Image
 from torch.utils.data import Subset
 
 DIGITS = "--data-set DIGITS --num-workers 0 --batch-size 32"
@@ -23,7 +25,8 @@ RARELY = f"{SMALL} {LETS} --epochs 4 --eval-interval 3 --save-every-steps 2 --ke
 
 
 def sets_of(options: str):
-    return build_sets(parse_options(f"{DIGITS} --model {VIT} --input-size 16 {options}".split()))[:2]
+    config = parse_options(f"{DIGITS} --model {VIT} --input-size 16 {options}".split())
+    return build_sets(config.data, config.augment, config.runtime.eval)[:2]
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -45,8 +48,8 @@ def test_the_images_are_those_of_every_seed_and_never_in_both_parts():
     assert set(train.indices) < set(more.indices)
     assert not set(held_out.indices) & set(train.indices)
     assert set(held_out.indices) | set(rest.indices) == set(range(1437))
-    digests = {names_digest(dataset) for dataset in (train, more, rest, held_out)}
-    assert names_digest(train) == names_digest(others)
+    digests = {dataset_fingerprint(dataset) for dataset in (train, more, rest, held_out)}
+    assert dataset_fingerprint(train) == dataset_fingerprint(others)
     assert len(digests) == 4
 
 
@@ -65,11 +68,30 @@ def test_images_that_are_held_out_are_not_augmented():
         assert held_out[place][1] == expected[index][1]
 
 
+def test_the_same_images_with_another_transform():
+    dataset, _ = build_dataset("DIGITS", None, True, lambda image: "train")
+    other = with_transform(dataset, lambda image: "test")
+    assert (dataset[0][0], other[0][0]) == ("train", "test")
+    assert other.targets is dataset.targets
+
+
+def test_images_are_held_out_without_listing_the_files_again(tmp_path, monkeypatch):
+    for split, name in ((split, name) for split in ("train", "val") for name in "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16)).save(tmp_path / split / name / f"{i}.png")
+    listed = []
+    list_images = ImageFolder.make_dataset
+    monkeypatch.setattr(ImageFolder, "make_dataset", lambda *a, **kw: listed.append(a) or list_images(*a, **kw))
+    train, held_out = sets_of(f"--data-set FOLDER --data-path {tmp_path} --holdout 2")
+    assert (len(train), len(held_out), len(listed)) == (4, 2, 1)
+
+
 def test_an_unreadable_image_of_a_part_has_its_name():
     files = ImageList([(f"{i}.png", 0) for i in range(4)], ["a"])
-    assert name_of_image(Subset(files, [3, 1]), 1) == "1.png"
+    assert image_name(Subset(files, [3, 1]), 1) == "1.png"
     train, _ = sets_of("--train-images 3")
-    assert name_of_image(train, 2) == f"image {train.indices[2]}"
+    assert image_name(train, 2) == f"image {train.indices[2]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

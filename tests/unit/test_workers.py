@@ -50,7 +50,7 @@ def wrapped() -> Exception:
 def test_a_dead_worker_is_no_file_that_cannot_be_written(tmp_path, capfd, monkeypatch, attempt, error):
     """Torch raises that in the main process wherever it is, here where a plot is written."""
     left = []
-    monkeypatch.setattr("utils.leave_at_once", left.append)
+    monkeypatch.setattr("utils.abort", left.append)
     output, path = Output(), tmp_path / "curves.png"
     with pytest.raises(type(error)), utils.failures_reported_once():  # noqa: SIM117
         with getattr(output, attempt)(str(path)), atomic_write(path):
@@ -62,7 +62,7 @@ def test_a_dead_worker_is_no_file_that_cannot_be_written(tmp_path, capfd, monkey
 
 def test_a_dead_worker_is_no_checkpoint_that_does_not_fit(tmp_path, capfd, monkeypatch):
     left = []
-    monkeypatch.setattr("utils.leave_at_once", left.append)
+    monkeypatch.setattr("utils.abort", left.append)
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": {}}, path)
     monkeypatch.setattr("torch.load", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError(KILLED)))
@@ -120,10 +120,10 @@ def test_a_worker_that_only_exited_is_asked_for_the_signal(monkeypatch):
 def test_a_worker_whose_main_process_stops_receiving_is_silent(capfd):
     """A broken connection to the thread from which the main process takes tensors ends without a traceback."""
     batches = batches_of(1)
-    batches.lifeline.prepare()
+    batches.exit_pipe.open()
 
     def work() -> None:
-        batches.lifeline.tie(0)
+        batches.exit_pipe.init_worker(0)
         shared = DupFd(0)
         with socket.socket(socket.AF_UNIX) as broken:
             broken.connect(shared._id[0])
@@ -136,18 +136,18 @@ def test_a_worker_whose_main_process_stops_receiving_is_silent(capfd):
     assert (process.exitcode, capfd.readouterr().err) == (0, "")
 
 
-def test_a_lifeline_without_workers_opens_nothing(monkeypatch):
+def test_an_exit_pipe_without_workers_opens_nothing(monkeypatch):
     monkeypatch.setattr("os.pipe", lambda: pytest.fail("a pipe is opened"))
-    monkeypatch.setattr("common.workers.use_short_folder", lambda: pytest.fail("TMPDIR is looked at"))
+    monkeypatch.setattr("common.workers.use_short_socket_folder", lambda: pytest.fail("TMPDIR is looked at"))
     assert len([*batches_of(0)]) == 2
 
 
-def test_a_lifeline_closes_its_descriptors_once(monkeypatch):
-    monkeypatch.setattr("common.workers._lifelines", set())
-    lifeline = batches_of(1).lifeline
-    lifeline.prepare()
-    number = lifeline.write
-    workers.cut_all()
+def test_an_exit_pipe_closes_its_descriptors_once(monkeypatch):
+    monkeypatch.setattr("common.workers._exit_pipes", set())
+    exit_pipe = batches_of(1).exit_pipe
+    exit_pipe.open()
+    number = exit_pipe.write
+    workers.close_exit_pipes()
     assert os.dup2(0, number) == number  # a file that is opened later
-    lifeline.cut()
+    exit_pipe.close()
     os.close(number)

@@ -1,0 +1,137 @@
+"""Make, measure, evaluate and fine-tune one member of a family."""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from common.errors import InputError
+from datasets import DATA_SETS, SMALL, describe_classes
+from engine import evaluate
+from family.plan import Family, Member
+from family.records import write_record
+from models.formats.timm_folder import save_model
+from scripts.inspect_learngene import name_of
+from training.logs import Progress
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BATCHES = (1, 64)  # batch sizes whose latency is measured; --max-latency-ms limits that of the first
+
+
+def initialise(member: Member, family: Family) -> bool:
+    """Initialise, time, save and evaluate a member, as far as its record lacks that.
+
+    Returns:
+        False if its latency is above the limit; nothing is written then.
+    """
+    record, new = member.record, member.record["identity"] is None
+    measure = family.timed and record["device"] is None
+    assess = family.evaluated and record["accuracy_before"] is None
+    if not (new or measure or assess):
+        return True
+    vit = family.descend(member.arch).to(family.device)
+    if measure:
+        record["device"] = family.device_name
+        record["latency_ms_1"], record["latency_ms_64"] = (latency(vit, batch, family) for batch in BATCHES)
+    if member.excess(family.options) > 1:
+        return False
+    if new:
+        member.folder.mkdir(exist_ok=True)
+        save(vit, member, family)
+    if assess:
+        with Progress(len(family.test_batches), f"evaluating {member.name}") as progress:
+            numbers = evaluate(vit, family.test_batches, family.device, family.autocast, progress.advance)
+        record["accuracy_before"] = numbers["acc1"]
+    record["identity"] = family.identity
+    write_record(member.folder, record)
+    return True
+
+
+@torch.no_grad()
+def latency(vit: nn.Module, batch: int, family: Family) -> float:
+    """Milliseconds of a forward pass of ``batch`` images: the median over 0.2 s, and over at least three passes."""
+    size = family.options.input_size
+    images = torch.randn(batch, family.shape["in_chans"], size, size, device=family.device)
+    times = []
+    while len(times) < 5 or sum(times[2:]) < 0.2:
+        start = time.perf_counter()
+        with family.autocast:
+            vit(images)
+        if family.device.type == "cuda":
+            torch.cuda.synchronize(family.device)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[2:])  # the first two are the warm-up
+
+
+def save(vit: nn.Module, member: Member, family: Family) -> None:
+    """Write ``model.safetensors`` and ``config.json`` in timm's format."""
+    size = family.options.input_size
+    # small images are resized without a crop, as datasets.build_transform does
+    small = DATA_SETS[family.run_options.data.data_set][2] is not None and size <= SMALL
+    save_model(
+        vit,
+        member.folder,
+        member.arch,
+        model_args={},
+        data_config={
+            "input_size": [family.shape["in_chans"], size, size],
+            "crop_pct": 1.0 if small else family.run_options.data.eval_crop_ratio,
+            "crop_mode": "squash" if small else "center",
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+        },
+        label_names=family.classes,
+        label_descriptions=describe_classes(family.classes) if family.classes else None,
+    )
+
+
+def fine_tune(member: Member, family: Family) -> None:
+    """Train with main.py, resume if an earlier call was stopped, and record the accuracy after the last epoch.
+
+    Raises:
+        InputError: main.py failed; the message is its own.
+    """
+    checkpoint = member.folder / "checkpoint.pth"
+    resume = [f"--resume={checkpoint}"] if member.record["training"] is not None and checkpoint.exists() else []
+    member.record["training"] = family.training
+    write_record(member.folder, member.record)
+    model = [f"--des-arch={name_of(member.arch)}", f"--output-dir={member.folder}"]
+    run_main([*family.command, *model, *resume], member.name)
+    log = [json.loads(line) for line in (member.folder / "log.txt").read_text().splitlines()]
+    member.record["accuracy_after"] = log[-1]["test_acc1"]
+    write_record(member.folder, member.record)
+
+
+def run_main(arguments: list[str], name: str) -> None:
+    """Run main.py in a process of its own; its output is a progress bar on a terminal, lines elsewhere."""
+    last = deque(maxlen=20)
+    with (
+        subprocess.Popen(
+            [sys.executable, REPOSITORY / "main.py", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+        tqdm(desc=f"training {name}", unit="step", leave=False, disable=None) as bar,
+    ):
+        for line in process.stdout:
+            last.append(line.strip())
+            if bar.disable:
+                print(f"{name}: {line}", end="", flush=True)
+            if progress := re.match(r"training (\d+)/(\d+),", line):
+                bar.total = int(progress[2])
+                bar.update(int(progress[1]) - bar.n)
+    if process.returncode != 0:
+        reason = next((line for line in reversed(last) if line.startswith("error: ")), " ".join(last))
+        raise InputError(f"main.py cannot train {name}: {reason.removeprefix('error: ')}")
