@@ -6,9 +6,8 @@ scripts/torture.py --kills 25 --processes 1
 
 Each round trains a LeTs Aux-Net on scikit-learn's digits, with a teacher, mixup, drop-path and EMA. SIGKILL ends it at
 a random moment, or while a checkpoint is written; some runs get SIGTERM, SIGUSR1 or SIGHUP instead. The newest
-checkpoint is sometimes damaged before the restart, and every restart has another number of data workers. At the end
-log.txt, learngene, EMA and optimiser state must equal those of an undisturbed run, bit for bit; the exit status is 1 if
-any of them differs.
+checkpoint is sometimes damaged before the restart, and every restart has another number of data workers. In the end
+log.txt, learngene, EMA and optimiser state must equal those of an undisturbed run, bit for bit; exit status 1 if not.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Running main.py as its users do, in processes of its own."""
 
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -10,7 +11,9 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +32,10 @@ MAIN = TESTS.parent / "main.py"
 PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 # Tests share few processors, and a GPU would be one for all processes of a run.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+UNCHANGED = dict(ENVIRONMENT)  # tests change it
+# modules that the runs import, some of them late
+PRELOADED = ("training.launch", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard")
+PRELOADED += ("matplotlib.figure", "matplotlib.backends.backend_agg")
 SECONDS = 600  # a run that lasts longer hangs, and is ended; a busy machine takes several times as long as an idle one
 # AdamW follows rounding errors where the exact gradient is zero, as it is of the keys' biases, unless its epsilon is
 # larger than they are: runs whose sums have another order can then be compared.
@@ -82,9 +89,47 @@ def run_main(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+class Started:
+    """A run of main.py whose output, both streams together, is read while it runs; the interface is Popen's."""
+
+    def __init__(self, args: list[str]):
+        context = fork_server()
+        reader, writer = context.Pipe(duplex=False)
+        self.process = context.Process(target=become, args=(Run(args), 0, 0, writer, os.getcwd()))
+        self.process.start()
+        writer.close()
+        self.stdout = os.fdopen(os.dup(reader.fileno()), errors="replace")
+        reader.close()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode
+
+    def communicate(self) -> tuple[str, None]:
+        with self.stdout:
+            return self.stdout.read(), None
+
+
 @contextmanager
-def started(*args: object, launcher: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
-    """main.py in a process of its own, whose output is read while it runs; both streams are one."""
+def started(*args: object, launcher: tuple[str, ...] = ()) -> Iterator[Started | subprocess.Popen[str]]:
+    """main.py in a process of its own, or in those that ``python LAUNCHER`` starts."""
+    if not launcher:
+        run = Started([*map(str, args)])
+        try:
+            yield run
+        finally:
+            run.terminate()
+            run.wait()
+        return
     command = [sys.executable, *launcher, str(MAIN), *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as process:
@@ -134,8 +179,25 @@ def set_up_run(options: Sequence[str]) -> "TrainingRun":
     return set_up(config, builder_of(config.model))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs as forks of a process that has imported the libraries of main.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def fork_server() -> multiprocessing.context.BaseContext:
+    """Start the server of which all runs are forks: importing takes longer than most of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", *PRELOADED])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "PYTHONPATH": PYTHONPATH}.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
 def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
-    """Run main.py many times, two processes at a time, and import its libraries only once.
+    """Run main.py many times, two processes at a time.
 
     Several processes of one run find each other as under a launcher, but none of them is ended with the others.
 
@@ -143,50 +205,58 @@ def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
         folder: a new folder for what the runs print.
     """
     folder.mkdir()
-    (folder / "runs.json").write_text(json.dumps([*runs.values()]))
-    environment = {**ENVIRONMENT, "PYTHONPATH": PYTHONPATH}
-    subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True)
-    codes = json.loads((folder / "codes.json").read_text())
+    if ENVIRONMENT == UNCHANGED:
+        codes = fork_runs([*runs.values()], folder)
+    else:  # variables that are read when a library is imported: another server has to import them
+        (folder / "runs.json").write_text(json.dumps([*runs.values()]))
+        environment = {**ENVIRONMENT, "PYTHONPATH": PYTHONPATH}
+        subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True)
+        codes = json.loads((folder / "codes.json").read_text())
     return {
         name: Outcome(codes[i], (folder / f"{i}.stdout").read_text(), (folder / f"{i}.stderr").read_text())
         for i, name in enumerate(runs)
     }
 
 
-def fork_runs(folder: Path) -> None:
-    """The other side of `run_many`: every process of every run is a fork of this one."""
-    for module in ("training.launch", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
-        import_module(module)
-    runs = [Run(*run) for run in json.loads((folder / "runs.json").read_text())]
-    codes: list[list[int]] = [[] for _ in runs]
-    running: dict[int, int] = {}  # process → number of its run
-
-    def wait_for_one() -> None:
-        pid, status = os.wait()
-        codes[running.pop(pid)].append(os.waitstatus_to_exitcode(status))
-
+def fork_runs(runs: list[Run], folder: Path) -> list[list[int]]:
+    """The exit statuses of the processes of each run."""
+    context = fork_server()
+    processes: list[list[multiprocessing.Process]] = []
     for i, run in enumerate(runs):
-        while running and len(running) + run.processes > 2:
-            wait_for_one()
+        while (running := running_of(processes)) and len(running) + run.processes > 2:
+            wait([process.sentinel for process in running])
         port = free_port()
-        for rank in range(run.processes):
-            pid = os.fork()
-            if pid == 0:
-                become(run, rank, port, folder / str(i))
-            running[pid] = i
-    while running:
-        wait_for_one()
-    (folder / "codes.json").write_text(json.dumps(codes))
+        places = [(run, rank, port, folder / str(i), os.getcwd()) for rank in range(run.processes)]
+        processes.append([context.Process(target=become, args=place) for place in places])
+        for process in processes[-1]:
+            process.start()
+    for process in running_of(processes):
+        process.join()
+    return [[process.exitcode for process in of_run] for of_run in processes]
 
 
-def become(run: Run, rank: int, port: int, output: Path) -> None:
-    """Make this process that of one rank of ``run``, and end with it."""
+def running_of(processes: list[list[multiprocessing.Process]]) -> list[multiprocessing.Process]:
+    return [process for of_run in processes for process in of_run if process.exitcode is None]
+
+
+def become(run: Run, rank: int, port: int, output: Path | Connection, folder: str) -> None:
+    """Make this process that of one rank of ``run``, and end with it.
+
+    Args:
+        output: for both streams, or the path of two files without their suffixes.
+    """
     signal.alarm(SECONDS)  # would end the process
+    os.chdir(folder)
     if run.processes > 1:
         world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=run.processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in world.items()})
     for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(output.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        if isinstance(output, Path):
+            os.dup2(os.open(output.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        else:
+            os.dup2(output.fileno(), stream)
+    if not isinstance(output, Path):
+        output.close()
     sys.argv = [str(MAIN), *run.args]
     code = 0
     try:
@@ -201,4 +271,7 @@ def become(run: Run, rank: int, port: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    fork_runs(Path(sys.argv[1]))
+    from conftest import fork_runs as fork  # which a fork can find by its name
+
+    runs = [Run(*run) for run in json.loads(Path(sys.argv[1], "runs.json").read_text())]
+    Path(sys.argv[1], "codes.json").write_text(json.dumps(fork(runs, Path(sys.argv[1]))))

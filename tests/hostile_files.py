@@ -5,7 +5,9 @@ import importlib.util
 import io
 import json
 import random
+import resource
 import shutil
+import signal
 import sys
 import zipfile
 from argparse import Namespace
@@ -344,3 +346,71 @@ FORMATS = {
     "run-config": Format(run_config, read_run_config),
     "registry": Format(registry, read_registry),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+SECONDS = 240  # after which a file counts as one that hangs its reader
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Hang(BaseException):
+    """Not an Exception: no reader may take it for what is wrong with the file."""
+
+
+def hang(*_) -> None:
+    raise Hang("the reader hangs")
+
+
+def read_all(name: str, folder: Path) -> dict:
+    """Read the mutated files of a format: how often what happened, and the growth of memory in bytes."""
+    read = FORMATS[name].reader()
+    good = read(folder / "good")  # which also imports what reading needs
+    signal.signal(signal.SIGALRM, hang)
+    before = peak()
+    ends = {"read": 0, "refused": 0, "wrong": []}
+    for path in sorted((folder / "bad").iterdir()):
+        signal.alarm(SECONDS)
+        try:
+            found = read(path)
+            ends["read"] += 1
+            # a flipped bit can make a consistent file of another size, but not one of other parts
+            if isinstance(good, models.Learngene) and found.tensors.keys() != good.tensors.keys():
+                ends["wrong"].append(f"{path.name}: read as {found}")
+        except models.InputError as error:
+            ends["refused"] += 1
+            if "\n" in str(error) or len(str(error)) > 1500:
+                ends["wrong"].append(f"{path.name}: {str(error)[:2000]}")
+        except (Exception, Hang) as error:
+            ends["wrong"].append(f"{path.name}: {type(error).__name__}: {str(error)[:300]}")
+        signal.alarm(0)
+    return {**ends, "grown": peak() - before}
+
+
+def read_large(path: Path) -> dict:
+    """The growth of memory by reading a learngene, and by making a small Des-Net of it."""
+    before = peak()
+    models.load_learngene(path).descend("deit_base_patch16_224_L1_H1")
+    return {"grown": peak() - before}
+
+
+def read_bomb(path: Path) -> dict:
+    """What is said of a file that is no learngene, and the growth of memory by reading it."""
+    before = peak()
+    try:
+        models.load_learngene(path)
+    except models.InputError as error:
+        return {"said": str(error), "grown": peak() - before}
+    return {"said": "read", "grown": peak() - before}
+
+
+def report(name: str, path: Path, result: Path) -> None:
+    """Read what is at ``path``, and write what happened to a JSON file."""
+    readers = {"large": read_large, "bomb": read_bomb}
+    result.write_text(json.dumps(readers[name](path) if name in readers else read_all(name, path)))

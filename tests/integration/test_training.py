@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 LEARNGENE, AUX, DES = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2", "deit_nano_patch8_16_L3_H2"
-DIGITS = "--data-set DIGITS --train-images 480 --batch-size 48 --num-workers 0 --warmup-epochs 0 --epochs 1"
+DIGITS = "--data-set DIGITS --train-images 512 --batch-size 48 --num-workers 0 --warmup-epochs 0 --epochs 1"
 LETS = f"--src-arch {LEARNGENE} --tgt-arch {AUX}"
 DISTIL = "--teacher-model test_resnet --teacher-path OUT/teacher/model.safetensors --distillation-type"
 RESUMED = f"{LETS} {DISTIL} hard --train-images 1437 --epochs 2 --lr 5e-3 --log-interval 1"
@@ -48,7 +48,7 @@ PHASES = [
         "one": (f"{ALIKE} --batch-size 64", 1),
         "two": (f"{ALIKE} --batch-size 32", 2),
         "accumulated": (f"{ALIKE} --batch-size 16 --accum-iter 2", 2),
-        "one-step": (f"--model {AUX} --batch-size 480 --lr 1e30 --unscale-lr", 1),
+        "one-step": (f"--model {AUX} --batch-size 512 --lr 1e30 --unscale-lr", 1),
         "uneven1": (UNEVEN, 1),
         "uneven2": (UNEVEN, 2),
         "uneven3": (UNEVEN, 3),

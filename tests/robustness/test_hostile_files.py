@@ -8,12 +8,9 @@ in a process of its own, which reports how each read ended and how much its memo
 import io
 import json
 import random
-import resource
-import signal
 import struct
-import subprocess
-import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -22,77 +19,29 @@ from models.learngene import save_published
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, PYTHONPATH
-from hostile_files import FORMATS, mutate_bytes
+from conftest import fork_server
+from hostile_files import FORMATS, mutate_bytes, report
 
 COUNT, FEW = 240, 30  # mutated files of each format: of all tests, and of those that run first
-SECONDS = 120  # after which a file counts as one that hangs its reader
 
 
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+@pytest.fixture
+def in_a_process(tmp_path) -> Callable[..., dict]:
+    """What a process of its own reports of reading a file or many."""
 
+    def in_a_process(name: str, path: Path) -> dict:
+        result = tmp_path / "result.json"
+        process = fork_server().Process(target=report, args=(name, path, result))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return json.loads(result.read_text())
 
-class Hang(BaseException):
-    """Not an Exception: no reader may take it for what is wrong with the file."""
-
-
-def hang(*_) -> None:
-    raise Hang("the reader hangs")
-
-
-def read_all(name: str, folder: Path) -> dict:
-    """Read the mutated files of a format: how often what happened, and the growth of memory in bytes."""
-    read = FORMATS[name].reader()
-    good = read(folder / "good")  # which also imports what reading needs
-    signal.signal(signal.SIGALRM, hang)
-    before = peak()
-    ends = {"read": 0, "refused": 0, "wrong": []}
-    for path in sorted((folder / "bad").iterdir()):
-        signal.alarm(SECONDS)
-        try:
-            found = read(path)
-            ends["read"] += 1
-            # a flipped bit can make a consistent file of another size, but not one of other parts
-            if isinstance(good, models.Learngene) and found.tensors.keys() != good.tensors.keys():
-                ends["wrong"].append(f"{path.name}: read as {found}")
-        except models.InputError as error:
-            ends["refused"] += 1
-            if "\n" in str(error) or len(str(error)) > 1500:
-                ends["wrong"].append(f"{path.name}: {str(error)[:2000]}")
-        except (Exception, Hang) as error:
-            ends["wrong"].append(f"{path.name}: {type(error).__name__}: {str(error)[:300]}")
-        signal.alarm(0)
-    return {**ends, "grown": peak() - before}
-
-
-def read_large(path: Path) -> dict:
-    """The growth of memory by reading a learngene, and by making a small Des-Net of it."""
-    before = peak()
-    models.load_learngene(path).descend("deit_base_patch16_224_L1_H1")
-    return {"grown": peak() - before}
-
-
-def read_bomb(path: Path) -> dict:
-    """What is said of a file that is no learngene, and the growth of memory by reading it."""
-    before = peak()
-    try:
-        models.load_learngene(path)
-    except models.InputError as error:
-        return {"said": str(error), "grown": peak() - before}
-    return {"said": "read", "grown": peak() - before}
-
-
-def in_a_process(*arguments: str) -> dict:
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "PYTHONPATH": PYTHONPATH})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_a_process
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_mutated_files_are_read_or_refused(name, tmp_path, all_tests):
+def test_mutated_files_are_read_or_refused(name, tmp_path, all_tests, in_a_process):
     count = COUNT if all_tests else FEW
     structural = FORMATS[name].make(tmp_path)
     good = (tmp_path / "good").read_bytes()
@@ -101,7 +50,7 @@ def test_mutated_files_are_read_or_refused(name, tmp_path, all_tests):
         rng = random.Random(seed)
         mutant = mutate_bytes(good, rng) if seed % 2 else structural(rng)
         (tmp_path / "bad" / f"{seed:03}").write_bytes(mutant if seed else b"")
-    found = in_a_process(name, str(tmp_path))
+    found = in_a_process(name, tmp_path)
     assert found["wrong"] == []
     assert found["read"] + found["refused"] == count
     assert found["refused"] > count // 4  # the mutations do harm
@@ -146,8 +95,8 @@ def bomb_files(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["bytearray", "compressed", "directories"])
-def test_bombs_are_refused_before_they_grow(bomb_files, name):
-    found = in_a_process("bomb", str(bomb_files / name))
+def test_bombs_are_refused_before_they_grow(bomb_files, name, in_a_process):
+    found = in_a_process("bomb", bomb_files / name)
     assert "refused" in found["said"] or "damaged" in found["said"]
     assert found["grown"] < 10**8
 
@@ -158,16 +107,10 @@ def test_yaml_that_takes_quadratic_time_is_refused(bomb_files):
 
 
 @pytest.mark.full
-def test_memory_for_a_learngene_of_published_size(tmp_path):
+def test_memory_for_a_learngene_of_published_size(tmp_path, in_a_process):
     gene = models.Learngene.of(models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12"))
     gene.save(tmp_path / "own")
     save_published(gene, tmp_path / "published")
     for path in (tmp_path / "own", tmp_path / "published"):
-        found = in_a_process("large", str(path))
+        found = in_a_process("large", path)
         assert found["grown"] < 2 * path.stat().st_size + 500 * 10**6
-
-
-if __name__ == "__main__":
-    name, path = sys.argv[1], Path(sys.argv[2])
-    readers = {"large": read_large, "bomb": read_bomb}
-    print(json.dumps(readers[name](path) if name in readers else read_all(name, path)))
