@@ -3,9 +3,14 @@
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common import console
 from options import option_parser
+
+if TYPE_CHECKING:
+    from training.build_model import Builder
+    from training.config import ModelConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -13,9 +18,37 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         option_parser().print_help()
         return 0
-    from training.loop import main as run  # torch and timm take seconds to import, for which --help does not wait
+    from training.launch import finish, launched, start  # --help does not wait for torch and timm
+    from training.loop import evaluate_only, train
 
-    return run(argv)
+    with launched(argv) as config:  # parsed and checked; addresses are downloaded
+        run = start(config, builder_of(config.model))
+        if config.runtime.eval:
+            evaluate_only(run)
+            return 0
+        status = train(run)
+        finish(run, status)
+    return status
+
+
+def builder_of(config: "ModelConfig") -> "Builder":
+    """What builds the model. There are four kinds of run, and the options that are given say which is meant.
+
+    Raises:
+        InputError: they do not, or contradict each other.
+    """
+    from training.build_model import build_aux_net, build_des_net, build_plain_model
+    from training.checks import kind_of_run
+
+    kind = kind_of_run(config)
+    if kind == "descend":  # stage 2, --load-gene with --des-arch or --model: a plain ViT, initialised from a learngene
+        return build_des_net
+    if kind == "plain":  # any other --model: a teacher, or a baseline from scratch
+        return build_plain_model
+    # stage 1: an Aux-Net whose weights are expanded from a learngene in each step, which is what is written
+    #   "lets": --src-arch (the learngene) and --tgt-arch (the Aux-Net)
+    #   "tleg": --model aux_deit_…
+    return build_aux_net
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pipeline.batch_augment import BatchAugment
 from pipeline.cache import AugmentedBatches, check_memory, read_all, resized
 from pipeline.loader import SeededDataset, collate
 from samplers import TrainSampler
-from training.build_data import check_small
+from training.checks import check_small
 
 import torch
 from torch.utils.data import DataLoader

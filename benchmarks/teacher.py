@@ -77,7 +77,7 @@ def main() -> None:
     args = parse()
     torch.manual_seed(0)
     device = torch.device(args.device)
-    autocast, _ = autocast_of(args, device)
+    autocast, _ = autocast_of(args.amp_dtype, device)
     aux_net = models.create_model(args.model) if args.model else models.create_aux_net(args.src_arch, args.tgt_arch)
     aux_net, network = aux_net.to(device).train(), models.create_model(args.teacher_model).to(device)
     if args.compile:

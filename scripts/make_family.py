@@ -45,7 +45,9 @@ from scripts.inspect_learngene import name_of
 from training.build import autocast_of, device_of
 from training.build_data import build_loaders
 from training.build_model import CHANNELS
-from training.config import Parser, parse_options, recipe, with_dashes
+from training.checks import check_data
+from training.command_line import Parser, parse_options, with_dashes
+from training.config import Config, options_of, recipe, resolve
 from training.label_check import names_known, warn_of_head
 from training.logs import Progress
 from training.setup import writable_folder
@@ -108,7 +110,7 @@ class Setting:
     """What all members of the family share."""
 
     args: argparse.Namespace
-    options: argparse.Namespace  # of main.py
+    options: Config  # of main.py
     command: list[str]  # main.py's command line, without the Des-Net and its folder
     gene: models.Learngene
     device: torch.device
@@ -147,8 +149,8 @@ class Setting:
         return f"{name}, {getattr(self.autocast, 'fast_dtype', torch.float32)}".replace("torch.", "")
 
     def descend(self, arch: ViTArch) -> nn.Module:
-        random_seed(self.options.seed)  # a fresh head does not depend on what was made before
-        choices = {name: getattr(self.options, name) for name in INITIALISATION}
+        random_seed(self.options.runtime.seed)  # a fresh head does not depend on what was made before
+        choices = {name: getattr(self.options.model, name) for name in INITIALISATION}
         return self.gene.descend(arch, **self.shape, **choices).eval()
 
 
@@ -237,26 +239,28 @@ def set_up(args: argparse.Namespace, rest: list[str]) -> Setting:
     print(f"{args.load_gene}: {gene}", flush=True)
     args.input_size = args.input_size or gene.arch.img_size
     command = command_of(args, rest, path)
-    options, defaults = parse_options(command), vars(parse_options([]))
+    config = resolve(parse_options(command))
+    options, defaults = options_of(config), options_of(Config())
     for name in NOT_FOR_A_FAMILY:
-        if vars(options)[name] != defaults[name]:
+        if options[name] != defaults[name]:
             raise InputError(f"--{name.replace('_', '-')} is not for a family: every Des-Net starts from the learngene")
-    device = device_of(options)
+    check_data(config.data)
+    device = device_of(config.runtime.device)
     writable_folder(args.output_dir)
     loaders, classes, in_chans = None, [], gene.config["in_chans"]
     if args.data_set:
-        (*loaders, classes), in_chans = build_loaders(options, device), CHANNELS
+        (*loaders, classes), in_chans = build_loaders(config, device), CHANNELS
         if gene.num_classes != len(classes):
             print(f"the learngene has {gene.num_classes} classes, the data {len(classes)}: the heads are fresh")
         warn_of_head(f"--load-gene {args.load_gene}", gene.classes, names_known(args.data_set, classes))
     identity = {"learngene": sha256(path), "head_dim": gene.arch.head_dim, "gene_ema": args.gene_ema}
-    identity |= {name: getattr(options, name) for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
+    identity |= {name: options[name] for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
     identity |= {"data_set": args.data_set, "data_path": args.data_path and str(Path(args.data_path).resolve())}
-    training = {name: value for name, value in recipe(options).items() if name not in WHERE_IT_RUNS}
+    training = {name: value for name, value in recipe(config).items() if name not in WHERE_IT_RUNS}
     identity, training = json.loads(json.dumps([identity, training if args.epochs else None]))  # as files give it back
     shape = {"num_classes": len(classes) or gene.num_classes, "in_chans": in_chans}
-    autocast, _ = autocast_of(options, device)
-    return Setting(args, options, command, gene, device, autocast, loaders, classes, shape, identity, training)
+    autocast, _ = autocast_of(config.runtime.amp_dtype, device)
+    return Setting(args, config, command, gene, device, autocast, loaders, classes, shape, identity, training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +372,7 @@ def latency(vit: nn.Module, batch: int, setting: Setting) -> float:
 
 def save(vit: nn.Module, member: Member, setting: Setting) -> None:
     size = setting.args.input_size
-    small = DATA_SETS[setting.options.data_set][2] is not None and size <= SMALL  # small images are used whole
+    small = DATA_SETS[setting.options.data.data_set][2] is not None and size <= SMALL  # small images are used whole
     save_model(
         vit,
         member.folder,
@@ -376,7 +380,7 @@ def save(vit: nn.Module, member: Member, setting: Setting) -> None:
         model_args={},
         data_config={
             "input_size": [setting.shape["in_chans"], size, size],
-            "crop_pct": 1.0 if small else setting.options.eval_crop_ratio,
+            "crop_pct": 1.0 if small else setting.options.data.eval_crop_ratio,
             "crop_mode": "squash" if small else "center",
             "interpolation": "bicubic",
             "mean": IMAGENET_DEFAULT_MEAN,

@@ -30,7 +30,7 @@ from options import at_least, local_path, place_or_none, positive
 from pipeline.folders import SPLITS, is_hidden, summary
 from pipeline.shards import INDEX, Shard, members_of, parse_index
 from samplers import derived_seed, shuffled
-from training.config import Parser
+from training.command_line import Parser
 
 from tqdm import tqdm
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from common import console
 from common.files import read_checkpoint
-from training.loop import main as run_main
+from main import main as run_main
 
 import torch
 from tqdm import tqdm
@@ -57,7 +57,7 @@ LONGEST = 240  # seconds; a run that takes longer hangs
 
 
 # what the runs import when they need it, imported once for all of them
-for module in ("matplotlib.figure", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
+for module in ("training.launch", "matplotlib.figure", "sklearn.datasets", "torch.utils.tensorboard"):
     import_module(module)
 
 

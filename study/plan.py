@@ -3,7 +3,6 @@
 Everything that can be wrong in the file is found here, before anything runs.
 """
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,15 @@ import models
 from common.errors import InputError, error_context, nearest
 from common.files import read_yaml
 from datasets import build_dataset, train_holdout_split
+from main import builder_of
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from study.results import lists_of, read_report
-from training.build_model import CHANNELS, build_model, create_sized, descendants_of, input_size_of
-from training.checks import check_kind
-from training.config import Parser, arguments_of, parse_options
+from training.build_model import CHANNELS, create_sized, descendants_of
+from training.checks import check
+from training.command_line import Parser, arguments_of, parse_options
+from training.config import Config, ModelConfig, weight_sources
+from training.config import resolve as resolve_config
 from training.setup import is_address
 
 import torch
@@ -32,7 +34,6 @@ EVALUATED, START = 10_000, 10**10  # about the images of an evaluation, and the 
 SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
 INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what they are before training
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # places and speed
-FILES = ("finetune", "init-path", "load-gene", "src-path", "teacher-path")  # options that name one
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WEIGHTS = ("model.safetensors", "learngene.safetensors")  # what of a run others may refer to
 
@@ -413,46 +414,48 @@ def order_of(runs: list[Run]) -> list[Run]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checked_options(run: Run) -> argparse.Namespace:
+def checked_options(run: Run) -> Config:
     """The options of a run as main.py understands them; the files that others make need not be there yet.
 
     Raises:
         InputError: main.py would refuse them.
     """
-    args = parse_options(run.arguments(Path("output"), run.lr))
-    kind = check_kind(args)
-    for option in FILES:  # references are checked elsewhere
-        file, place = run.options.get(option), getattr(args, option.replace("-", "_"))
-        if isinstance(file, str) and place and "{" not in file and not is_address(place) and not Path(place).exists():
+    config = resolve_config(parse_options(run.arguments(Path("output"), run.lr)))
+    kind = check(config)
+    for name, (place, _) in weight_sources(config.model, config.teacher, None).items():
+        option = name.replace("_", "-")
+        file = run.options.get(option)  # references are checked elsewhere
+        if isinstance(file, str) and "{" not in file and not is_address(place) and not Path(place).exists():
             raise InputError(f"{option} is {file}, which is not there: expected a file, or a reference to a group")
-    args.input_size = input_size_of(args, args.tgt_arch or args.des_arch or args.model)
-    name = args.des_arch or args.model
+    name = config.model.des_name
     if kind == "descend" or (kind == "plain" and models.follows_grammar(name)):
         models.parse_arch(name)  # every name stands for a ViT
     else:
-        with torch.device("meta"):  # the weights that it may start from are not there yet
-            build_model(argparse.Namespace(**vars(args) | WITHOUT_FILES), kind, 1, None)
-    return args
+        model = replace(config.model, **WITHOUT_FILES)  # the weights that it may start from are not there yet
+        with torch.device("meta"):
+            builder_of(model)(model, config.data.input_size, 1, None)
+    return config
 
 
-def costs_of(args: argparse.Namespace) -> tuple[int, int, int]:
+def costs_of(config: Config) -> tuple[int, int, int]:
     """Of a run: images seen, MACs of its training, and about what it costs in all."""
-    images, classes = size_of_data(args.data_set, args.data_path, args.inat_category, args.train_images, args.holdout)
-    if args.batch_size > images:
-        raise InputError(f"batch-size {args.batch_size} is more than the {images} training images")
-    seen = args.epochs * (images // args.batch_size * args.batch_size)
-    name, size = args.tgt_arch or args.des_arch or args.model, args.input_size
-    forward = macs_of(name, size, classes)
-    if args.descendants:  # alone or beside the Aux-Net
-        forward = descendant_macs(args, classes) + forward * (args.descendant_weight < 1)
-    taught = macs_of(args.teacher_model, size, classes) if args.distillation_type != "none" else 0
+    data = config.data
+    images, classes = size_of_data(data.data_set, data.data_path, data.inat_category, data.train_images, data.holdout)
+    if data.batch_size > images:
+        raise InputError(f"batch-size {data.batch_size} is more than the {images} training images")
+    seen = config.schedule.epochs * (images // data.batch_size * data.batch_size)
+    size, model, teacher = data.input_size, config.model, config.teacher
+    forward = macs_of(model.arch, size, classes)
+    if model.descendants:  # alone or beside the Aux-Net
+        forward = descendant_macs(model, size, classes) + forward * (model.descendant_weight < 1)
+    taught = macs_of(teacher.teacher_model, size, classes) if teacher.distillation_type != "none" else 0
     macs = seen * (FORWARD_AND_BACKWARD * forward + taught)
     return seen, macs, macs + EVALUATED * forward + START
 
 
-def descendant_macs(args: argparse.Namespace, classes: int) -> int:
+def descendant_macs(config: ModelConfig, input_size: int, classes: int) -> int:
     """Multiply-accumulates of the descendants of a step of stage 1 that an image passes through, in the mean."""
-    return round(args.descendants * mean(arch.macs(classes, CHANNELS) for arch in descendants_of(args)))
+    return round(config.descendants * mean(a.macs(classes, CHANNELS) for a in descendants_of(config, input_size)))
 
 
 @lru_cache

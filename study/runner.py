@@ -30,11 +30,11 @@ from pathlib import Path
 from common import console
 from common.errors import InputError, nearest
 from common.files import atomic_write, read_json, sha256
+from main import main as run_main
 from options import at_least, local_path, positive
 from study.plan import WEIGHTS, Run, Study, order_of, read_study
 from study.report import write
-from training.config import REPOSITORY, Parser
-from training.loop import main as run_main
+from training.command_line import REPOSITORY, Parser
 from utils import StopSignals
 
 import torch
@@ -172,7 +172,7 @@ class Runner:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         context = multiprocessing.get_context("forkserver")
         # this script, too, or each process would import it again, and find what has been edited since
-        context.set_forkserver_preload(["__main__", "run", "scripts.study_plan", *LATE])
+        context.set_forkserver_preload(["__main__", "training.launch", "study.plan", *LATE])
         return context
 
     @property

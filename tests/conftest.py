@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from training.run import Run as TrainingRun
 
 TESTS = Path(__file__).resolve().parent
 MAIN = TESTS.parent / "main.py"
@@ -78,6 +81,17 @@ def assert_same_result(found: Path, expected: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def set_up_run(options: Sequence[str]) -> "TrainingRun":
+    """The run that main.py makes of a command line, before training."""
+    from main import builder_of
+    from training.command_line import parse_options
+    from training.launch import prepare
+    from training.setup import set_up
+
+    config = prepare(parse_options(options))
+    return set_up(config, builder_of(config.model))
+
+
 def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
     """Run main.py many times, two processes at a time, and import its libraries only once.
 
@@ -98,7 +112,7 @@ def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
 
 def fork_runs(folder: Path) -> None:
     """The other side of `run_many`: every process of every run is a fork of this one."""
-    for module in ("training.loop", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
+    for module in ("training.launch", "sklearn.datasets", "sklearn.model_selection"):  # the seconds that are spent once
         import_module(module)
     runs = [Run(*run) for run in json.loads((folder / "runs.json").read_text())]
     codes: list[list[int]] = [[] for _ in runs]

@@ -1,6 +1,5 @@
-"""What a run is made of, from its options: device, data, model, teacher, optimiser."""
+"""Device, precision, teacher, criterion, optimiser, schedule and average of a run, from its options."""
 
-import argparse
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,10 +9,8 @@ import utils
 from common.errors import InputError, one_line
 from common.launchers import is_plain_task
 from losses import DistillationLoss, FamilyLoss
-from training.build_model import (
-    create_sized,
-    wants_size,
-)
+from training.build_model import create_sized, wants_size
+from training.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TeacherConfig, options_of
 from training.foreign_weights import load_foreign_weights
 from training.optimizers import check_optimizer, compiles, create_optimizer, images_per_step, scaled_lr
 from training.teacher import Teacher, TeacherCache, cache_key_of, open_cache
@@ -21,63 +18,72 @@ from training.teacher import Teacher, TeacherCache, cache_key_of, open_cache
 import torch
 from timm.models import get_pretrained_cfg
 from timm.optim import get_optimizer_info
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the options mean
+# Device and precision
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cpu":
+def device_of(name: str) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: ``cpu``, ``cuda`` (the device of this process's local rank) or ``cuda:N``.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "cpu":
         return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", args.device)
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
-        raise InputError(f"--device {args.device} is unknown: expected auto, cuda, cuda:N or cpu")
+        raise InputError(f"--device {name} is unknown: expected auto, cuda, cuda:N or cpu")
     number, available = int(match[1] or utils.local_rank()), torch.cuda.device_count()
     if match[1] is None and available == 1 and is_plain_task():
         number = 0  # srun --gpus-per-task shows each task its own device alone
     if number >= available:
-        raise InputError(f"--device {args.device}: CUDA device {number} is needed, there are {available} here")
+        raise InputError(f"--device {name}: CUDA device {number} is needed, there are {available} here")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
 
-def amp_dtype_of(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+def dtype_of(amp_dtype: str, device: torch.device) -> torch.dtype:
     """The precision of the forward pass."""
-    if args.amp_dtype != "auto":
-        return getattr(torch, args.amp_dtype)
+    if amp_dtype != "auto":
+        return getattr(torch, amp_dtype)
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
 
 
-def autocast_of(args: argparse.Namespace, device: torch.device) -> tuple[AbstractContextManager, bool]:
+def autocast_of(amp_dtype: str, device: torch.device) -> tuple[AbstractContextManager, bool]:
     """The precision of the forward pass as a context, and whether it needs its gradients scaled (float16)."""
-    dtype = amp_dtype_of(args, device)
+    dtype = dtype_of(amp_dtype, device)
     if dtype == torch.float32:
         return nullcontext(), False
     return torch.autocast(device.type, dtype=dtype), dtype == torch.float16
 
 
-def check_means(args: argparse.Namespace, device: torch.device) -> None:
-    """Find out whether what trains a model works here, before anything long.
+def check_means(optim: OptimConfig, compile_model: bool, device: torch.device) -> None:
+    """Try optimiser and compiler before anything long.
+
+    Args:
+        compile_model: whether --compile is given, and there is something to train.
 
     Raises:
         InputError: --opt or --compile cannot be used.
     """
-    optimizer = check_optimizer(args, device)
-    if args.compile and args.epochs > 0:
+    optimizer = check_optimizer(optim, device)
+    if compile_model:
         check_compiler("--compile", device)
     elif compiles(optimizer):
-        check_compiler(f"--opt {args.opt}, which compiles its steps,", device)
+        check_compiler(f"--opt {optim.opt}, which compiles its steps,", device)
 
 
 def check_compiler(what: str, device: torch.device) -> None:
@@ -96,92 +102,136 @@ def check_compiler(what: str, device: torch.device) -> None:
         ) from error
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
-    """The frozen teacher, or None without distillation."""
-    if args.distillation_type == "none":
+# ---------------------------------------------------------------------------------------------------------------------
+# Teacher and criterion
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_teacher(config: TeacherConfig, input_size: int, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher, or None without distillation.
+
+    Raises:
+        InputError: there are no weights, or they are of another architecture or another number of classes.
+    """
+    if config.distillation_type == "none":
         return None
-    if args.teacher_path:
-        teacher = create_sized(args.teacher_model, num_classes, args.input_size)
-        load_foreign_weights(teacher, args.teacher_path, "--teacher-path", other_head=False)
+    if config.teacher_path:
+        teacher = create_sized(config.teacher_model, num_classes, input_size)
+        load_foreign_weights(teacher, config.teacher_path, "--teacher-path", other_head=False)
     else:
-        try:
-            config = get_pretrained_cfg(args.teacher_model)
-            if config is not None and config.num_classes != num_classes:
-                raise InputError(
-                    f"--teacher-model {args.teacher_model} has {config.num_classes} classes as timm offers it, the "
-                    f"data {num_classes}: train one with --model {args.teacher_model} and give its --teacher-path"
-                )
-            size = {"img_size": args.input_size} if wants_size(args.teacher_model) else {}
-            teacher = models.create_model(args.teacher_model, pretrained=True, num_classes=num_classes, **size)
-        except InputError:
-            raise
-        except (OSError, RuntimeError, TypeError) as error:  # no such weights, no network, a name of this project's
-            raise InputError(
-                f"--teacher-path is missing, and timm has no weights of {args.teacher_model}: {error}"
-            ) from error
+        teacher = pretrained_teacher(config.teacher_model, input_size, num_classes)
     return teacher.requires_grad_(False).to(device).eval()
 
 
+def pretrained_teacher(name: str, input_size: int, num_classes: int) -> nn.Module:
+    """A model with timm's pretrained weights."""
+    try:
+        pretrained = get_pretrained_cfg(name)
+        if pretrained is not None and pretrained.num_classes != num_classes:
+            raise InputError(
+                f"--teacher-model {name} has {pretrained.num_classes} classes as timm offers it, the "
+                f"data {num_classes}: train one with --model {name} and give its --teacher-path"
+            )
+        size = {"img_size": input_size} if wants_size(name) else {}
+        return models.create_model(name, pretrained=True, num_classes=num_classes, **size)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, TypeError) as error:  # no such weights, no network, a name of this project's
+        raise InputError(f"--teacher-path is missing, and timm has no weights of {name}: {error}") from error
+
+
 def build_teaching(
-    args: argparse.Namespace, dataset: Dataset, num_classes: int, device: torch.device
+    config: Config, dataset: Dataset, num_classes: int, device: torch.device
 ) -> Teacher | TeacherCache | None:
-    """The teacher as the engine asks it, perhaps through a cache, or None without distillation.
+    """The teacher as the engine calls it, through a cache with --teacher-cache, or None without distillation.
 
     Args:
-        dataset: the images to train.
+        dataset: the images to train on.
     """
-    model = None if args.eval else build_teacher(args, num_classes, device)
+    model = None
+    if not config.runtime.eval:
+        model = build_teacher(config.teacher, config.data.input_size, num_classes, device)
     if model is None:
         return None
-    dtype = amp_dtype_of(args, device)
-    teacher = Teacher(torch.compile(model) if args.compile else model, dtype)
-    if args.teacher_cache is None:
+    dtype = dtype_of(config.runtime.amp_dtype, device)
+    teacher = Teacher(torch.compile(model) if config.runtime.compile else model, dtype)
+    if config.teacher.teacher_cache is None:
         return teacher
-    top, processes = args.teacher_cache_top, utils.world_size()
+    top, processes = config.teacher.teacher_cache_top, utils.world_size()
     if top is not None and top >= num_classes:
         raise InputError(f"--teacher-cache-top {top}: the data have {num_classes} classes; without it all are kept")
-    cache_key, folder = cache_key_of(args, dataset, teacher, dtype, processes), Path(args.teacher_cache)
+    cache_key = cache_key_of(options_of(config), dataset, teacher, dtype, processes)
+    folder, images_per_step = Path(config.teacher.teacher_cache), config.data.batch_size * processes
     if utils.is_main():
         open_cache(folder, cache_key)
-    return TeacherCache(teacher, folder, cache_key, num_classes, args.batch_size * processes, top, utils.rank(), device)
+    return TeacherCache(teacher, folder, cache_key, num_classes, images_per_step, top, utils.rank(), device)
 
 
-def build_criterion(args: argparse.Namespace, base_criterion: nn.Module) -> DistillationLoss | FamilyLoss:
-    """Distillation over the base criterion, of the Aux-Net alone or of its descendants, too."""
-    criterion = DistillationLoss(base_criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    return FamilyLoss(criterion, args.descendant_weight) if args.descendants else criterion
+def build_criterion(
+    base_criterion: nn.Module, teacher: TeacherConfig, model: ModelConfig
+) -> DistillationLoss | FamilyLoss:
+    """Distillation over the base criterion; with descendants, the weighted sum over Aux-Net and descendants."""
+    criterion = DistillationLoss(
+        base_criterion, teacher.distillation_type, teacher.distillation_alpha, teacher.distillation_tau
+    )
+    return FamilyLoss(criterion, model.descendant_weight) if model.descendants else criterion
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
-    """DeiT's: the learning rate grows with the images of an optimiser step, its floor and warm-up start do not."""
-    length = argparse.Namespace(**{**vars(args), "epochs": max(1, args.epochs)})
-    optimizer = create_optimizer(args, model)
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser, schedule, average
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(
+    optim: OptimConfig, schedule: ScheduleConfig, batch_size: int, seed: int, model: nn.Module
+) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """DeiT's: the learning rate grows with the images of an optimiser step, its floor and warm-up start do not.
+
+    Args:
+        seed: of the schedule's noise.
+    """
+    optimizer = create_optimizer(optim, scaled_lr(optim, batch_size), model)
     try:
-        scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(length))
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=schedule.sched,
+            num_epochs=max(1, schedule.epochs),
+            decay_epochs=schedule.decay_epochs,
+            decay_milestones=[30, 60],  # timm's for options without milestones
+            warmup_epochs=schedule.warmup_epochs,
+            cooldown_epochs=schedule.cooldown_epochs,
+            decay_rate=schedule.decay_rate,
+            min_lr=schedule.min_lr,
+            warmup_lr=schedule.warmup_lr,
+            noise=schedule.lr_noise,
+            noise_pct=schedule.lr_noise_pct,
+            noise_std=schedule.lr_noise_std,
+            noise_seed=seed,
+        )
     except (ValueError, AssertionError, IndexError) as error:
-        raise InputError(f"--sched {args.sched} cannot be used: {error}") from error
-    if scheduler is None or args.sched.startswith("plateau"):  # plateau needs more than the epoch to resume exactly
-        raise InputError(f"--sched {args.sched} cannot be used: expected cosine, step, linear, poly, tanh or multistep")
+        raise InputError(f"--sched {schedule.sched} cannot be used: {error}") from error
+    if scheduler is None or schedule.sched.startswith("plateau"):  # plateau needs more than the epoch to resume exactly
+        raise InputError(
+            f"--sched {schedule.sched} cannot be used: expected cosine, step, linear, poly, tanh or multistep"
+        )
     return optimizer, scheduler
 
 
-def doubts(args: argparse.Namespace, scheduler: Scheduler) -> list[str]:
-    """What the options ask for, and who wrote them may not want: a sentence each. Nothing is changed."""
-    lr = scaled_lr(args)
-    scaled = "" if args.unscale_lr else f", scaled to {images_per_step(args)} images per optimiser step"
+def doubtful_options(optim: OptimConfig, schedule: ScheduleConfig, batch_size: int, scheduler: Scheduler) -> list[str]:
+    """Warnings about options that are legal and probably a mistake."""
+    lr = scaled_lr(optim, batch_size)
+    scaled = "" if optim.unscale_lr else f", scaled to {images_per_step(optim, batch_size)} images per optimiser step"
     effects = []
     if getattr(scheduler, "lr_min", 0) > lr:  # schedules in steps have none
-        effects.append(f"below --min-lr {args.min_lr:g}, to which it rises through the whole run")
-    if args.warmup_epochs and args.warmup_lr > lr:
-        effects.append(f"below --warmup-lr {args.warmup_lr:g}, from which it falls during warm-up")
-    found = [f"the learning rate {lr:g} (--lr {args.lr:g}{scaled}) is {' and '.join(effects)}"] if effects else []
-    if args.opt_betas and not get_optimizer_info(args.opt.rpartition("_")[2]).has_betas:
-        found.append(f"--opt-betas has no effect: --opt {args.opt} has no betas")
+        effects.append(f"below --min-lr {schedule.min_lr:g}, to which it rises through the whole run")
+    if schedule.warmup_epochs and schedule.warmup_lr > lr:
+        effects.append(f"below --warmup-lr {schedule.warmup_lr:g}, from which it falls during warm-up")
+    found = [f"the learning rate {lr:g} (--lr {optim.lr:g}{scaled}) is {' and '.join(effects)}"] if effects else []
+    if optim.opt_betas and not get_optimizer_info(optim.opt.rpartition("_")[2]).has_betas:
+        found.append(f"--opt-betas has no effect: --opt {optim.opt} has no betas")
     return found
 
 
-def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
-    """The average over the steps of training; evaluation needs none beside the weights that it evaluates."""
-    if not args.model_ema or args.eval:
-        return None
-    return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+def build_ema(optim: OptimConfig, model: nn.Module) -> ModelEmaV3:
+    """The exponential moving average of the weights over the steps of training."""
+    return ModelEmaV3(model, decay=optim.model_ema_decay, device="cpu" if optim.model_ema_force_cpu else None)

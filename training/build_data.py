@@ -1,14 +1,13 @@
 """Data sets, loaders and mixup of a run, from its options."""
 
-import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import utils
 from common.errors import InputError
-from datasets import DATA_SETS, SMALL, build_dataset, build_transform, train_holdout_split
+from datasets import build_dataset, build_transform, train_holdout_split
 from losses import BinaryCrossEntropy
 from pipeline import cache
 from pipeline.batch_augment import BatchAugment
@@ -18,6 +17,7 @@ from pipeline.images import faster
 from pipeline.loader import SKIPPED_AT_ONCE, CheckedLoader, ReadDataset, SeededDataset, collate
 from pipeline.shards import ShardCache
 from samplers import ExactSampler, TrainSampler
+from training.config import AugmentConfig, Config, DataConfig
 from utils import print_main
 
 import torch
@@ -27,96 +27,113 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data, optimiser, average
+# Data sets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_sets(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
+def build_sets(
+    data: DataConfig, augment: AugmentConfig, evaluates: bool
+) -> tuple[Dataset, Dataset, list[str], BatchAugment | None]:
     """Training and test images, the names of the classes, and with --cache-data what augments the former.
 
-    With --holdout some of the training images are in the place of the test images, which are not even read. With --eval
-    there are no training images, and need not be.
+    With --holdout some of the training images are in the place of the test images, which are not even read. A run that
+    only evaluates has no training images, and they need not be there.
     """
-    if args.cache_data:
-        check_small(args.data_set, args.input_size)
-    sets, augment, shards, found = [], None, None, []
-    if args.shard_cache is not None:
-        shards = ShardCache(Path(args.shard_cache), int(args.shard_cache_gb * 1e9))
-    for is_train in (False,) if args.eval else (True, False):
-        transform = build_transform(
-            args.data_set,
-            is_train,
-            args.input_size,
-            color_jitter=args.color_jitter,
-            aa=args.aa,
-            interpolation=args.train_interpolation if is_train else "bicubic",
-            reprob=args.reprob,
-            remode=args.remode,
-            recount=args.recount,
-            eval_crop_ratio=args.eval_crop_ratio,
-            three_augment=args.three_augment,
-            src=args.src,
-        )
-        if args.cache_data:
-            augment = BatchAugment(transform) if is_train else augment
+    sets, batch_augment, shards, found = [], None, None, []
+    if data.shard_cache is not None:
+        shards = ShardCache(Path(data.shard_cache), int(data.shard_cache_gb * 1e9))
+    splits = splits_needed(data, evaluates)
+    for is_train in (False,) if evaluates else (True, False):
+        transform = transform_of(data, augment, is_train)
+        if data.cache_data:
+            batch_augment = BatchAugment(transform) if is_train else batch_augment
             transform = cache.resized(transform)
         elif is_train:
             transform = faster(transform)
-        of_train = is_train or args.holdout is not None
-        alone = len(splits_needed(args)) == 1
+        of_train = is_train or data.holdout is not None
         sets.append(
-            build_dataset(args.data_set, args.data_path, of_train, transform, args.inat_category, shards, alone)
+            build_dataset(
+                data.data_set, data.data_path, of_train, transform, data.inat_category, shards, len(splits) == 1
+            )
         )
-        found.append(summary(SPLITS[not of_train], *sets[-1], args.data_path))
+        found.append(summary(SPLITS[not of_train], *sets[-1], data.data_path))
     for line in dict.fromkeys(filter(None, found)):
         print_main(line)
     (train, classes), (test, test_classes) = sets[0], sets[-1]
     if classes != test_classes:
         raise InputError(
-            f"--data-path {args.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
+            f"--data-path {data.data_path}: the {len(classes)} classes to train are not the {len(test_classes)} to test"
         )
-    if args.holdout or (args.train_images and not args.eval):
-        to_train, held_out = train_holdout_split(train.targets, args.train_images, args.holdout)
-        train, test = Subset(train, to_train), Subset(test, held_out) if args.holdout else test
-    return Subset(test, []) if args.eval else train, test, classes, augment
+    if data.holdout or (data.train_images and not evaluates):
+        to_train, held_out = train_holdout_split(train.targets, data.train_images, data.holdout)
+        train, test = Subset(train, to_train), Subset(test, held_out) if data.holdout else test
+    return Subset(test, []) if evaluates else train, test, classes, batch_augment
 
 
-def splits_needed(args: argparse.Namespace) -> tuple[str, ...]:
+def transform_of(data: DataConfig, augment: AugmentConfig, is_train: bool) -> Callable:
+    """The transform of a training or test image."""
+    return build_transform(
+        data.data_set,
+        is_train,
+        data.input_size,
+        color_jitter=augment.color_jitter,
+        aa=augment.aa,
+        interpolation=augment.train_interpolation if is_train else "bicubic",
+        reprob=augment.reprob,
+        remode=augment.remode,
+        recount=augment.recount,
+        eval_crop_ratio=data.eval_crop_ratio,
+        three_augment=augment.three_augment,
+        src=augment.src,
+    )
+
+
+def splits_needed(data: DataConfig, evaluates: bool) -> tuple[str, ...]:
     """The splits of the data set that the run reads."""
-    if args.holdout:
+    if data.holdout:
         return ("train",)
-    return ("val",) if args.eval else SPLITS
+    return ("val",) if evaluates else SPLITS
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[CheckedLoader, CheckedLoader, list[str]]:
-    """Training and test images in batches, and the names of the classes."""
-    train, test, classes, augment = build_sets(args)
-    if args.nb_classes not in (None, len(classes)):
-        raise InputError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes, expected as many")
-    if args.batch_size * utils.world_size() > len(train) and args.epochs > 0 and not args.eval:
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, CheckedLoader, list[str]]:
+    """Training and test images in batches, and the names of the classes.
+
+    Raises:
+        InputError: the data are not there, have other classes than expected, or fewer images than a step needs.
+    """
+    data, evaluates = config.data, config.runtime.eval
+    train, test, classes, batch_augment = build_sets(data, config.augment, evaluates)
+    if data.nb_classes not in (None, len(classes)):
+        raise InputError(f"--nb-classes {data.nb_classes}: the data have {len(classes)} classes, expected as many")
+    if data.batch_size * utils.world_size() > len(train) and config.trains:
         raise InputError(
-            f"--batch-size {args.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
+            f"--batch-size {data.batch_size} on {utils.world_size()} process(es) is more than the {len(train)} "
             "training images"
         )
     process = dict(rank=utils.rank(), world_size=utils.world_size())
-    workers = min(args.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
-    pinned = args.pin_mem and device.type == "cuda"
+    workers = min(data.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
+    pinned = data.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate)
     sampler = TrainSampler(
         len(train),
-        args.batch_size,
-        repeats=3 if args.repeated_aug else 1,
-        seed=args.seed,
+        data.batch_size,
+        repeats=3 if config.augment.repeated_aug else 1,
+        seed=config.runtime.seed,
         shard_sizes=getattr(train, "shard_sizes", None),
         **process,
     )
-    sizes = dict(train=args.batch_size, test=int(1.5 * args.batch_size))
-    train, test = SeededDataset(train, SKIPPED_AT_ONCE if args.skip_bad_images else 0), ReadDataset(test)
-    if args.cache_data:
-        keys = [] if args.eval else [(i, 0) for i in range(len(train))]  # nothing is random yet
-        cache.check_memory(len(keys) + len(test), args.input_size, device)
-        read = partial(cache.read_all, args.input_size, device, args.skip_bad_images, **common)
-        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], augment)
+    sizes = dict(train=data.batch_size, test=int(1.5 * data.batch_size))
+    train, test = SeededDataset(train, SKIPPED_AT_ONCE if data.skip_bad_images else 0), ReadDataset(test)
+    if data.cache_data:
+        keys = [] if evaluates else [(i, 0) for i in range(len(train))]  # nothing is random yet
+        cache.check_memory(len(keys) + len(test), data.input_size, device)
+        read = partial(cache.read_all, data.input_size, device, data.skip_bad_images, **common)
+        train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], batch_augment)
         return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
     train_loader = DataLoader(
         train,
@@ -127,49 +144,34 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[Check
         **common,
     )
     test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
-    return *(CheckedLoader(loader, args.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
+    return *(CheckedLoader(loader, data.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixup
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_mixup(augment: AugmentConfig, input_size: int, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """Mixup and cutmix, and the criterion that fits their targets."""
-    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
-        smoothed = args.smoothing > 0
-        if args.bce_loss:
-            return None, BinaryCrossEntropy(args.smoothing)
-        return None, LabelSmoothingCrossEntropy(args.smoothing) if smoothed else nn.CrossEntropyLoss()
-    if args.batch_size % 2 and args.epochs > 0 and not args.eval:
-        raise InputError(f"--batch-size {args.batch_size} is odd: --mixup and --cutmix pair the images of a batch")
+    if not augment.mixes:
+        if augment.bce_loss:
+            return None, BinaryCrossEntropy(augment.smoothing)
+        return None, LabelSmoothingCrossEntropy(augment.smoothing) if augment.smoothing else nn.CrossEntropyLoss()
     mixup = Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax and box_sides(args.cutmix_minmax, args.input_size),
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=0.0 if args.bce_loss else args.smoothing,  # its criterion smooths
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        cutmix_minmax=augment.cutmix_minmax and box_sides(augment.cutmix_minmax, input_size),
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        mode=augment.mixup_mode,
+        label_smoothing=0.0 if augment.bce_loss else augment.smoothing,  # its criterion smooths
         num_classes=num_classes,
     )
-    return mixup, BinaryCrossEntropy(args.smoothing) if args.bce_loss else SoftTargetCrossEntropy()
+    return mixup, BinaryCrossEntropy(augment.smoothing) if augment.bce_loss else SoftTargetCrossEntropy()
 
 
 def box_sides(minmax: Sequence[float], input_size: int) -> list[float]:
-    """``--cutmix-minmax`` for timm, which draws sides in pixels below the upper end: equal ends would leave it none.
-
-    Raises:
-        InputError: no box has such sides.
-    """
+    """``--cutmix-minmax`` for timm, which draws sides in pixels below the upper end: equal ends would leave it none."""
     low, high = (int(share * input_size) for share in minmax)
-    if low > high or low >= input_size:
-        raise InputError(
-            f"--cutmix-minmax {minmax[0]:g} {minmax[1]:g}: expected MIN ≤ MAX, and MIN below the whole image"
-        )
     return [(side + 0.5) / input_size for side in (low, max(high, low + 1))]
-
-
-def check_small(name: str, input_size: int) -> None:
-    """Raises InputError unless the images of a data set are small, and used whole."""
-    if DATA_SETS[name][2] is None:
-        small = ", ".join(known for known, (_, _, size) in DATA_SETS.items() if size is not None)
-        raise InputError(f"--cache-data cannot hold --data-set {name}, whose images are large: expected one of {small}")
-    if input_size > SMALL:
-        raise InputError(f"--cache-data is for an --input-size of up to {SMALL} pixels, found {input_size}")

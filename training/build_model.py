@@ -1,15 +1,15 @@
-"""The model of a run, from its options."""
+"""The model of a run: Aux-Net, Des-Net, or any other, from its options."""
 
-import argparse
 from dataclasses import replace
+from typing import Protocol
 
 import models
 from common.errors import InputError, error_context, one_line
-from datasets import DATA_SETS
 from models.baselines import BASELINES, source_arch
 from models.formats.foreign import without_training_parts
 from models.formats.weights import found_in, load_weights
 from models.vit import dropout_rates
+from training.config import ModelConfig
 from training.foreign_weights import fit_head, fit_images, load_foreign_weights, read_foreign_weights
 from utils import print_main
 
@@ -21,126 +21,77 @@ VIT_MODULES = {"vision_transformer", "deit"}  # of timm, in which --drop has Dei
 CHANNELS = 3  # of every data set here; grey images are made so
 
 
-def input_size_of(args: argparse.Namespace, name: str) -> int:
-    """``--input-size``, by default that of the architecture's name, else DeiT's 224 or the size of small images."""
-    if args.input_size is not None:
-        return args.input_size
-    if models.follows_grammar(name):
-        return models.parse_arch(name).img_size
-    native = DATA_SETS[args.data_set][2]
-    return 224 if native is None or native >= 32 else 32
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Models
+# The three kinds of model. Which of them a run has is decided in main.py.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_model(args: argparse.Namespace, kind: str, num_classes: int, gene: models.Learngene | None) -> nn.Module:
-    """The model of the run: an Aux-Net, a Des-Net of ``gene``, or any model of timm's."""
-    size = dict(img_size=args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path)
-    if gene is not None:
-        return build_des_net(args, num_classes, gene, **size)
-    if kind == "lets":
-        with error_context(f"--src-arch {args.src_arch} --tgt-arch {args.tgt_arch}"):
-            aux_net = models.create_aux_net(
-                args.src_arch,
-                args.tgt_arch,
-                layers_per_row=args.layers_per_row,
-                group_size=args.group_size,
-                full_width=args.full_width,
-                init_scheme=args.trans_init_scheme,
-                init_noise=args.trans_init_noise,
-                num_classes=num_classes,
-                **size,
-            )
-        if args.descendants:
-            train_descendants(aux_net, args)
-        if args.src_path:
-            small = create_sized(args.src_arch, num_classes, args.input_size)
-            load_foreign_weights(small, args.src_path, "--src-path", other_head=True)
-            aux_net.start_from(small.state_dict())
-        if args.freeze_src:
-            aux_net.freeze_learngene()
-        return aux_net
-    with error_context(f"--model {args.model}"):
-        model = create_sized(
-            args.model, num_classes, args.input_size, drop_rate=args.drop, drop_path_rate=args.drop_path
+class Builder(Protocol):
+    """Builds the model of a run."""
+
+    def __call__(
+        self, config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene | None
+    ) -> nn.Module:
+        """
+        Args:
+            input_size: height and width of the images, in pixels.
+            num_classes: of the data.
+            gene: the learngene of --load-gene, if that is given.
+
+        Raises:
+            InputError: the options give no model.
+        """
+
+
+def build_aux_net(
+    config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene | None = None
+) -> models.AuxNet:
+    """Stage 1: an Aux-Net, of LeTs (--src-arch and --tgt-arch) or of TLEG (--model aux_deit_…)."""
+    if config.model:
+        return build_plain_model(config, input_size, num_classes)
+    rates = dict(drop_rate=config.drop, drop_path_rate=config.drop_path)
+    with error_context(f"--src-arch {config.src_arch} --tgt-arch {config.tgt_arch}"):
+        aux_net = models.create_aux_net(
+            config.src_arch,
+            config.tgt_arch,
+            layers_per_row=config.layers_per_row,
+            group_size=config.group_size,
+            full_width=config.full_width,
+            init_scheme=config.trans_init_scheme,
+            init_noise=config.trans_init_noise,
+            num_classes=num_classes,
+            img_size=input_size,
+            **rates,
         )
-    if args.finetune:
-        load_foreign_weights(model, args.finetune, "--finetune", other_head=True)
-    if args.init:
-        initialise_from(model, args)
-    return model
+    if config.descendants:
+        train_descendants(aux_net, config, input_size)
+    if config.src_path:
+        small = create_sized(config.src_arch, num_classes, input_size)
+        load_foreign_weights(small, config.src_path, "--src-path", other_head=True)
+        aux_net.start_from(small.state_dict())
+    if config.freeze_src:
+        aux_net.freeze_learngene()
+    return aux_net
 
 
-def train_descendants(aux_net: models.LeTs, args: argparse.Namespace) -> None:
-    """Have Des-Nets trained beside the Aux-Net, or alone.
-
-    Raises:
-        InputError: the learngene makes no Des-Nets of these sizes, or no so many.
-    """
-    alone = args.descendant_weight == 1
-    with error_context(f"--descendants {args.descendants}, of --descendant-depths and --descendant-heads"):
-        aux_net.train_descendants(descendants_of(args), args.descendants, alone)
-
-
-def descendants_of(args: argparse.Namespace) -> list[models.ViTArch]:
-    """The sizes that stage 1 draws descendants from; the Aux-Net's own if it is not trained anyway."""
-    src, tgt = (replace(models.parse_arch(name), img_size=args.input_size) for name in (args.src_arch, args.tgt_arch))
-    return [
-        replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
-        for depth in sorted(set(args.descendant_depths or range(src.depth, tgt.depth + 1)))
-        for heads in sorted(set(args.descendant_heads or range(src.num_heads, tgt.num_heads + 1)))
-        if (depth, heads) != (tgt.depth, tgt.num_heads) or args.descendant_weight == 1
-    ]
-
-
-def initialise_from(model: nn.Module, args: argparse.Namespace) -> None:
-    """Give ``model`` weights from a trained ViT of other sizes (`models.BASELINES`)."""
-    arch = replace(models.parse_arch(args.model), img_size=args.input_size)
-    with error_context(f"--init-path {args.init_path}"):
-        weights = read_foreign_weights(args.init_path, model)
-        weights, remarks = without_training_parts(weights, model.state_dict().keys())
-        head = {name: weights[name] for name in ("head.weight", "head.bias") if name in weights}
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        source = source_arch(weights, arch.head_dim)
-        for remark in (f"{source}, for {args.init.replace('_', ' ')}", *remarks):
-            print_main(f"{args.init_path}: {remark}")
-        try:
-            weights = BASELINES[args.init](weights | head, source, arch)
-        except KeyError as error:
-            raise InputError(f"it has no {error.args[0]}: found {found_in(weights)}") from error
-        weights, remarks = fit_head(fit_images(weights, model, args.init_path), model, other_head=True)
-    load_weights(model, weights, f"--init-path {args.init_path}")
-    for remark in remarks:
-        print_main(f"{args.init_path}: {remark}")
-
-
-def load_gene(args: argparse.Namespace) -> models.Learngene:
-    """The learngene of stage 2. A published one does not say the size of its heads: the Des-Net's is taken."""
-    with error_context(des_option(args)):
-        head_dim = models.parse_arch(args.des_arch or args.model).head_dim
-    with error_context(f"--load-gene {args.load_gene}"):
-        gene = models.load_learngene(args.load_gene, head_dim=head_dim, use_ema=args.gene_ema)
-    print_main(f"{args.load_gene}: {gene}")
-    return gene
-
-
-def des_option(args: argparse.Namespace) -> str:
-    return f"--des-arch {args.des_arch}" if args.des_arch else f"--model {args.model}"
-
-
-def build_des_net(
-    args: argparse.Namespace, num_classes: int, gene: models.Learngene, img_size: int, **rates
-) -> nn.Module:
-    """The Des-Net, and a line for each part of it that does not come from the learngene as it is."""
-    with error_context(des_option(args)):
-        arch = replace(models.parse_arch(args.des_arch or args.model), img_size=img_size)
-        choices = args.mapping_layer, args.mapping_layer_coeff, args.width_select, args.depth_select, args.skip_init
-        des_net = gene.descend(arch, *choices, num_classes=num_classes, in_chans=CHANNELS, **rates)
+def build_des_net(config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene) -> nn.Module:
+    """Stage 2: a plain ViT that is initialised from a learngene. Logs what is not taken from it as it is."""
+    with error_context(config.des_option):
+        arch = replace(models.parse_arch(config.des_name), img_size=input_size)
+        des_net = gene.descend(
+            arch,
+            config.mapping_layer,
+            config.mapping_layer_coeff,
+            config.width_select,
+            config.depth_select,
+            config.skip_init,
+            num_classes=num_classes,
+            in_chans=CHANNELS,
+            drop_rate=config.drop,
+            drop_path_rate=config.drop_path,
+        )
     if gene.num_classes != num_classes:
-        print_main(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is fresh")
+        print_main(f"the learngene has {gene.num_classes} classes, the data {num_classes}: the head is re-initialised")
     if gene.arch.patch_size != arch.patch_size:
         print_main(
             f"patches of {gene.arch.patch_size} pixels in the learngene, {arch.patch_size} here: they are resampled"
@@ -154,6 +105,79 @@ def build_des_net(
             f"{gene.config['in_chans']} channel(s) in the learngene, {CHANNELS} here: the patch embedding is adapted"
         )
     return des_net
+
+
+def build_plain_model(
+    config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene | None = None
+) -> nn.Module:
+    """Any model of --model, from scratch, from --finetune, or from a trained ViT of another size (--init)."""
+    with error_context(f"--model {config.model}"):
+        model = create_sized(
+            config.model, num_classes, input_size, drop_rate=config.drop, drop_path_rate=config.drop_path
+        )
+    if config.finetune:
+        load_foreign_weights(model, config.finetune, "--finetune", other_head=True)
+    if config.init:
+        initialise_from(model, config, input_size)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_gene(config: ModelConfig) -> models.Learngene:
+    """The learngene of --load-gene. A published one does not say the size of its heads: the Des-Net's is taken."""
+    with error_context(config.des_option):
+        head_dim = models.parse_arch(config.des_name).head_dim
+    with error_context(f"--load-gene {config.load_gene}"):
+        gene = models.load_learngene(config.load_gene, head_dim=head_dim, use_ema=config.gene_ema)
+    print_main(f"{config.load_gene}: {gene}")
+    return gene
+
+
+def train_descendants(aux_net: models.LeTs, config: ModelConfig, input_size: int) -> None:
+    """Have Des-Nets trained beside the Aux-Net, or alone.
+
+    Raises:
+        InputError: the learngene makes no Des-Nets of these sizes, or not so many.
+    """
+    alone = config.descendant_weight == 1
+    with error_context(f"--descendants {config.descendants}, of --descendant-depths and --descendant-heads"):
+        aux_net.train_descendants(descendants_of(config, input_size), config.descendants, alone)
+
+
+def descendants_of(config: ModelConfig, input_size: int) -> list[models.ViTArch]:
+    """The sizes that stage 1 samples descendants from; the Aux-Net's own if it is not trained anyway."""
+    src, tgt = (replace(models.parse_arch(name), img_size=input_size) for name in (config.src_arch, config.tgt_arch))
+    return [
+        replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
+        for depth in sorted(set(config.descendant_depths or range(src.depth, tgt.depth + 1)))
+        for heads in sorted(set(config.descendant_heads or range(src.num_heads, tgt.num_heads + 1)))
+        if (depth, heads) != (tgt.depth, tgt.num_heads) or config.descendant_weight == 1
+    ]
+
+
+def initialise_from(model: nn.Module, config: ModelConfig, input_size: int) -> None:
+    """Give ``model`` weights from a trained ViT of other sizes (`models.BASELINES`)."""
+    arch, path = replace(models.parse_arch(config.model), img_size=input_size), config.init_path
+    with error_context(f"--init-path {path}"):
+        weights = read_foreign_weights(path, model)
+        weights, remarks = without_training_parts(weights, model.state_dict().keys())
+        head = {name: weights[name] for name in ("head.weight", "head.bias") if name in weights}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+        source = source_arch(weights, arch.head_dim)
+        for remark in (f"{source}, for {config.init.replace('_', ' ')}", *remarks):
+            print_main(f"{path}: {remark}")
+        try:
+            weights = BASELINES[config.init](weights | head, source, arch)
+        except KeyError as error:
+            raise InputError(f"it has no {error.args[0]}: found {found_in(weights)}") from error
+        weights, remarks = fit_head(fit_images(weights, model, path), model, other_head=True)
+    load_weights(model, weights, f"--init-path {path}")
+    for remark in remarks:
+        print_main(f"{path}: {remark}")
 
 
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:

@@ -1,11 +1,10 @@
 """Checkpoints: write, find, resume."""
 
-import argparse
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import models
@@ -17,22 +16,27 @@ from engine import Position, not_finite
 from models.formats.class_names import class_names, first_difference
 from models.formats.published import is_published, published_moments, published_names
 from models.formats.weights import load_weights, optimizer_state_of, weights_of
-from training.config import options_in_effect, recipe
+from training.config import CHECKPOINT, Config, options_in_effect, recipe
+from training.foreign_weights import as_list
 from training.label_check import names_known
-from training.optimizers import load_state, sample_of, tensors_in
+from training.optimizers import load_state, sample_of, scaled_lr, tensors_in
 from training.run import Run, accuracy
 from utils import print_main
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def resume(run: Run) -> None:
-    """Continue from a checkpoint of this program or a published one; with --eval only the weights are taken."""
-    path = fetch(run.args.resume, on_hub="checkpoint.pth")
+    """Continue from a checkpoint of this program or a published one; with --eval only the weights are loaded.
+
+    Raises:
+        InputError: the checkpoint does not fit the model, the data or the options.
+    """
+    path = fetch(run.config.runtime.resume, on_hub=CHECKPOINT)
     content = read_checkpoint(path)
     restore(run, path, content)
-    if run.args.eval:
+    if run.config.runtime.eval:
         return
     run.checkpoint = Path(path)
     try:
@@ -41,16 +45,16 @@ def resume(run: Run) -> None:
         run.epoch = content["epoch"] + 1
         run.position = position_in(content, run)
         run.schedule_lag = schedule_lag_in(content)
-        log = content["log"] if "log" in content else read_log(run.args.output_dir)
-        run.earlier = [line for line in log if line["epoch"] < run.epoch]
-        if not all(type(value) in (int, float) for line in run.earlier for value in (*line.values(), accuracy(line))):
+        log = content["log"] if "log" in content else read_log(run.config.output.output_dir)
+        run.epochs = [line for line in log if line["epoch"] < run.epoch]
+        if not all(type(value) in (int, float) for line in run.epochs for value in (*line.values(), accuracy(line))):
             raise InputError("its log holds something else than numbers")
     except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise InputError(f"--resume {path} does not say where it was ({one_line(error)})") from error
 
 
 def read_log(folder: str | None) -> list[dict]:
-    """The log that lies in the output folder; a published checkpoint has it beside itself, not in itself."""
+    """The log in the output folder: a published checkpoint does not contain it."""
     path = Path(folder or "") / "log.txt"
     return [json.loads(line) for line in path.read_text().splitlines()] if folder and path.is_file() else []
 
@@ -69,7 +73,7 @@ def position_in(content: Mapping, run: Run) -> Position:
             "is repeated or left out, but another process may see it"
         )
     own = (saved["loss"], saved["counted"]) if utils.is_main() else (0.0, 0.0)
-    return Position(images // (run.args.batch_size * utils.world_size()), images, *map(float, own))
+    return Position(images // (run.config.data.batch_size * utils.world_size()), images, *map(float, own))
 
 
 def schedule_lag_in(content: Mapping) -> int:
@@ -81,12 +85,15 @@ def schedule_lag_in(content: Mapping) -> int:
 
 
 def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resume") -> None:
-    """Take weights and, but for --eval, the state of optimiser, average and gradient scaler from a checkpoint.
+    """Load weights and, but for --eval, the state of optimiser, average and gradient scaler from a checkpoint.
 
     Args:
         option: what messages call it.
+
+    Raises:
+        InputError: the checkpoint does not fit the model, the data or the options.
     """
-    averaged = run.args.eval and run.args.model_ema
+    averaged = run.config.runtime.eval and run.config.optim.model_ema
     source = f"{option} {path}" + " (model_ema)" * averaged
     no_average = "optimizer" in content and content.get("model_ema") is None
     if averaged and no_average:
@@ -95,37 +102,61 @@ def restore(run: Run, path: Path | str, content: Mapping, option: str = "--resum
     with error_context(option):
         rename = published_names(content, path, head_dim)
         weights = rename(weights_of(content, path, "model_ema" if averaged else "model"))
-    head = "head_weight" if isinstance(run.model, models.AuxNet) else f"{run.model.pretrained_cfg['classifier']}.weight"
-    found, expected = (w[head].shape[:1] if head in w else () for w in (weights, run.model.state_dict()))
-    if found and expected and found != expected:
-        raise InputError(f"{source} has {found[0]} classes, the data {expected[0]}")
+    check_num_classes(weights, run.model, source)
     load_weights(run.model, weights, source)
-    if difference := first_difference(class_names(path, content), names_known(run.args.data_set, run.classes)):
+    if difference := first_difference(class_names(path, content), names_known(run.config.data.data_set, run.classes)):
         raise InputError(f"{source} was trained on other classes than the data have: {difference}")
-    if run.args.eval:
+    if run.config.runtime.eval:
         return
     if run.ema is not None and no_average:
         raise InputError(f"{source} holds no model_ema: --no-model-ema continues it")
     try:
-        names = parameter_names(run.optimizer, run.model)
-        saved = {**content["optimizer"], "state": optimizer_state_of(content, path)}
-        groups = [len(group["params"]) for group in saved["param_groups"]]
-        if is_published(content):
-            state = published_moments(saved["state"], weights_of(content, path), rename, names)
-            saved = {"state": state, "param_groups": [{} for _ in run.optimizer.param_groups]}
-        elif groups != [len(group["params"]) for group in run.optimizer.param_groups]:
-            raise InputError("its optimizer has other groups of parameters")
-        load_state(run.optimizer, saved, names, sample_of(run.args, run.optimizer))
-        if run.ema is not None:
-            average = rename(weights_of(content, path, "model_ema"))
-            load_weights(run.ema.module, average, f"{source} (model_ema)")
-        if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
-            run.scaler.load_state_dict(content["scaler"])
+        restore_training_state(run, path, content, rename, source)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise InputError(
             f"{source} holds no training state that fits these options ({one_line(error)}): "
             "--finetune takes weights alone"
         ) from error
+
+
+def check_num_classes(weights: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+    """Raises InputError if a head in ``weights`` has another number of classes than that of ``model``."""
+    if isinstance(model, models.AuxNet):
+        heads = ["head_weight"]
+    else:
+        heads = [f"{name}.weight" for name in as_list(model.pretrained_cfg["classifier"])]
+    own = model.state_dict()
+    for head in heads:
+        found, expected = (tensors[head].shape[:1] if head in tensors else () for tensors in (weights, own))
+        if found and expected and found != expected:
+            raise InputError(f"{source} has {found[0]} classes, the data {expected[0]}")
+
+
+def restore_training_state(
+    run: Run, path: Path | str, content: Mapping, rename: Callable[[dict], dict], source: str
+) -> None:
+    """Load the state of optimiser, average and gradient scaler.
+
+    Args:
+        rename: gives weights their names in ``run.model``.
+        source: what messages call the checkpoint.
+    """
+    names = parameter_names(run.optimizer, run.model)
+    saved = {**content["optimizer"], "state": optimizer_state_of(content, path)}
+    groups = [len(group["params"]) for group in saved["param_groups"]]
+    if is_published(content):
+        state = published_moments(saved["state"], weights_of(content, path), rename, names)
+        saved = {"state": state, "param_groups": [{} for _ in run.optimizer.param_groups]}
+    elif groups != [len(group["params"]) for group in run.optimizer.param_groups]:
+        raise InputError("its optimizer has other groups of parameters")
+    optim = run.config.optim
+    sample = sample_of(optim, scaled_lr(optim, run.config.data.batch_size), run.optimizer)
+    load_state(run.optimizer, saved, names, sample)
+    if run.ema is not None:
+        average = rename(weights_of(content, path, "model_ema"))
+        load_weights(run.ema.module, average, f"{source} (model_ema)")
+    if run.scaler.is_enabled() and content["scaler"]:  # empty after float32 or bfloat16
+        run.scaler.load_state_dict(content["scaler"])
 
 
 def write_checkpoint(run: Run) -> None:
@@ -147,19 +178,19 @@ def write_checkpoint(run: Run) -> None:
         "position": position,
         "scaler": run.scaler.state_dict(),
         "log": run.log.epochs,
-        "args": options_in_effect(run.args),
+        "args": options_in_effect(run.config),
     }
     if run.ema is not None:
         content["model_ema"] = run.ema.module.state_dict()
     if isinstance(run.model, models.AuxNet):
-        content["learngene"] = models.Learngene.of(run.model, recipe(run.args)).header
-    if names := names_known(run.args.data_set, run.classes):
+        content["learngene"] = models.Learngene.of(run.model, recipe(run.config)).header
+    if names := names_known(run.config.data.data_set, run.classes):
         content["classes"] = names
-    path = run.output_dir / "checkpoint.pth"
+    path = run.output_dir / CHECKPOINT
     continues = run.checkpoint is not None and run.checkpoint.parent == run.output_dir
     with run.output.attempt(path):
         # what an earlier run has left is no older checkpoint of this one, to fall back to
-        save_checkpoint(path, content, run.args.keep_checkpoints if continues else 0)
+        save_checkpoint(path, content, run.config.output.keep_checkpoints if continues else 0)
         run.checkpoint, run.rollbacks = path, 0
     if str(path) not in run.output.failed:
         keep_best(run)
@@ -185,20 +216,26 @@ def keep_best(run: Run) -> None:
             hardlink_or_copy(run.checkpoint, run.output_dir / "best_checkpoint.pth")
 
 
-def find_checkpoint(args: argparse.Namespace) -> None:
-    """Put the newest whole checkpoint of the output folder, or none, in the place of --resume auto."""
-    if args.resume == "auto" and args.output_dir is None:
-        raise InputError("--output-dir is missing: --resume auto continues from the checkpoints in it")
-    if args.resume == "auto" and utils.is_main():
-        path = newest_checkpoint(Path(args.output_dir))
-        if path is None and args.eval:
-            raise InputError(f"--resume auto finds no checkpoint in --output-dir {args.output_dir} to evaluate")
-        args.resume = str(path) if path else None
-        print(f"continuing from {path}" if path else f"no checkpoint in {args.output_dir}: starting afresh", flush=True)
+def find_checkpoint(config: Config) -> str | None:
+    """The checkpoint that --resume means: with ``auto`` the newest whole one in the output folder, or None.
+
+    Only the main process looks for files.
+
+    Raises:
+        InputError: there is none to evaluate.
+    """
+    resume, folder = config.runtime.resume, config.output.output_dir
+    if resume != "auto" or not utils.is_main():
+        return resume
+    path = newest_checkpoint(Path(folder))
+    if path is None and config.runtime.eval:
+        raise InputError(f"--resume auto finds no checkpoint in --output-dir {folder} to evaluate")
+    print(f"continuing from {path}" if path else f"no checkpoint in {folder}: starting afresh", flush=True)
+    return str(path) if path else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Files
 # ---------------------------------------------------------------------------------------------------------------------
 
 

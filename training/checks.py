@@ -1,24 +1,30 @@
-"""Which run the options describe, and whether they belong together."""
+"""Which run the options describe, and whether they fit each other. Everything here is checked before anything is built.
 
-import argparse
+What needs a file, the data or the device is checked where that is read or used.
+"""
 
 import models
 from common.errors import InputError
+from datasets import DATA_SETS, SMALL
 from models.lets import DEPTH_SCHEMES, WIDTH_SCHEMES
-from options import option_parser
 from pipeline.shards import is_remote
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which run they describe
-# ---------------------------------------------------------------------------------------------------------------------
-
+from training.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    TeacherConfig,
+    option_name,
+    options_of,
+)
 
 # options of one kind of run alone, and what that kind is
 OPTIONS_OF = {
     "lets": (
         (
             *("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
-            *("descendants", "descendant_depths", "descendant_heads", "descendant_weight"),
+            *("trans_init_noise", "descendants", "descendant_depths", "descendant_heads", "descendant_weight"),
         ),
         "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
     ),
@@ -29,96 +35,184 @@ OPTIONS_OF = {
 }
 
 
-def check_kind(args: argparse.Namespace) -> str:
-    """`kind_of_run`, with nothing said that such a run would not do.
+def check(config: Config) -> str:
+    """Check all combinations of options.
+
+    Args:
+        config: after `training.config.resolve`.
+
+    Returns:
+        The kind of the run, as `kind_of_run` names it.
 
     Raises:
-        InputError: as `kind_of_run`, or an option of another kind of run is given.
+        InputError: options are missing, or exclude each other.
     """
-    kind, defaults = kind_of_run(args), vars(option_parser().parse_args([]))
-    for other, (options, reason) in OPTIONS_OF.items():
-        for option in options:
-            if other != kind and getattr(args, option) != defaults[option]:
-                raise InputError(f"--{option} {reason}")
-    if not args.descendants:
-        for option in OPTIONS_OF["lets"][0]:
-            if option.startswith("descendant_") and getattr(args, option) != defaults[option]:
-                raise InputError(
-                    f"--descendants is missing: --{option} says which are trained beside the Aux-Net, and how"
-                )
-    if args.descendants and args.compile:
-        raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
-    check_augmentation(args, defaults)
-    if args.teacher_cache and args.distillation_type == "none":
-        raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps what a teacher says")
-    if args.teacher_cache_top and not args.teacher_cache:
-        raise InputError("--teacher-cache is missing: --teacher-cache-top says how much of the outputs is kept in it")
-    if args.teacher_cache and args.skip_bad_images:
-        raise InputError("--skip-bad-images changes the images of a step, for which --teacher-cache keeps outputs")
-    if args.shard_cache and not (args.data_set == "WDS" and is_remote(args.data_path or "")):
-        raise InputError("--shard-cache keeps shards from elsewhere: --data-set WDS with an address or a command")
-    if args.shard_cache_gb != defaults["shard_cache_gb"] and not args.shard_cache:
-        raise InputError("--shard-cache is missing: --shard-cache-gb says how much is kept in it")
-    if args.eval and args.model_ema and not args.resume:
+    kind = kind_of_run(config.model)
+    check_kind(kind, config)
+    check_augmentation(config.augment, config.data)
+    check_mixup(config)
+    check_teacher_cache(config.teacher, config.data)
+    check_data(config.data)
+    if config.runtime.eval and config.optim.model_ema and not config.runtime.resume:
         raise InputError("--resume is missing: --eval --model-ema evaluates the averaged weights of a checkpoint")
-    if args.push_ema and not (args.push_to_hub and args.model_ema):
-        missing = "--push-to-hub is missing" if args.model_ema else "--no-model-ema leaves nothing to upload"
-        raise InputError(f"{missing}: --push-ema uploads the averaged weights")
-    if args.push_ema and kind in ("lets", "tleg"):
-        raise InputError("--push-ema is for other models: --push-to-hub uploads a learngene with its average anyway")
-    if args.data_set == "WDS" and (args.train_images or args.holdout):
-        option = "--train-images" if args.train_images else "--holdout"
-        raise InputError(f"{option} takes single images, which --data-set WDS cannot: expected another --data-set")
+    check_output(config)
+    check_push(config.output, kind, averages=config.optim.model_ema, evaluates=config.runtime.eval)
     return kind
 
 
-def check_augmentation(args: argparse.Namespace, defaults: dict) -> None:
-    """Raises InputError where options of the augmentation exclude each other."""
-    if args.src and not args.three_augment:
-        raise InputError("--ThreeAugment is missing: --src says how it crops")
-    if args.three_augment and args.cache_data:
-        raise InputError("--cache-data cannot augment with --ThreeAugment: expected one of them")
-    for option in ("aa", "reprob") if args.three_augment else ():
-        value = getattr(args, option)
-        if value and value != defaults[option]:
-            raise InputError(f"--ThreeAugment takes the place of --{option} {value}: expected one of them")
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run they describe
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def kind_of_run(args: argparse.Namespace) -> str:
+def kind_of_run(config: ModelConfig) -> str:
     """``lets`` or ``tleg`` (stage 1), ``descend`` (stage 2), or ``plain``.
 
     Raises:
         InputError: the options do not say which, or contradict each other.
     """
-    if args.src_arch or args.tgt_arch:
-        if not (args.src_arch and args.tgt_arch):
-            missing = "--tgt-arch" if args.src_arch else "--src-arch"
-            raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
-        for option in ("load_gene", "des_arch", "model", "finetune", "init", "init_path"):
-            if getattr(args, option):
-                option = "--" + option.replace("_", "-")
-                raise InputError(f"{option} belongs to another run: --src-arch and --tgt-arch train a learngene")
-        if args.freeze_src and not args.src_path:
-            raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
-        for scheme, known in zip(args.trans_init_scheme, (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=True):
-            if scheme not in known:
-                raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
+    if config.src_arch or config.tgt_arch:
+        check_lets(config)
         return "lets"
-    if args.load_gene:
-        if models.is_aux_name(args.des_arch or args.model or ""):
-            raise InputError(f"{args.des_arch or args.model} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
-        if not (args.des_arch or args.model):
-            raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
-        if args.finetune or args.init or args.init_path:
-            raise InputError("--load-gene gives the first weights, as do --finetune and --init: choose one")
+    if config.load_gene:
+        check_descend(config)
         return "descend"
-    if args.des_arch:
+    if config.des_arch:
         raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
-    if (args.init is None) != (args.init_path is None):
-        missing = "--init" if args.init is None else "--init-path"
+    if (config.init is None) != (config.init_path is None):
+        missing = "--init" if config.init is None else "--init-path"
         raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
-    if args.init and (args.finetune or not models.follows_grammar(args.model or "") or models.is_aux_name(args.model)):
+    name = config.model or ""
+    if config.init and (config.finetune or not models.follows_grammar(name) or models.is_aux_name(name)):
         raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
-    if not args.model:
+    if not name:
         raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
-    return "tleg" if models.is_aux_name(args.model) else "plain"
+    return "tleg" if models.is_aux_name(name) else "plain"
+
+
+def check_lets(config: ModelConfig) -> None:
+    if not (config.src_arch and config.tgt_arch):
+        missing = "--tgt-arch" if config.src_arch else "--src-arch"
+        raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
+    for option in ("load_gene", "des_arch", "model", "finetune", "init", "init_path"):
+        if getattr(config, option):
+            raise InputError(
+                f"{option_name(option)} belongs to another run: --src-arch and --tgt-arch train a learngene"
+            )
+    if config.freeze_src and not config.src_path:
+        raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
+    for scheme, known in zip(config.trans_init_scheme, (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=True):
+        if scheme not in known:
+            raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
+
+
+def check_descend(config: ModelConfig) -> None:
+    if models.is_aux_name(config.des_name):
+        raise InputError(f"{config.des_name} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
+    if not config.des_name:
+        raise InputError("--des-arch is missing: it names the Des-Net that --load-gene initialises")
+    if config.finetune or config.init or config.init_path:
+        raise InputError("--load-gene gives the first weights, as do --finetune and --init: choose one")
+
+
+def check_kind(kind: str, config: Config) -> None:
+    """Raises InputError where an option is given that a run of this kind does not use."""
+    options, defaults = options_of(config), options_of(Config())
+    for other, (names, reason) in OPTIONS_OF.items():
+        for name in names:
+            if other != kind and options[name] != defaults[name]:
+                raise InputError(f"{option_name(name)} {reason}")
+    if not config.model.descendants:
+        for name in OPTIONS_OF["lets"][0]:
+            if name.startswith("descendant_") and options[name] != defaults[name]:
+                raise InputError(
+                    f"--descendants is missing: {option_name(name)} says which are trained beside the Aux-Net, and how"
+                )
+    if config.model.descendants and config.runtime.compile:
+        raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether the rest fits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_augmentation(augment: AugmentConfig, data: DataConfig) -> None:
+    """Raises InputError where options of the augmentation exclude each other."""
+    if augment.src and not augment.three_augment:
+        raise InputError("--ThreeAugment is missing: --src says how it crops")
+    if augment.three_augment and data.cache_data:
+        raise InputError("--cache-data cannot augment with --ThreeAugment: expected one of them")
+    for option in ("aa", "reprob") if augment.three_augment else ():
+        value = getattr(augment, option)
+        if value and value != getattr(AugmentConfig(), option):
+            raise InputError(f"--ThreeAugment takes the place of --{option} {value}: expected one of them")
+
+
+def check_mixup(config: Config) -> None:
+    """Raises InputError where images cannot be mixed as the options say."""
+    augment, batch_size = config.augment, config.data.batch_size
+    if augment.mixes and batch_size % 2 and config.trains:
+        raise InputError(f"--batch-size {batch_size} is odd: --mixup and --cutmix pair the images of a batch")
+    if augment.cutmix_minmax is not None:
+        low, high = (int(share * config.data.input_size) for share in augment.cutmix_minmax)
+        if low > high or low >= config.data.input_size:
+            given = " ".join(f"{share:g}" for share in augment.cutmix_minmax)
+            raise InputError(f"--cutmix-minmax {given}: expected MIN ≤ MAX, and MIN below the whole image")
+
+
+def check_teacher_cache(teacher: TeacherConfig, data: DataConfig) -> None:
+    if teacher.teacher_cache and teacher.distillation_type == "none":
+        raise InputError("--teacher-cache needs --distillation-type soft or hard: it keeps the logits of a teacher")
+    if teacher.teacher_cache_top and not teacher.teacher_cache:
+        raise InputError("--teacher-cache is missing: --teacher-cache-top says how much of the outputs is kept in it")
+    if teacher.teacher_cache and data.skip_bad_images:
+        raise InputError("--skip-bad-images changes the images of a step, for which --teacher-cache keeps outputs")
+
+
+def check_data(data: DataConfig) -> None:
+    if data.shard_cache and not (data.data_set == "WDS" and is_remote(data.data_path or "")):
+        raise InputError("--shard-cache keeps shards from elsewhere: --data-set WDS with an address or a command")
+    if data.shard_cache_gb != DataConfig().shard_cache_gb and not data.shard_cache:
+        raise InputError("--shard-cache is missing: --shard-cache-gb says how much is kept in it")
+    if data.data_set == "WDS" and (data.train_images or data.holdout):
+        option = "--train-images" if data.train_images else "--holdout"
+        raise InputError(f"{option} takes single images, which --data-set WDS cannot: expected another --data-set")
+    if data.cache_data:
+        check_small(data.data_set, data.input_size)
+
+
+def check_small(data_set: str, input_size: int) -> None:
+    """Raises InputError unless the images of a data set are small, and used whole."""
+    if DATA_SETS[data_set][2] is None:
+        small = ", ".join(known for known, (_, _, size) in DATA_SETS.items() if size is not None)
+        raise InputError(
+            f"--cache-data cannot hold --data-set {data_set}, whose images are large: expected one of {small}"
+        )
+    if input_size > SMALL:
+        raise InputError(f"--cache-data is for an --input-size of up to {SMALL} pixels, found {input_size}")
+
+
+def check_output(config: Config) -> None:
+    """Raises InputError where --output-dir is missing and another option needs it."""
+    if config.output.output_dir is not None:
+        return
+    for asked, reason in (
+        (config.runtime.resume == "auto", "--resume auto continues from the checkpoints in it"),
+        (config.output.wandb, "--wandb keeps its files in it"),
+        (config.runtime.on_nan == "rollback", "--on-nan rollback goes back to the checkpoints in it"),
+    ):
+        if asked:
+            raise InputError(f"--output-dir is missing: {reason}")
+
+
+def check_push(output: OutputConfig, kind: str, averages: bool, evaluates: bool) -> None:
+    """Raises InputError where the options leave nothing to upload; `common.hub.check_upload` asks the Hub."""
+    if output.push_ema and not (output.push_to_hub and averages):
+        missing = "--push-to-hub is missing" if averages else "--no-model-ema leaves nothing to upload"
+        raise InputError(f"{missing}: --push-ema uploads the averaged weights")
+    if output.push_ema and kind in ("lets", "tleg"):
+        raise InputError("--push-ema is for other models: --push-to-hub uploads a learngene with its average anyway")
+    if output.push_to_hub and (output.output_dir is None or evaluates):
+        found = "--eval writes nothing" if evaluates else "--output-dir is missing"
+        raise InputError(f"--push-to-hub uploads what a run writes into --output-dir: {found}")

@@ -1,152 +1,284 @@
-"""What the options say together: command line and YAML files, which run they describe, and what is recorded of them."""
+"""The options of a run as frozen dataclasses, one for each part of the program.
 
-import argparse
-import os
-import reprlib
-from collections.abc import Sequence
-from pathlib import Path
+Every field has the name and the default of an option of main.py (``--batch-size`` is ``DataConfig.batch_size``), whose
+meaning ``main.py --help`` gives. The command line is one way to make a `Config` (`training.command_line`); from Python
+the dataclasses are made directly. `resolve` replaces what depends on other options or on the machine.
+"""
 
-from common.errors import InputError, error_context, nearest
-from common.files import read_yaml
-from options import Accepted, Refused, number_or_none, option_parser, parts, text_or_none, whole_numbers
-from pipeline.shards import COMMAND
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+import models
+from datasets import DATA_SETS
 
+import torch
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, through the same door as every other error of the user's."""
-
-    def error(self, message: str):
-        raise InputError(message[:500])  # it repeats what was given, which a file can make as long as it likes
+LEARNGENE, MODEL, CHECKPOINT = "learngene.safetensors", "model.safetensors", "checkpoint.pth"
 
 
-def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line over YAML over defaults.
+def local_path() -> str | None:
+    """A field that names a file or folder of this machine, or an address: files for other people do not repeat it."""
+    return field(default=None, metadata={"local": True})
 
-    Raises:
-        InputError: an option or a key that does not exist, or a value of the wrong kind.
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is built, and what its weights start from."""
+
+    model: str | None = None
+    src_arch: str | None = None
+    tgt_arch: str | None = None
+    des_arch: str | None = None
+    load_gene: str | None = local_path()
+    gene_ema: bool = False
+    mapping_layer: tuple[int, ...] | None = None
+    mapping_layer_coeff: tuple[int, ...] | None = None
+    width_select: str = "continuous"
+    depth_select: str = "default"
+    skip_init: tuple[str, ...] = ()
+    init: str | None = None
+    init_path: str | None = local_path()
+    layers_per_row: int = 2
+    group_size: int = 2
+    full_width: bool = False
+    src_path: str | None = local_path()
+    freeze_src: bool = False
+    trans_init_scheme: tuple[str, str] = ("stackbert_noisy", "rand")
+    trans_init_noise: tuple[float, float] = (0.03, 0.03)
+    descendants: int = 0
+    descendant_depths: tuple[int, ...] | None = None
+    descendant_heads: tuple[int, ...] | None = None
+    descendant_weight: float = 0.5
+    finetune: str | None = local_path()
+    drop: float = 0.0
+    drop_path: float = 0.1
+    grad_checkpointing: bool = False
+
+    @property
+    def arch(self) -> str | None:
+        """The name of the ViT that is trained: Aux-Net, Des-Net or model."""
+        return self.tgt_arch or self.des_arch or self.model
+
+    @property
+    def des_name(self) -> str:
+        """The name of the Des-Net, or of a model that is trained as it is."""
+        return self.des_arch or self.model or ""
+
+    @property
+    def des_option(self) -> str:
+        """The option that gives `des_name`, for messages."""
+        return f"--des-arch {self.des_arch}" if self.des_arch else f"--model {self.model}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images, and how they are read."""
+
+    data_set: str = "IMNET"
+    data_path: str | None = local_path()
+    download: bool = field(default=False, metadata={"local": True})
+    shard_cache: str | None = local_path()
+    shard_cache_gb: float = field(default=200, metadata={"local": True})
+    train_images: int | None = None
+    holdout: int | None = None
+    nb_classes: int | None = None
+    inat_category: str = "name"
+    input_size: int | None = None
+    batch_size: int = 64
+    num_workers: int = 10
+    cache_data: bool = False
+    pin_mem: bool = True
+    skip_bad_images: bool = False
+    eval_crop_ratio: float = 0.875
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation, mixup, and the targets that follow from it."""
+
+    three_augment: bool = False
+    src: bool = False
+    color_jitter: float | None = 0.3
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    train_interpolation: str = "bicubic"
+    repeated_aug: bool = True
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    smoothing: float = 0.1
+    bce_loss: bool = False
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser, and average of the weights."""
+
+    opt: str = "adamw"
+    opt_eps: float = 1e-8
+    opt_betas: tuple[float, ...] | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    lr: float = 5e-4
+    unscale_lr: bool = False
+    accum_iter: int = 1
+    clip_grad: float | None = None
+    model_ema: bool | None = None  # None: in training, not in evaluation
+    model_ema_decay: float = 0.99996
+    model_ema_force_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the run, and the schedule of the learning rate."""
+
+    epochs: int = 300
+    start_epoch: int = 0
+    sched: str = "cosine"
+    lr_noise: tuple[float, ...] | None = None
+    lr_noise_pct: float = 0.67
+    lr_noise_std: float = 1.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    decay_epochs: float = 30
+    warmup_epochs: int = 5
+    cooldown_epochs: int = 10
+    decay_rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Distillation."""
+
+    teacher_model: str = "regnety_160"
+    teacher_path: str | None = local_path()
+    distillation_type: str = "none"
+    distillation_alpha: float = 0.5
+    distillation_tau: float = 1.0
+    teacher_cache: str | None = local_path()
+    teacher_cache_top: int | None = None
+
+    @property
+    def option(self) -> str:
+        """The option that gives the weights of the teacher, for messages."""
+        return f"--teacher-path {self.teacher_path}" if self.teacher_path else f"--teacher-model {self.teacher_model}"
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the run is executed."""
+
+    eval: bool = False
+    resume: str | None = None
+    device: str = "auto"
+    amp_dtype: str = "auto"
+    compile: bool = False
+    seed: int = 0
+    on_nan: str = "stop"
+    dist_timeout: float = 10
+    log_interval: int = 50
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What is written, when, and where."""
+
+    output_dir: str | None = local_path()
+    eval_interval: int = 1
+    save_every_steps: int | None = None
+    save_every_minutes: float | None = None
+    keep_checkpoints: int = 1
+    wandb: str | None = None
+    push_to_hub: str | None = None
+    push_ema: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an epoch of training."""
+        return self.schedule.epochs > 0 and not self.runtime.eval
+
+    def with_options(self, **options: object) -> "Config":
+        """A copy with other values of ``options``, whichever part they belong to."""
+        changed = {
+            part.name: replace(getattr(self, part.name), **own)
+            for part in fields(self)
+            if (own := {f.name: options.pop(f.name) for f in fields(getattr(self, part.name)) if f.name in options})
+        }
+        if options:
+            raise TypeError(f"unknown options: {', '.join(options)}")
+        return replace(self, **changed)
+
+
+def resolve(config: Config) -> Config:
+    """Replace ``auto`` and None where other options or the machine say what they stand for.
+
+    ``--resume auto`` is left to `training.checkpoints.find_checkpoint`, as only the main process looks for files.
     """
-    parser = option_parser(Parser)
-    argv = [with_dashes(argument) for argument in argv]
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"unknown option {unknown[0]}{nearest(unknown[0], parser._option_string_actions)}")
-    check_local_rank(args)
-    if args.config:
-        from_file = config_arguments(parser, args.config)
-        try:
-            parser.parse_args(from_file)
-        except InputError as error:
-            raise InputError(f"--config {args.config}: {error}") from None
-        given, args = args.data_path, parser.parse_args(from_file + argv)
-        if given is None and (args.data_path or "").startswith(COMMAND):  # what a file says is not executed
-            raise InputError(f"--config {args.config}: data_path is a command, which only the command line may give")
-    # training averages unless it is told not to, evaluation takes the averaged weights only if it is told to
-    args.model_ema = bool(args.model_ema) if args.eval else args.model_ema is not False
-    vars(args).pop("local_rank", None)  # another one in each process
-    return args
+    model_ema, device, size = config.optim.model_ema, config.runtime.device, config.data.input_size
+    if config.runtime.eval:  # the model's own weights are evaluated, unless the averaged ones are asked for
+        model_ema = bool(model_ema)
+    elif model_ema is None:
+        model_ema = True
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if size is None and config.model.arch:
+        size = default_input_size(config.model.arch, config.data.data_set)
+    return config.with_options(model_ema=model_ema, device=device, input_size=size)
 
 
-def check_local_rank(args: argparse.Namespace) -> None:
-    """Compare ``--local-rank``, which torch.distributed.launch gives without ``--use_env``, with the environment.
+def default_input_size(arch: str, data_set: str) -> int:
+    """The size in the name of the architecture; else DeiT's 224, or 32 for data sets of smaller images."""
+    if models.follows_grammar(arch):
+        return models.parse_arch(arch).img_size
+    native = DATA_SETS[data_set][2]
+    return 224 if native is None or native >= 32 else 32
 
-    Raises:
-        InputError: the environment says something else, or nothing, and the processes would not find each other.
+
+def weight_sources(model: ModelConfig, teacher: TeacherConfig, resume: str | None) -> dict[str, tuple[str, str]]:
+    """The weights that options name by path or address.
+
+    Returns:
+        For each option that is given: the path or address, and the file that is meant in a repository of the Hub.
     """
-    given, expected = vars(args).get("local_rank", -1), os.environ.get("LOCAL_RANK")
-    if given > 0 and expected is None:
-        raise InputError(
-            f"--local-rank {given} is given, but LOCAL_RANK is missing in the environment: expected a start by "
-            "torchrun or torch.distributed.launch"
-        )
-    if given >= 0 and expected is not None and str(given) != expected:
-        raise InputError(f"--local-rank is {given}, LOCAL_RANK in the environment {expected}: expected the same")
+    gene = LEARNGENE.replace("learngene", "learngene_ema") if model.gene_ema else LEARNGENE
+    sources = {
+        "load_gene": (model.load_gene, gene),
+        "finetune": (model.finetune, gene if models.is_aux_name(model.model or "") else MODEL),
+        "resume": (resume, CHECKPOINT),
+        "init_path": (model.init_path, MODEL),
+        "src_path": (model.src_path, MODEL),
+        "teacher_path": (teacher.teacher_path, MODEL),
+    }
+    return {option: (source, file) for option, (source, file) in sources.items() if source}
 
 
-def with_dashes(argument: str) -> str:
-    """``--output_dir=a_b`` as ``--output-dir=a_b``."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
-
-
-def config_arguments(parser: Parser, path: str) -> list[str]:
-    """A YAML file as the command line that says the same.
-
-    ``/configs/x.yaml`` that does not exist is looked up in this repository, as the published commands need it.
-    """
-    file = Path(path)
-    if not file.exists() and file.parts[:2] == ("/", "configs"):
-        file = REPOSITORY / path.lstrip("/")
-    with error_context("--config"):
-        content = read_yaml(file) or {}
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path} holds a {type(content).__name__}: expected lines of 'option: value'")
-    return arguments_of(parser, content, f"--config {path}")
-
-
-def arguments_of(parser: Parser, options: dict, source: str) -> list[str]:
-    """Plain data {option: value} as the command line that says the same; messages begin with ``source``."""
-    arguments, given = [], {}
-    for key, value in options.items():
-        option = "--" + str(key).replace("_", "-")
-        action = parser._option_string_actions.get(option)
-        if action is None or option in ("--config", "--help"):
-            raise InputError(f"{source}: unknown key {key}{nearest(option, parser._option_string_actions)}")
-        if (other := given.setdefault(id(action), key)) != key:
-            raise InputError(f"{source}: {other} and {key} are the same option: expected one of them")
-        no = "--no-" + option[2:]
-        if isinstance(action, Accepted) and value is False and no in parser._option_string_actions:
-            arguments.append(no)  # which says why that is refused
-        elif not isinstance(action, Refused):
-            arguments += argument_of(action, option, key, value, source)
-        elif value not in (None, False, ""):
-            arguments.append(option)
-    return arguments
-
-
-def argument_of(action: argparse.Action, option: str, key: object, value: object, source: str) -> list[str]:
-    """One option with its value as words of a command line, none where ``value`` is null and so is the default."""
-    two_way = isinstance(action, argparse.BooleanOptionalAction)
-    if isinstance(action, Accepted) and value is None:
-        return []
-    if action.nargs == 0 or two_way:
-        if not isinstance(value, bool):
-            raise InputError(f"{source}: {key} is {yaml_value(value)}, expected true or false")
-        if two_way and option.startswith("--no-"):
-            option, value = action.option_strings[0], not value
-        return [option] if value else ["--no-" + option[2:]] if two_way else []
-    if value is None or value is False:
-        return switched_off(action, option, key, value, source)
-    plain = isinstance(value, list) and not any(isinstance(v, (list, dict)) for v in value)
-    if plain and action.nargs is not None:
-        return [option, *map(str, value)]
-    if plain and action.type in (whole_numbers, parts):
-        return [f"{option}={','.join(map(str, value))}"]
-    if isinstance(value, (list, dict, bool)):
-        raise InputError(f"{source}: {key} is {yaml_value(value)}, expected a single value")
-    return [f"{option}={value}"]
-
-
-def switched_off(action: argparse.Action, option: str, key: object, value: bool | None, source: str) -> list[str]:
-    """What null or false (YAML's ``no`` and ``off``, too) means for an option that takes a value: none.
-
-    Raises:
-        InputError: the option cannot be without a value.
-    """
-    if action.default in (None, argparse.SUPPRESS):
-        return []
-    if action.type in (text_or_none, number_or_none) or "none" in (action.choices or ()):
-        return [f"{option}=none"]
-    if action.type is parts:
-        return [f"{option}="]
-    default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-    raise InputError(f"{source}: {key} is {yaml_value(value)}, expected a value such as the default, {default}")
-
-
-def yaml_value(value: object) -> str:
-    """A value of a YAML file for a message."""
-    return "null" if value is None else reprlib.repr(value)
+def option_name(field_name: str) -> str:
+    """``batch_size`` as ``--batch-size``, for messages."""
+    return "--" + field_name.replace("_", "-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,26 +286,38 @@ def yaml_value(value: object) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def options_in_effect(args: argparse.Namespace) -> dict:
+def named_values(config: Config) -> Iterator[tuple[str, object, bool]]:
+    """Name and value of every option, as plain data, and whether it is about this machine."""
+    for part in fields(config):
+        for f in fields(getattr(config, part.name)):
+            value = getattr(getattr(config, part.name), f.name)
+            yield f.name, list(value) if isinstance(value, tuple) else value, "local" in f.metadata
+
+
+def options_of(config: Config) -> dict[str, object]:
+    """All options {name: value} as plain data."""
+    return {name: value for name, value, _ in named_values(config)}
+
+
+def options_in_effect(config: Config) -> dict[str, object]:
     """Plain data with which ``--config`` repeats the run from its start."""
-    defaults = vars(option_parser().parse_args([]))
-    options = {name: value for name, value in vars(args).items() if name not in ("config", "resume", "start_epoch")}
+    defaults = options_of(Config())
+    options = {name: value for name, value in options_of(config).items() if name not in ("resume", "start_epoch")}
     # what was taken back with 'none' has to be taken back again
     taken_back = {name: "none" for name, value in options.items() if value is None and defaults[name] is not None}
     return {name: value for name, value in options.items() if value is not None} | taken_back
 
 
-def options_file(args: argparse.Namespace) -> dict:
+def options_file(config: Config) -> dict[str, object]:
     """`options_in_effect` for ``args.yaml``, with which ``--eval`` evaluates the model's own weights, too.
 
-    ``model_ema: true``, the default of training, would ask evaluation for the averaged ones.
+    ``model_ema: true``, the default of training, would make evaluation take the averaged ones.
     """
-    options = options_in_effect(args)
+    options = options_in_effect(config)
     return {name: value for name, value in options.items() if (name, value) != ("model_ema", True)}
 
 
-def recipe(args: argparse.Namespace) -> dict:
-    """The options in effect without those that name places on this machine, for files that others will read."""
-    places = {"data_path", "download", "shard_cache", "shard_cache_gb", "output_dir", "teacher_cache"}
-    places |= {"load_gene", "finetune", "init_path", "src_path", "teacher_path"}
-    return {name: value for name, value in options_in_effect(args).items() if name not in places}
+def recipe(config: Config) -> dict[str, object]:
+    """The options in effect without those about this machine, for files that others will read."""
+    local = {name for name, _, is_local in named_values(config) if is_local}
+    return {name: value for name, value in options_in_effect(config).items() if name not in local}

@@ -105,14 +105,14 @@ def fit_head(
             if not other_head:
                 missing = next((key for key in own if key not in theirs), f"{name} of this kind")
                 raise InputError(f"has no {missing}, the head that a teacher needs: found {found_in(weights)}")
-            remarks.append(f"it has {'another' if theirs else 'no'} head ({name}): it is fresh")
+            remarks.append(f"it has {'another' if theirs else 'no'} head ({name}): it is re-initialised")
             norm = pooled_norm(weights, model)
-            remarks += ["it has no fc_norm: it is fresh"] if norm else []
+            remarks += ["it has no fc_norm: it is re-initialised"] if norm else []
             own |= norm
         elif head is not None and head.ndim and head.shape[0] != model.num_classes:
             if not other_head:
                 raise InputError(f"has {head.shape[0]} classes, the data {model.num_classes}")
-            remarks.append(f"it has {head.shape[0]} classes, the data {model.num_classes}: the head is fresh")
+            remarks.append(f"it has {head.shape[0]} classes, the data {model.num_classes}: the head is re-initialised")
         else:
             continue
         weights = {key: value for key, value in weights.items() if key not in theirs} | own

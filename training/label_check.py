@@ -1,15 +1,14 @@
-"""Whether weights that a run starts from, or is taught by, were trained on the classes of its data."""
+"""Whether the weights of teacher and start were trained on the classes of the data."""
 
-import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import models
 from common.download import fetch
 from common.errors import InputError
 from models.formats.class_names import class_names, first_difference
+from training.config import MODEL, TeacherConfig, option_name
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
@@ -23,32 +22,30 @@ def names_known(data_set: str, classes: Sequence[str]) -> list[str] | None:
     return None if data_set in NUMBERED and list(classes) in numbers else list(classes)
 
 
-def check_names(args: argparse.Namespace, classes: Sequence[str], gene: models.Learngene | None) -> None:
-    """Compare the classes of the data with those of the files that the options name, where both are known.
-
-    A head that is kept for other classes is warned of: it may be trained further, and the names may mean the same.
+def check_teacher_names(teacher: TeacherConfig, ours: Sequence[str] | None) -> None:
+    """Compare the classes of the teacher with those of the data, where both are known.
 
     Raises:
-        InputError: the teacher was trained on others.
+        InputError: they differ.
     """
-    ours = names_known(args.data_set, classes)
-    if args.distillation_type != "none" and not args.eval:
-        source = f"--teacher-path {args.teacher_path}" if args.teacher_path else f"--teacher-model {args.teacher_model}"
-        theirs = names_in(args.teacher_path) if args.teacher_path else names_of_timm(args.teacher_model, ours)
-        if difference := first_difference(theirs, ours):
-            raise InputError(f"{source} was trained on other classes than the data have: {difference}")
-    if args.resume:  # which has the last word on all weights
+    if teacher.distillation_type == "none":
         return
-    if gene is not None:
-        warn_of_head(f"--load-gene {args.load_gene}", gene.classes, ours)
-    of_aux = "learngene.safetensors" if models.is_aux_name(args.model or "") else "model.safetensors"
-    for option, on_hub in {
-        "finetune": of_aux,
-        "init_path": "model.safetensors",
-        "src_path": "model.safetensors",
-    }.items():
-        if source := getattr(args, option):
-            warn_of_head(f"--{option.replace('_', '-')} {source}", names_in(source, on_hub), ours)
+    path, name = teacher.teacher_path, teacher.teacher_model
+    theirs = names_in(path) if path else names_of_timm(name, ours)
+    if difference := first_difference(theirs, ours):
+        raise InputError(f"{teacher.option} was trained on other classes than the data have: {difference}")
+
+
+def warn_of_heads(sources: Mapping[str, tuple[str, str]], ours: Sequence[str] | None) -> None:
+    """Warn of heads of other classes: they are kept, as they may be trained further, or the names mean the same.
+
+    Args:
+        sources: options, with the weights that they name, as `training.config.weight_sources` gives them.
+    """
+    for option in ("finetune", "init_path", "src_path"):
+        if option in sources:
+            source, on_hub = sources[option]
+            warn_of_head(f"{option_name(option)} {source}", names_in(source, on_hub), ours)
 
 
 def warn_of_head(source: str, theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:
@@ -60,7 +57,7 @@ def warn_of_head(source: str, theirs: Sequence[str] | None, ours: Sequence[str] 
         )
 
 
-def names_in(source: str, on_hub: str = "model.safetensors") -> list[str] | None:
+def names_in(source: str, on_hub: str = MODEL) -> list[str] | None:
     """The class names of a file or address, or None where it does not know them, or its reader will refuse it."""
     try:
         path = fetch(source, on_hub=on_hub)

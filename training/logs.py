@@ -1,9 +1,9 @@
-"""What a run shows while it trains: progress, ``log.txt``, TensorBoard events, ``curves.png``."""
+"""Logs of a run: progress, ``log.txt``, TensorBoard events, ``curves.png``."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from common.errors import one_line
 from common.files import atomic_write
 from common.workers import worker_error_behind
-from utils import (
-    is_main,
-)
+from utils import is_main
 
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """The files of a run. One that cannot be written, on a full disk say, is warned of, and the run goes on.
+    """Writes the files of a run: one that fails, on a full disk say, gives a warning, and the run goes on.
 
     Attributes:
         failed: what could not be written when it was last tried, and why.
@@ -45,7 +43,7 @@ class Output:
 
     @contextmanager
     def attempt_extra(self, what: str) -> Iterator[None]:
-        """The same for what is there to be looked at: no run fails for want of it, whatever its library raises."""
+        """The same for files that only show numbers: no error of their libraries ends a run."""
         try:
             yield
         except Exception as error:
@@ -64,7 +62,7 @@ class Output:
 
 
 class Progress:
-    """How far a long step is and the time it has left: a bar on a terminal, lines elsewhere; main process only."""
+    """Progress and remaining time of a long step: a bar on a terminal, lines elsewhere; main process only."""
 
     def __init__(self, total: int, title: str, initial: int = 0):
         self.title, self.total, self.initial, self.done = title, total, initial, initial
@@ -84,7 +82,7 @@ class Progress:
         self.bar.update(steps)
 
     def show(self, numbers: Mapping[str, float]) -> None:
-        """Numbers to stand beside the bar, or in the line that is printed now."""
+        """Show numbers beside the bar, or print a line with them."""
         shown = {name: f"{value:.4g}" for name, value in numbers.items()}
         self.bar.set_postfix(shown)
         if is_main() and not self.terminal:
@@ -106,32 +104,32 @@ class Progress:
 class EpochLog:
     """``log.txt``, one JSON object per epoch, and these and more numbers as TensorBoard events and ``curves.png``."""
 
-    def __init__(self, folder: Path, epochs: Sequence[dict], output: Output, mirror: Callable[[dict, int], None]):
+    def __init__(self, folder: Path, epochs: list[dict], output: Output, mirror: Callable[[dict, int], None]):
         """
         Args:
-            epochs: the lines of the epochs before the first one of this run.
-            mirror: called with all numbers and their place, in thousandths of an epoch, as TensorBoard gets them.
+            epochs: the lines of the epochs before the first one of this run; `add` appends to it.
+            mirror: called with all numbers and the step, in thousandths of an epoch, as TensorBoard gets them.
         """
-        self.folder, self.epochs, self.output, self.mirror = folder, list(epochs), output, mirror
+        self.folder, self.epochs, self.output, self.mirror = folder, epochs, output, mirror
         self.path, self.curves = folder / "log.txt", folder / "curves.png"
         self.events = None
 
     def begin(self, place: int) -> None:
-        """Keep what is before this run, and of the events those up to ``place`` thousandths of an epoch."""
+        """Write the lines before this run, and drop TensorBoard events after ``place`` thousandths of an epoch."""
         self.place = place
         self._write()
         if self.epochs:
             self._draw()
 
     def add(self, numbers: dict) -> None:
-        """The numbers of an epoch."""
+        """Append the line of an epoch, and write all files."""
         self.epochs.append(numbers)
         self._write()
         self.show(numbers, numbers["epoch"] + 1)
         self._draw()
 
     def show(self, numbers: Mapping[str, float], epochs: float) -> None:
-        """Numbers that are to be looked at alone, after so many ``epochs``."""
+        """Send numbers to TensorBoard and the mirror alone, after so many ``epochs``."""
         self.mirror(numbers, round(1000 * epochs))
         with self.output.attempt_extra("TensorBoard's events"):
             try:

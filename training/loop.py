@@ -1,12 +1,11 @@
-"""A run of either stage: set up, trained or evaluated, written and uploaded."""
+"""The loop of a run: train, evaluate, log, save, stop, roll back."""
 
 import copy
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -17,25 +16,12 @@ from common.errors import InputError
 from common.files import atomic_write, read_checkpoint, remove_unfinished
 from engine import Position, evaluate, not_finite, train_one_epoch
 from models.formats.timm_folder import AVERAGED_FOLDER
-from training.build import (
-    doubts,
-)
-from training.checkpoints import (
-    check_state,
-    find_checkpoint,
-    keep_best,
-    restore,
-    write_checkpoint,
-)
-from training.config import options_file, parse_options
+from training.build import doubtful_options
+from training.checkpoints import check_state, keep_best, restore, write_checkpoint
+from training.config import options_file
 from training.logs import Progress
-from training.outputs import push, write_weights
-from training.run import Run, describe
-from training.setup import (
-    fetch_addresses,
-    fetch_data,
-    set_up,
-)
+from training.outputs import write_weights
+from training.run import Run
 from training.teacher import TeacherCache
 from utils import NotFiniteError, print_main
 
@@ -44,29 +30,24 @@ import yaml
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-DOWNLOADING, SETTING_UP = timedelta(days=1), timedelta(hours=1)  # that one process may take longer than another
 ROLLBACKS = 3  # between two checkpoints; more do not help
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def train(run: Run) -> int:
-    """Train to the last epoch, and write what section 'What a run writes' of the README lists after evaluations.
+    """Train to the last epoch, and write the files of the run after each evaluation.
 
     Returns:
-        The exit status: 0, or 128 + the number of the signal that asked the run to stop.
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
     """
-    args = run.args
-    initialised = run.kind == "descend" or args.init or args.finetune
-    for doubt in doubts(args, run.scheduler) if utils.is_main() and run.epoch < args.epochs else ():
-        print(f"warning: {doubt}", file=sys.stderr, flush=True)
+    config = run.config
+    initialised = config.model.load_gene or config.model.init or config.model.finetune
+    if utils.is_main() and run.epoch < config.schedule.epochs:
+        for warning in doubtful_options(config.optim, config.schedule, config.data.batch_size, run.scheduler):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     begin_writing(run)
     with utils.StopSignals() as signals:
         try:
-            if run.epoch == 0 and run.position.images == 0 and (initialised or args.epochs == 0):
+            if run.epoch == 0 and run.position.images == 0 and (initialised or config.schedule.epochs == 0):
                 finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
             train_epochs(run, signals)
         except utils.Stopped as stopped:
@@ -83,7 +64,7 @@ def train(run: Run) -> int:
 
 def stop(run: Run, stopped: utils.Stopped) -> int:
     """Write what was trained, and return the exit status of a run that was asked to stop."""
-    args, where = run.args, f"in epoch {run.epoch} after {run.position.steps} steps"
+    where = f"in epoch {run.epoch} after {run.position.steps} steps"
     if not stopped.together and not utils.all_are_at(where):
         # the others wait for this process, or do not answer: none of them can go on
         last = f"{run.checkpoint} is the last checkpoint" if run.checkpoint else "there is no checkpoint"
@@ -93,37 +74,38 @@ def stop(run: Run, stopped: utils.Stopped) -> int:
     write_checkpoint(run)
     written = run.checkpoint is not None and str(run.checkpoint) not in run.output.failed
     kept = "--resume auto continues" if written else "it could not be saved"
-    kept = kept if args.output_dir else "nothing is kept without --output-dir"
+    kept = kept if run.config.output.output_dir else "nothing is kept without --output-dir"
     print_main(f"stopped by {stopped}, {where}: {kept}")
     return stopped.status
 
 
 def begin_writing(run: Run) -> None:
-    args = run.args
+    """Write args.yaml and the log of the epochs before, and what an interruption or a full disk has cut off."""
+    epochs = run.config.schedule.epochs
     if run.log is not None:
         remove_unfinished(run.output_dir)
         remove_unfinished(run.output_dir / AVERAGED_FOLDER)
         with run.output.attempt(run.output_dir / "args.yaml"), atomic_write(run.output_dir / "args.yaml") as to:
-            Path(to).write_text(yaml.safe_dump(options_file(args)))
+            Path(to).write_text(yaml.safe_dump(options_file(run.config)))
         run.log.begin(round(1000 * run.epochs_done))
-    if run.log is not None and run.checkpoint is not None:  # what the killed or full disk has cut off
+    if run.log is not None and run.checkpoint is not None:  # what an interruption or a full disk has cut off
         keep_best(run)
-        if run.epoch >= args.epochs > 0:
+        if run.epoch >= epochs > 0:
             with run.output.attempt("what was trained"):
                 write_weights(run)
-    if run.epoch >= args.epochs > 0:
-        print_main(f"nothing left to train: epoch {run.epoch} of --epochs {args.epochs} has been reached")
-    run.progress = Progress(args.epochs * run.steps, "training", run.steps_done)
+    if run.epoch >= epochs > 0:
+        print_main(f"nothing left to train: epoch {run.epoch} of --epochs {epochs} has been reached")
+    run.progress = Progress(epochs * run.steps, "training", run.steps_done)
 
 
 def train_epochs(run: Run, signals: utils.StopSignals) -> None:
-    args, model = run.args, run.model
+    config, model = run.config, run.model
     if utils.world_size() > 1:
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
-    if args.compile:
+    if config.runtime.compile:
         model = torch.compile(model)
     timer = CheckpointTimer(run, signals)
-    while run.epoch < args.epochs:
+    while run.epoch < config.schedule.epochs:
         run.set_learning_rate()
         run.train_loader.sampler.set_position(run.epoch, run.position.images)
         if isinstance(run.teacher, TeacherCache):
@@ -140,18 +122,18 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
                 autocast=run.autocast,
                 teacher=run.teacher,
                 mixup=run.mixup,
-                clip_grad=args.clip_grad,
-                accum_iter=args.accum_iter,
+                clip_grad=config.optim.clip_grad,
+                accum_iter=config.optim.accum_iter,
                 ema=run.ema,
                 ema_source=run.model,
-                seed=args.seed,
-                log_interval=args.log_interval,
-                skip_nan=args.on_nan == "skip",
+                seed=config.runtime.seed,
+                log_interval=config.runtime.log_interval,
+                skip_nan=config.runtime.on_nan == "skip",
                 position=run.position,
                 after_step=timer.after_step,
                 report=partial(report, run),
             )
-            if (run.epoch + 1) % args.eval_interval and run.epoch + 1 < args.epochs:
+            if (run.epoch + 1) % config.output.eval_interval and run.epoch + 1 < config.schedule.epochs:
                 run.epoch, run.position = run.epoch + 1, Position()  # and nothing else, so that short epochs stay short
                 continue
             finish_epoch(run, run.epoch, {f"train_{name}": value for name, value in trained.items()}, signals)
@@ -161,20 +143,20 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
 
 
 class CheckpointTimer:
-    """When a checkpoint is written, besides after every evaluation."""
+    """Decides when a checkpoint is written, besides after every evaluation."""
 
     def __init__(self, run: Run, signals: utils.StopSignals):
         self.run, self.signals = run, signals
         self.steps, self.time = run.steps_done, time.monotonic()
 
     def after_step(self) -> None:
-        """Save if it is time to, and stop if that was asked for."""
-        args, steps = self.run.args, self.run.steps_done - self.steps
-        late = args.save_every_minutes is not None and time.monotonic() - self.time > 60 * args.save_every_minutes
+        """Write a checkpoint if it is time to, and stop if a signal has come."""
+        output, steps = self.run.config.output, self.run.steps_done - self.steps
+        late = output.save_every_minutes is not None and time.monotonic() - self.time > 60 * output.save_every_minutes
         number, late = utils.maximum(self.signals.noted, late)
         if number:
             raise utils.Stopped(int(number))
-        if late or (args.save_every_steps and steps >= args.save_every_steps):
+        if late or (output.save_every_steps and steps >= output.save_every_steps):
             self.save()
 
     def save(self) -> None:
@@ -183,7 +165,7 @@ class CheckpointTimer:
 
 
 def report(run: Run, numbers: dict[str, float]) -> None:
-    """What the engine has seen since the last time, for people to look at."""
+    """Show and log the numbers of the last steps."""
     run.progress.advance(run.steps_done - run.progress.done)
     run.progress.show({"epoch": run.epoch, **numbers})
     if run.log is not None:
@@ -208,24 +190,26 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
     check_state(run)
     print_main(f"{f'epoch {epoch}' if epoch >= 0 else 'before training'}: {shown}")
     run.epoch, run.position = epoch + 1, Position()
-    if run.log is None:
-        return
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    line = {**numbers, "epoch": epoch, "n_parameters": parameters}
+    if run.log is None:
+        run.epochs.append(line)
+        return
     with run.output.attempt("what was trained"):
         write_weights(run)
-    run.log.add({**numbers, "epoch": epoch, "n_parameters": parameters})
+    run.log.add(line)
     if isinstance(run.model, models.LeTs):
         run.log.show(run.model.coefficients(), epoch + 1)
 
 
 def roll_back(run: Run, error: NotFiniteError) -> None:
-    """Go on with the weights of the newest checkpoint, after the batches that led to ``error``.
+    """Continue with the weights of the newest checkpoint, after the batches that led to ``error``.
 
     Raises:
-        NotFiniteError: ``error``, where --on-nan does not ask for that or it does not help.
+        NotFiniteError: ``error``, without --on-nan rollback, without a checkpoint, or after `ROLLBACKS` of them.
     """
     path, again = utils.from_main((run.checkpoint, run.rollbacks < ROLLBACKS))
-    if run.args.on_nan != "rollback" or path is None or not again:
+    if run.config.runtime.on_nan != "rollback" or path is None or not again:
         raise error
     run.rollbacks += 1
     content = read_checkpoint(path)
@@ -245,7 +229,7 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
         model = models.Learngene.of(model).descend(model.descendants[-1]).eval()
     elif isinstance(model, models.AuxNet):
         model = model.to_vit()
-    if run.args.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
+    if run.config.optim.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
         model = copy.deepcopy(model).to(run.device)  # the average stays where it is
     with Progress(len(run.test_loader), "evaluating") as progress:
 
@@ -256,57 +240,9 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
         return evaluate(model, run.test_loader, run.device, run.autocast, advance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From the command line to the exit status
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str]) -> int:
-    """Do what the command line ``argv`` says, and return the exit status."""
-    args, mistake = None, None
-    try:
-        args = parse_options(argv)
-    except InputError as error:
-        mistake = error  # of all processes, to be said once
-    try:
-        utils.init_distributed(timedelta(minutes=args.dist_timeout if args else 1))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    with utils.failures_reported_once():
-        with utils.errors_reported_once(patience=DOWNLOADING):
-            if mistake:
-                raise mistake
-            find_checkpoint(args)
-            fetch_addresses(args)
-            fetch_data(args)
-        args.resume = utils.from_main(args.resume)
-        with utils.errors_reported_once(patience=SETTING_UP):  # the others find what the first has fetched
-            run = set_up(args)
-        print_main(f"{run.kind}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
-        status = evaluate_only(run) if run.args.eval else train(run)
-        with utils.errors_reported_once(patience=DOWNLOADING):
-            finish(run, status)
-        utils.leave_together()
-    return status
-
-
-def evaluate_only(run: Run) -> int:
-    if run.args.model_ema:
-        print_main(f"the averaged weights of {run.args.resume} are evaluated")
+def evaluate_only(run: Run) -> None:
+    """Evaluate the weights of the run, and print the numbers as JSON."""
+    if run.config.optim.model_ema:
+        print_main(f"the averaged weights of {run.config.runtime.resume} are evaluated")
     numbers = evaluate_run(run, run.model)
     print_main(json.dumps({f"test_{name}": value for name, value in numbers.items()}))
-    return 0
-
-
-def finish(run: Run, status: int) -> None:
-    """Upload what was trained, if that was asked for.
-
-    Raises:
-        InputError: files of the last epoch could not be written.
-    """
-    if run.output.failed and status == 0:
-        what, why = next(iter(run.output.failed.items()))
-        raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
-    if run.args.push_to_hub and utils.is_main() and status == 0:
-        push(run)

@@ -5,7 +5,6 @@ random generator. No list of optimisers or of names stands here. What belongs to
 stepping another one of the same options on parameters that are thrown away.
 """
 
-import argparse
 import copy
 import difflib
 import io
@@ -17,10 +16,11 @@ from contextlib import contextmanager
 import utils
 from common.errors import InputError, one_line, shown
 from samplers import derived_seed
+from training.config import OptimConfig
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.optim.kron import Kron
 from timm.utils import random_seed
 from torch import Tensor, nn
@@ -39,30 +39,41 @@ Kind = tuple[int, torch.Size, torch.dtype]  # a group, a shape, a type: paramete
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scaled_lr(args: argparse.Namespace) -> float:
+def scaled_lr(optim: OptimConfig, batch_size: int) -> float:
     """The learning rate: ``--lr`` is for 512 images per optimiser step."""
-    return args.lr if args.unscale_lr else args.lr * images_per_step(args) / 512
+    return optim.lr if optim.unscale_lr else optim.lr * images_per_step(optim, batch_size) / 512
 
 
-def images_per_step(args: argparse.Namespace) -> int:
-    """Images of all processes that make one optimiser step."""
-    return args.batch_size * utils.world_size() * args.accum_iter
+def images_per_step(optim: OptimConfig, batch_size: int) -> int:
+    """Images of all processes that make one optimiser step.
+
+    Args:
+        batch_size: of one process.
+    """
+    return batch_size * utils.world_size() * optim.accum_iter
 
 
-def create_optimizer(args: argparse.Namespace, parameters: nn.Module | list[dict]) -> Optimizer:
+def create_optimizer(optim: OptimConfig, lr: float, parameters: nn.Module | list[dict]) -> Optimizer:
     """The optimiser of ``--opt``, for a model or for groups of parameters.
 
+    Args:
+        lr: of an optimiser step, `scaled_lr`.
+
     Raises:
-        InputError: timm has no such optimiser, or it does not take these options, or needs what is not here.
+        InputError: timm has no such optimiser, or it does not take these options, or a package is missing.
     """
-    prefix, _, name = args.opt.lower().rpartition("_")
+    prefix, _, name = optim.opt.lower().rpartition("_")
     if name not in list_optimizers() or prefix not in ("", "lookahead"):
-        raise InputError(f"--opt {args.opt} is unknown: did you mean {nearest(args.opt)}?")
-    fused = {"fused": True} if args.opt in ("adam", "adamw") else {}  # one pass over the weights instead of a dozen
+        raise InputError(f"--opt {optim.opt} is unknown: did you mean {nearest(optim.opt)}?")
+    options = dict(lr=lr, weight_decay=optim.weight_decay, momentum=optim.momentum, eps=optim.opt_eps)
+    if optim.opt_betas is not None:
+        options["betas"] = list(optim.opt_betas)
+    if optim.opt in ("adam", "adamw"):
+        options["fused"] = True  # one pass over the weights instead of a dozen
     try:
-        return create_optimizer_v2(parameters, **{**optimizer_kwargs(args), "lr": scaled_lr(args)}, **fused)
+        return create_optimizer_v2(parameters, opt=optim.opt, **options)
     except (ValueError, TypeError, LookupError, AssertionError, ImportError, RuntimeError) as error:
-        raise unusable(args, error) from error
+        raise unusable(optim, error) from error
 
 
 def nearest(opt: str) -> str:
@@ -73,15 +84,15 @@ def nearest(opt: str) -> str:
     return (difflib.get_close_matches(name, known, n=1) or ["adamw"])[0]
 
 
-def unusable(args: argparse.Namespace, error: Exception) -> InputError:
+def unusable(optim: OptimConfig, error: Exception) -> InputError:
     """The error for an optimiser that fails with these options."""
-    reason, takes = one_line(error) or type(error).__name__, get_optimizer_info(args.opt.rpartition("_")[2]).num_betas
+    reason, takes = one_line(error) or type(error).__name__, get_optimizer_info(optim.opt.rpartition("_")[2]).num_betas
     if isinstance(error, (AssertionError, ImportError, TypeError)):  # CUDA, a package or an argument is missing
-        reason += f"; --opt {nearest(args.opt)} can"
-    elif args.opt_betas and len(args.opt_betas) != takes:
+        reason += f"; --opt {nearest(optim.opt)} can"
+    elif optim.opt_betas and len(optim.opt_betas) != takes:
         reason = f"it takes {takes} betas"
-    betas = f" with --opt-betas {' '.join(map(str, args.opt_betas))}" if args.opt_betas else ""
-    return InputError(f"--opt {args.opt}{betas} cannot be used: {reason}")
+    betas = f" with --opt-betas {' '.join(map(str, optim.opt_betas))}" if optim.opt_betas else ""
+    return InputError(f"--opt {optim.opt}{betas} cannot be used: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,9 +108,12 @@ class Sample:
         always: the state of each kind after one step.
     """
 
-    def __init__(self, args: argparse.Namespace, groups: Sequence[float], kinds: Sequence[Kind], device: torch.device):
+    def __init__(
+        self, optim: OptimConfig, lr: float, groups: Sequence[float], kinds: Sequence[Kind], device: torch.device
+    ):
         """
         Args:
+            lr: of a step.
             groups: the weight decay of each, the only thing in which the groups of a run differ.
             kinds: of the parameters, whose values are random.
         """
@@ -109,7 +123,7 @@ class Sample:
         for number, (group, shape, dtype) in enumerate(self.order):
             self.parameters.append(nn.Parameter(random_like(torch.empty(shape, dtype=dtype, device=device), number)))
             members[group]["params"].append(self.parameters[-1])
-        self.optimizer = create_optimizer(args, members)
+        self.optimizer = create_optimizer(optim, lr, members)
         self.steps, self.always = 0, {}
         self.options = copy.deepcopy(self._values_of_groups())
 
@@ -160,12 +174,12 @@ def kinds_of(optimizer: Optimizer) -> list[Kind]:
     return [(number, p.shape, p.dtype) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
 
 
-def sample_of(args: argparse.Namespace, optimizer: Optimizer) -> Sample:
+def sample_of(optim: OptimConfig, lr: float, optimizer: Optimizer) -> Sample:
     """A sample that shows the state of the parameters of ``optimizer``."""
     groups = optimizer.param_groups
     device = groups[0]["params"][0].device
     with trying(device):
-        sample = Sample(args, [group["weight_decay"] for group in groups], kinds_of(optimizer), device)
+        sample = Sample(optim, lr, [group["weight_decay"] for group in groups], kinds_of(optimizer), device)
         sample.step(HALF)
     return sample
 
@@ -285,7 +299,7 @@ def tensors_in(value: object) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_optimizer(args: argparse.Namespace, device: torch.device) -> Optimizer:
+def check_optimizer(optim: OptimConfig, device: torch.device) -> Optimizer:
     """Find out on a few small parameters whether a run with ``--opt`` can be trained, and resumed exactly.
 
     Returns:
@@ -295,38 +309,39 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> Optimizer
         InputError: it cannot.
     """
     kinds = [(group, torch.Size(shape), torch.float32) for group in (0, 1) for shape in SHAPES]
-    visible = argparse.Namespace(**{**vars(args), "lr": 0.01, "unscale_lr": True})  # a tiny rate changes no weight
+    lr = 0.01  # a tiny one changes no weight
     with trying(device):
-        whole, resumed = (Sample(visible, [0.0, args.weight_decay], kinds, device) for _ in range(2))
+        whole, resumed = (Sample(optim, lr, [0.0, optim.weight_decay], kinds, device) for _ in range(2))
         if getattr(whole.optimizer, "is_second_order", False):
             raise InputError(
-                f"--opt {args.opt} cannot be used: it needs second derivatives, which are not computed here; "
-                f"--opt {nearest(args.opt)} can"
+                f"--opt {optim.opt} cannot be used: it needs second derivatives, which are not computed here; "
+                f"--opt {nearest(optim.opt)} can"
             )
         if isinstance(without_wrapper(whole.optimizer), Kron) and not opt_einsum.is_available():
             raise InputError(
-                f"--opt {args.opt} cannot be used: it needs opt_einsum, a package, to step within minutes; "
-                f"--opt {nearest(args.opt)} can"
+                f"--opt {optim.opt} cannot be used: it needs opt_einsum, a package, to step within minutes; "
+                f"--opt {nearest(optim.opt)} can"
             )
         try:
             whole.step(HALF)
         except Exception as error:  # whatever an optimiser finds wrong with its options
-            raise unusable(args, error) from error
+            raise unusable(optim, error) from error
         try:
             resumed.resume(whole)
             for sample in (whole, resumed):
                 sample.step(HALF)
         except Exception as error:
-            raise not_resumable(args, one_line(error)) from error
+            raise not_resumable(optim, one_line(error)) from error
     ends = [[*sample.parameters, sample.optimizer.state_dict()] for sample in (whole, resumed)]
     if not same(*ends):
-        raise not_resumable(args, "it keeps something that its checkpoints do not hold")
+        raise not_resumable(optim, "it keeps something that its checkpoints do not hold")
     return whole.optimizer
 
 
-def not_resumable(args: argparse.Namespace, why: str) -> InputError:
+def not_resumable(optim: OptimConfig, why: str) -> InputError:
     return InputError(
-        f"--opt {args.opt} cannot be used: a run could not be resumed exactly, as {why}; --opt {nearest(args.opt)} can"
+        f"--opt {optim.opt} cannot be used: a run could not be resumed exactly, as {why}; "
+        f"--opt {nearest(optim.opt)} can"
     )
 
 

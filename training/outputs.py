@@ -10,7 +10,7 @@ from common.hub import model_card, upload
 from datasets import DATA_SETS, SMALL, describe_classes
 from models.formats.timm_folder import AVERAGED_FOLDER, save_model
 from training.build_model import CHANNELS, wants_size
-from training.config import recipe
+from training.config import LEARNGENE, MODEL, recipe
 from training.label_check import names_known
 from training.run import Run
 from utils import print_main
@@ -22,7 +22,7 @@ from torch import nn
 def write_weights(run: Run) -> None:
     """Stage 1: the learngene files. Else: the model, and its average, in timm's own format."""
     if isinstance(run.model, models.AuxNet):
-        options, names = recipe(run.args), names_known(run.args.data_set, run.classes)
+        options, names = recipe(run.config), names_known(run.config.data.data_set, run.classes)
         models.Learngene.of(run.model, options, classes=names).save(run.output_dir / "learngene.safetensors")
         if run.ema is not None:
             models.Learngene.of(run.ema.module, options, averaged=True, classes=names).save(
@@ -44,8 +44,8 @@ def write_weights(run: Run) -> None:
 
 def write_model(run: Run, model: nn.Module, folder: Path) -> None:
     """A folder that timm reads: ``model``, which is that of the run or its average."""
-    name, size = run.args.des_arch or run.args.model, run.args.input_size
-    small = DATA_SETS[run.args.data_set][2] is not None and size <= SMALL  # small images are used whole
+    name, size = run.config.model.des_name, run.config.data.input_size
+    small = DATA_SETS[run.config.data.data_set][2] is not None and size <= SMALL  # small images are used whole
     save_model(
         model,
         folder,
@@ -53,7 +53,7 @@ def write_model(run: Run, model: nn.Module, folder: Path) -> None:
         model_args={"img_size": size} if not models.follows_grammar(name) and wants_size(name) else {},
         data_config={
             "input_size": [CHANNELS, size, size],
-            "crop_pct": 1.0 if small else run.args.eval_crop_ratio,
+            "crop_pct": 1.0 if small else run.config.data.eval_crop_ratio,
             "crop_mode": "squash" if small else "center",
             "interpolation": "bicubic",  # of every evaluation here, whatever timm records for the architecture
             "mean": IMAGENET_DEFAULT_MEAN,
@@ -65,33 +65,40 @@ def write_model(run: Run, model: nn.Module, folder: Path) -> None:
 
 
 def push(run: Run) -> None:
-    """Upload the output folder with a card."""
-    args = run.args
-    source = f"hf-hub:{args.push_to_hub}"
-    if isinstance(run.model, models.AuxNet):
+    """Upload the output folder with a model card."""
+    output, is_aux_net = run.config.output, isinstance(run.model, models.AuxNet)
+    source = f"hf-hub:{output.push_to_hub}"
+    if is_aux_net:
         usage = f'import models\n\ngene = models.load_learngene("{source}")'
     else:
         usage = f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)'
-    facts = {**run.facts, "data": f"{args.data_set}, {len(run.classes)} classes, {args.input_size} pixels"}
-    if args.train_images:
-        facts["training images"] = f"{args.train_images:,}"
-    if args.holdout:
-        facts["test images"] = f"{args.holdout:,} training images that were held out"
-    teacher = f"{args.teacher_model}, {args.distillation_type} distillation"
-    facts["teacher"] = teacher if args.distillation_type != "none" else "none"
-    facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
-    folder = run.output_dir
-    if args.push_ema:  # a repository of its own, as timm takes model.safetensors and nothing else
+    facts, folder = card_facts(run), run.output_dir
+    if output.push_ema:  # a repository of its own, as timm loads model.safetensors and nothing else
         folder = folder / AVERAGED_FOLDER
-        facts["weights"] = f"exponential moving average over the steps of training, decay {args.model_ema_decay:g}"
+        decay = run.config.optim.model_ema_decay
+        facts["weights"] = f"exponential moving average over the steps of training, decay {decay:g}"
         hardlink_or_copy(run.output_dir / "log.txt", folder / "log.txt")
-    card = model_card(args.push_to_hub.partition("/")[2], facts, run.log.epochs, recipe(args), usage)
+    card = model_card(output.push_to_hub.partition("/")[2], facts, run.epochs, recipe(run.config), usage)
     with atomic_write(folder / "README.md") as unfinished:
         Path(unfinished).write_text(card, encoding="utf-8", errors="backslashreplace")
     files = ["README.md", "log.txt"]
-    if isinstance(run.model, models.AuxNet):
-        files += ["learngene.safetensors"] + ["learngene_ema.safetensors"] * (run.ema is not None)
+    if is_aux_net:
+        files += [LEARNGENE] + ["learngene_ema.safetensors"] * (run.ema is not None)
     else:
-        files += ["model.safetensors", "config.json"]
+        files += [MODEL, "config.json"]
     with error_context("--push-to-hub"):
-        print_main(f"uploaded: {upload(folder, files, args.push_to_hub)}")
+        print_main(f"uploaded: {upload(folder, files, output.push_to_hub)}")
+
+
+def card_facts(run: Run) -> dict[str, str]:
+    """What the model card says about the run besides the options."""
+    data, teacher = run.config.data, run.config.teacher
+    facts = {**run.facts, "data": f"{data.data_set}, {len(run.classes)} classes, {data.input_size} pixels"}
+    if data.train_images:
+        facts["training images"] = f"{data.train_images:,}"
+    if data.holdout:
+        facts["test images"] = f"{data.holdout:,} training images that were held out"
+    distils = teacher.distillation_type != "none"
+    facts["teacher"] = f"{teacher.teacher_model}, {teacher.distillation_type} distillation" if distils else "none"
+    facts["parameters"] = f"{sum(p.numel() for p in run.model.parameters()):,}"
+    return facts

@@ -1,6 +1,5 @@
 """The state of a run."""
 
-import argparse
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ import utils
 from engine import Position
 from losses import DistillationLoss, FamilyLoss
 from pipeline.loader import CheckedLoader
+from training.config import Config
 from training.logs import EpochLog, Output, Progress
 from training.teacher import Teacher, TeacherCache
 
@@ -19,17 +19,12 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Run:
-    """Everything that training and evaluation need; the model is the one without wrappers."""
+    """Everything that training and evaluation need. ``model`` is without the wrappers of DDP and torch.compile."""
 
-    args: argparse.Namespace
-    kind: str
+    config: Config
     output_dir: Path | None
     device: torch.device
     autocast: AbstractContextManager
@@ -44,21 +39,21 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    epoch: int  # that is trained now, and how far it has come
-    facts: dict[str, object]
-    position: Position = field(default_factory=Position)
+    epoch: int  # the current one
+    facts: dict[str, object]  # for the model card
+    position: Position = field(default_factory=Position)  # in the current epoch
     output: Output = field(default_factory=Output)
     log: EpochLog | None = None
     progress: Progress | None = None
-    earlier: list[dict] = field(default_factory=list)  # epochs that the checkpoint has on record
-    checkpoint: Path | None = None  # the newest of this run, as far as the main process knows
+    epochs: list[dict] = field(default_factory=list)  # the lines of log.txt, those of a resumed checkpoint first
+    checkpoint: Path | None = None  # the newest one of this run; known to the main process alone
     schedule_lag: int = 1  # DeiT steps the schedule after each epoch; 0 for a run begun when this program did not
-    rollbacks: int = 0  # since that one
+    rollbacks: int = 0  # since the newest checkpoint
 
     @property
     def steps(self) -> int:
-        """CheckedLoader of each process in a whole epoch."""
-        return len(self.train_loader.dataset) // utils.world_size() // self.args.batch_size
+        """Batches of each process in a whole epoch."""
+        return len(self.train_loader.dataset) // utils.world_size() // self.config.data.batch_size
 
     @property
     def steps_done(self) -> int:
@@ -71,7 +66,7 @@ class Run:
     def set_learning_rate(self) -> None:
         """Epoch e trains at s(max(e − 1, 0)) of the schedule s, as in the published programs.
 
-        The schedule is a function of the epoch, and of the options of this run rather than those it was begun with.
+        The schedule follows from the epoch and the options of this run, not from those of a run that it resumes.
         """
         self.scheduler.step(max(self.epoch - self.schedule_lag, 0))
 

@@ -5,18 +5,18 @@ them. A run can keep it for every later run with the same images: another Aux-Ne
 outputs are enough, and that such a run is as fast as one without teacher: TinyViT (Wu et al., ECCV 2022).
 """
 
-import argparse
 import hashlib
 import json
 import math
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_json
 from pipeline.loader import names_digest
+from training.config import option_name
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -228,16 +228,19 @@ def decompress_topk(kept: dict[str, Tensor], num_classes: int) -> Tensor:
 
 
 def cache_key_of(
-    args: argparse.Namespace, dataset: Dataset, teacher: Teacher, dtype: torch.dtype, processes: int
+    options: Mapping[str, object], dataset: Dataset, teacher: Teacher, dtype: torch.dtype, processes: int
 ) -> dict[str, object]:
     """Everything that the teacher's outputs in a run are a function of, in JSON's types.
 
-    Not among it is what changes the last digits alone, such as the device, or what the images show if it is
-    changed: versions of libraries, or of the files. `TeacherCache` compares images.
+    Left out is what changes the last digits alone, such as the device, and what changes the images without another
+    name, such as versions of libraries or of the files. `TeacherCache` compares images.
+
+    Args:
+        options: of the run, by name, as `training.config.options_of` gives them.
     """
-    names = [*OPTIONS, *(name for name in LATER_OPTIONS if getattr(args, name))]
+    names = [*OPTIONS, *(name for name in LATER_OPTIONS if options[name])]
     return {
-        **{"--" + name.replace("_", "-"): getattr(args, name) for name in names},
+        **{option_name(name): options[name] for name in names},
         "precision": str(dtype).removeprefix("torch."),
         "number of processes": processes,
         "number of training images": len(dataset),

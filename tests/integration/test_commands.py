@@ -15,7 +15,8 @@ from options import option_parser
 from scripts import convert_learngene, make_family
 from study.runner import parse
 from training.build_data import build_mixup
-from training.config import parse_options
+from training.command_line import parse_options
+from training.config import AugmentConfig, Config, options_of
 
 import conftest
 import numpy as np
@@ -172,7 +173,7 @@ def succeeded(outcome: Outcome) -> bool:
 
 
 def test_every_option_of_the_published_programs_is_known_with_its_default():
-    args, defaults = vars(parse_options(FOREIGN.split())), vars(parse_options([]))
+    args, defaults = options_of(parse_options(FOREIGN.split())), options_of(Config())
     others = {
         "model",
         "input_size",
@@ -236,7 +237,7 @@ def test_the_launcher_without_use_env(tmp_path):
 
 def test_the_rank_of_the_launcher_is_that_of_the_environment(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert "local_rank" not in vars(parse_options(["--local-rank=1"]))
+    assert "local_rank" not in options_of(parse_options(["--local-rank=1"]))
     with pytest.raises(InputError, match="--local-rank is 0, LOCAL_RANK in the environment 1"):
         parse_options(["--local_rank", "0"])
 
@@ -296,8 +297,8 @@ NOT_READ = {  # a YAML file, and what the message says
 @pytest.mark.parametrize("text", READ)
 def test_yaml_means(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
-    args = vars(parse_options(["--config", str(tmp_path / "x.yaml")]))
-    assert args == {**vars(parse_options([])), "config": str(tmp_path / "x.yaml"), **READ[text]}
+    options = options_of(parse_options(["--config", str(tmp_path / "x.yaml")]))
+    assert options == {**options_of(Config()), **READ[text]}
 
 
 @pytest.mark.parametrize("text", NOT_READ)
@@ -320,9 +321,9 @@ def test_a_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text("".join(f"{name}: ~/{name}\n" for name in PATHS))
     expected = {name: f"{tmp_path}/{name}" for name in PATHS}
     for argv in (["--config=~/x.yaml"], [f"--{name}=~/{name}" for name in PATHS]):
-        assert {name: vars(parse_options(argv))[name] for name in PATHS} == expected
+        assert {name: options_of(parse_options(argv))[name] for name in PATHS} == expected
     for name in ("pipe:cat ~/{}", "https://host/~me/x", "hf-hub:a/b", "./~/x", "x/~/y"):
-        assert parse_options([f"--data-path={name}"]).data_path == name
+        assert parse_options([f"--data-path={name}"]).data.data_path == name
 
 
 def test_scripts_find_a_home_folder(tmp_path, monkeypatch):
@@ -371,8 +372,8 @@ def test_binary_cross_entropy():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_two_classes_of_a_mixed_image_are_targets(smoothing):
     """Smoothed targets, all of which are above 0, would make every class one."""
-    args = parse_options(["--bce-loss", "--smoothing", str(smoothing), "--cutmix", "0", "--batch-size", "4"])
-    mixup, criterion = build_mixup(args, 10)
+    augment = AugmentConfig(bce_loss=True, smoothing=smoothing, cutmix=0)
+    mixup, criterion = build_mixup(augment, input_size=8, num_classes=10)
     np.random.seed(0)
     _, targets = mixup(torch.zeros(4, 3, 8, 8), torch.arange(4))
     logits = torch.full((4, 10), -20.0)

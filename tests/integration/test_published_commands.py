@@ -20,7 +20,8 @@ from pathlib import Path
 import models
 from models.aux_net import WeightsOnMeta
 from training.checks import kind_of_run
-from training.config import parse_options
+from training.command_line import parse_options
+from training.config import options_of, resolve
 
 import pytest
 import timm
@@ -348,21 +349,21 @@ def test_every_published_config_is_in_the_recipe():
 
 @pytest.mark.parametrize("name", RECIPE)
 def test_config_holds_the_recipe(name: str):
-    args = parse_options(["--config", f"/configs/{name}.yaml"])
-    expected = {**DEIT, **RECIPE[name]}
-    assert {**vars(args), "kind": kind_of_run(args)} == {**vars(args), **expected}
+    config = resolve(parse_options(["--config", f"/configs/{name}.yaml"]))
+    options, expected = options_of(config), {**DEIT, **RECIPE[name]}
+    assert {**options, "kind": kind_of_run(config.model)} == {**options, **expected}
 
 
 @pytest.mark.parametrize(("size", "name"), DEPTHS)
 def test_every_published_depth_is_one_option_away(size: str, name: str):
-    args = parse_options(["--config", f"/configs/conf_train_des_{size}.yaml", "--model-type", name])
-    assert (args.model, kind_of_run(args)) == (name, "descend")
+    config = parse_options(["--config", f"/configs/conf_train_des_{size}.yaml", "--model-type", name]).model
+    assert (config.model, kind_of_run(config)) == (name, "descend")
     with WeightsOnMeta():
-        vit = models.create_model(args.model, drop_path_rate=args.drop_path)
+        vit = models.create_model(config.model, drop_path_rate=config.drop_path)
     assert len(vit.blocks) == int(name.rpartition("_L")[2])
 
 
 def test_eleven_layers_for_45_epochs():
     command = "--config /configs/conf_train_des_s.yaml --model-type deit_small_patch16_224_L11 --epochs 45"
-    args = parse_options(command.split())
-    assert (args.model, args.epochs) == ("deit_small_patch16_224_L11", 45)
+    config = parse_options(command.split())
+    assert (config.model.model, config.schedule.epochs) == ("deit_small_patch16_224_L11", 45)

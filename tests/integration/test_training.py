@@ -15,13 +15,13 @@ import models
 from losses import DistillationLoss
 from training.build import build_optimizer, build_teacher
 from training.checkpoints import write_checkpoint
-from training.config import parse_options
-from training.setup import set_up
+from training.command_line import parse_options
+from training.config import OptimConfig, ScheduleConfig, TeacherConfig
 
 import pytest
 import torch
 import yaml
-from conftest import COMPARABLE, ENVIRONMENT, MAIN, Outcome, Run, run_main, run_many
+from conftest import COMPARABLE, ENVIRONMENT, MAIN, Outcome, Run, run_main, run_many, set_up_run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -385,22 +385,22 @@ def test_distillation_losses(tau):
 def test_dashes_and_underscores_and_yaml(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("model-type: resnet18\nbatch_size: 7\nlr: 5e-4\nrepeated-aug: false\nopt-betas: [0.9, 0.95]\n")
-    args = parse_options(["--config", str(file), "--batch-size=9", "--output_dir=a_b"])
-    assert (args.model, args.batch_size, args.lr, args.repeated_aug) == ("resnet18", 9, 5e-4, False)
-    assert (args.opt_betas, args.output_dir) == ([0.9, 0.95], "a_b")
+    config = parse_options(["--config", str(file), "--batch-size=9", "--output_dir=a_b"])
+    assert (config.model.model, config.data.batch_size, config.optim.lr) == ("resnet18", 9, 5e-4)
+    assert config.augment.repeated_aug is False
+    assert (config.optim.opt_betas, config.output.output_dir) == ((0.9, 0.95), "a_b")
 
 
 def test_mapping_of_a_yaml_can_be_taken_back():
     config = ["--config", "/configs/conf_train_des_lets.yaml"]
-    args = parse_options([*config, "--mapping_layer", "none", "--mapping_layer_coeff", "none"])
-    assert parse_options(config).mapping_layer[:3] == [0, 1, 4]
-    assert (args.mapping_layer, args.mapping_layer_coeff) == (None, None)
+    model = parse_options([*config, "--mapping_layer", "none", "--mapping_layer_coeff", "none"]).model
+    assert parse_options(config).model.mapping_layer[:3] == (0, 1, 4)
+    assert (model.mapping_layer, model.mapping_layer_coeff) == (None, None)
 
 
 def test_learning_rate_follows_the_images_of_a_step():
-    args = parse_options(["--model", AUX, "--batch-size", "128", "--accum-iter", "2", "--lr", "1e-3", "--epochs", "9"])
-    args.warmup_epochs = 0
-    optimizer, _ = build_optimizer(args, models.create_model(AUX))
+    optim, schedule = OptimConfig(accum_iter=2, lr=1e-3), ScheduleConfig(epochs=9, warmup_epochs=0)
+    optimizer, _ = build_optimizer(optim, schedule, batch_size=128, seed=0, model=models.create_model(AUX))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 256 / 512)
 
 
@@ -408,27 +408,26 @@ def test_teacher_whose_filter_takes_the_weights_alone(tmp_path):
     """timm's RegNets are DeiT's teachers."""
     regnet = models.create_model("regnetx_002", num_classes=10)
     torch.save({"model": regnet.state_dict()}, tmp_path / "teacher.pth")
-    options = ["--teacher-model", "regnetx_002", "--teacher-path", str(tmp_path / "teacher.pth"), "--input-size", "32"]
-    args = parse_options(["--distillation-type", "soft", *options])
-    teacher = build_teacher(args, 10, torch.device("cpu"))
+    config = TeacherConfig("regnetx_002", str(tmp_path / "teacher.pth"), distillation_type="soft")
+    teacher = build_teacher(config, 32, 10, torch.device("cpu"))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(images), regnet.eval()(images))
 
 
 def test_pretrained_teacher_with_other_classes_is_refused():
-    args = parse_options(["--distillation-type", "soft", "--teacher-model", "levit_384", "--input-size", "224"])
+    config = TeacherConfig("levit_384", distillation_type="soft")
     with pytest.raises(models.InputError, match="levit_384 has 1000 classes as timm offers it, the data 100"):
-        build_teacher(args, 100, torch.device("cpu"))
+        build_teacher(config, 224, 100, torch.device("cpu"))
 
 
 def test_schedule_follows_the_options_of_the_resumed_run(tmp_path):
     """More --epochs on resuming stretch the cosine; the options of the first run do not stick."""
     common = ["--data-set", "DIGITS", "--model", "deit_nano_patch8_16_L2_H1", "--warmup-epochs", "0", "--unscale-lr"]
-    run = set_up(parse_options([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)]))
+    run = set_up_run([*common, "--epochs", "2", "--lr", "1e-3", "--output_dir", str(tmp_path)])
     run.epoch = 2
     write_checkpoint(run)
     more = ["--epochs", "4", "--lr", "2e-3", "--min-lr", "0", "--resume", str(tmp_path / "checkpoint.pth")]
-    resumed = set_up(parse_options([*common, *more]))
+    resumed = set_up_run([*common, *more])
     assert resumed.epoch == 2
     expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2  # epoch 2 trains at s(1)
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(expected)

@@ -20,15 +20,16 @@ from models.learngene import save_published
 from pipeline import folders, images
 from pipeline.folders import own_folder
 from scripts import make_shards, predict
-from training.config import parse_options
-from training.label_check import check_names
+from training.command_line import parse_options
+from training.config import TeacherConfig
+from training.label_check import check_teacher_names
+from training.launch import fetch_data
 from training.loop import train
-from training.setup import fetch_data, set_up
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, Outcome, Run, run_many
+from conftest import ENVIRONMENT, Outcome, Run, run_many, set_up_run
 from data_layouts import make_cifar
 from hub_stand_in import HubStandIn
 from PIL import Image
@@ -88,7 +89,7 @@ def root(tmp_path_factory) -> Path:
         file.rename(file.with_suffix(".gif"))
     for name, model in (("plain", VIT), ("aux", "aux_deit_nano_patch8_16_L2")):
         options = f"{COMMON} {root}/abc --model {model} --epochs 1 --output-dir {root}/{name}"
-        assert train(set_up(parse_options(options.split()))) == 0
+        assert train(set_up_run(options.split())) == 0
     checkpoint = torch.load(root / "plain" / "checkpoint.pth", weights_only=True)
     assert checkpoint.pop("classes") == list(ABC)
     torch.save(checkpoint, root / "nameless.pth")
@@ -211,12 +212,12 @@ def test_a_learngene_keeps_its_class_names_through_both_formats(root, tmp_path):
 
 
 def test_timms_weights_of_imagenet_are_compared_by_the_codes_of_the_classes():
-    args = parse_options(f"--model {VIT} --distillation-type hard --teacher-model resnet18".split())
+    teacher = TeacherConfig("resnet18", distillation_type="hard")
     codes = ImageNetInfo().label_names()
-    check_names(args, codes, None)
-    check_names(args, [f"thing {i}" for i in range(1000)], None)  # which may be the same ones
+    check_teacher_names(teacher, codes)
+    check_teacher_names(teacher, [f"thing {i}" for i in range(1000)])  # which may be the same ones
     with pytest.raises(InputError, match=rf"resnet18 .*class 5 is '{codes[5]}' there, '{codes[6]}'"):
-        check_names(args, [*codes[:5], codes[6], codes[5], *codes[7:]], None)
+        check_teacher_names(teacher, [*codes[:5], codes[6], codes[5], *codes[7:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def test_numbers_whose_white_is_not_known_are_refused(pixels, tmp_path):
     (tmp_path / "val" / "bat" / "0.png").write_bytes(saved(pixels, "TIFF"))
     options = f"{COMMON} {tmp_path} --model {VIT} --epochs 0"
     with pytest.raises(InputError, match=r"bat/0.png \(its 32-bit pixels go from .* cannot be read as an image"):
-        train(set_up(parse_options(options.split())))
+        train(set_up_run(options.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,16 +483,16 @@ def cifar(tmp_path, monkeypatch) -> Iterator[list[str]]:
 
 def test_download_fetches_what_is_not_there(cifar, tmp_path):
     options = f"--device cpu --num-workers 0 --data-set CIFAR10 --download --data-path {tmp_path}/new/data --epochs 1"
-    args = parse_options([*options.split(), *f"--model {VIT} --input-size 16 --batch-size 8".split()])
+    command = [*options.split(), *f"--model {VIT} --input-size 16 --batch-size 8".split()]
     unfinished = tmp_path / "new" / "data" / ".download-CIFAR10" / "cifar-10-batches-py"
     unfinished.mkdir(parents=True)
     (unfinished / "data_batch_1").write_bytes(b"of a download that was killed")
-    fetch_data(args)
+    fetch_data(parse_options(command))
     asked = len(cifar)
     assert asked > 0
     assert [path.name for path in (tmp_path / "new" / "data").iterdir() if path.is_dir()] == ["cifar-10-batches-py"]
-    assert train(set_up(args)) == 0
-    fetch_data(args)
+    assert train(set_up_run(command)) == 0
+    fetch_data(parse_options(command))
     assert len(cifar) == asked  # it is there
 
 

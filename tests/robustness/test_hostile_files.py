@@ -28,15 +28,14 @@ from common.files import read_yaml
 from models.formats.timm_folder import read_model, save_model
 from models.learngene import save_published, to_published
 from training.checkpoints import resume, write_checkpoint
-from training.config import parse_options
+from training.command_line import parse_options
 from training.foreign_weights import load_foreign_weights
 from training.run import accuracy
-from training.setup import set_up
 
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, PYTHONPATH
+from conftest import ENVIRONMENT, PYTHONPATH, set_up_run
 from safetensors.torch import load_file, save
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -234,7 +233,7 @@ def published_gene(method: str, folder: Path) -> Callable[[random.Random], bytes
 
 
 def checkpoint(folder: Path) -> Callable[[random.Random], bytes]:
-    run = set_up(parse_options([*PLAIN.split(), "--epochs", "2", "--output-dir", str(folder / "run")]))
+    run = set_up_run([*PLAIN.split(), "--epochs", "2", "--output-dir", str(folder / "run")])
     for parameter in run.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     run.optimizer.step()
@@ -296,17 +295,17 @@ def read_gene(head_dim: int) -> Callable[[Path], object]:
 
 
 def resume_reader() -> Callable[[Path], object]:
-    run = set_up(parse_options([*PLAIN.split(), "--epochs", "2"]))
+    run = set_up_run([*PLAIN.split(), "--epochs", "2"])
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
     def read(path: Path) -> None:
-        run.args.resume = str(path)
+        run.config = run.config.with_options(resume=str(path))
         resume(run)
         run.optimizer.step()
         run.scheduler.step(run.epoch)
         run.train_loader.sampler.set_position(run.epoch, run.position.images)
-        json.dumps([*run.earlier, max(run.earlier, key=accuracy, default=None), run.position.state()])
+        json.dumps([*run.epochs, max(run.epochs, key=accuracy, default=None), run.position.state()])
 
     return read
 

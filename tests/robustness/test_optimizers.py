@@ -3,7 +3,6 @@
 Besides: what else of optimiser and schedule is said before training, and --compile on a machine without a compiler.
 """
 
-import argparse
 import copy
 import re
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from common.files import read_checkpoint
 from training import optimizers
 from training.build import build_optimizer
 from training.checkpoints import check_state, restore, save_checkpoint
-from training.config import parse_options
+from training.command_line import parse_options
+from training.config import Config
 from training.optimizers import check_optimizer, compiles
 
 import pytest
@@ -37,18 +37,18 @@ CPU = torch.device("cpu")
 LENGTH = 8  # batches of an epoch; Lookahead averages after every 6th step
 
 
-def options(opt: str, *more: str) -> argparse.Namespace:
+def options(opt: str, *more: str) -> Config:
     return parse_options(["--data-set", "DIGITS", "--model", TINY, "--lr", "1e-3", "--unscale-lr", "--opt", opt, *more])
 
 
-def new_run(args: argparse.Namespace) -> SimpleNamespace:
+def new_run(config: Config) -> SimpleNamespace:
     """As much of a run as training and checkpoints need."""
     torch.manual_seed(0)
-    model = models.create_model(args.model, num_classes=4, drop_path_rate=0.1)
-    optimizer, scheduler = build_optimizer(args, model)
+    model = models.create_model(config.model.model, num_classes=4, drop_path_rate=0.1)
+    optimizer, scheduler = build_optimizer(config.optim, config.schedule, config.data.batch_size, seed=0, model=model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return SimpleNamespace(
-        args=args,
+        config=config,
         classes=list("abcd"),
         model=model,
         optimizer=optimizer,
@@ -84,7 +84,7 @@ def restore_by_file(run: SimpleNamespace, content: dict, folder: Path) -> None:
 
 
 def resumed_from(run: SimpleNamespace, content: dict, folder: Path) -> SimpleNamespace:
-    other = new_run(run.args)
+    other = new_run(run.config)
     restore_by_file(other, content, folder)
     other.epoch = run.epoch
     return other
@@ -98,7 +98,7 @@ def trained_state(opt: str) -> tuple[SimpleNamespace, dict]:
 
 def refusal(opt: str, *more: str) -> str | None:
     try:
-        check_optimizer(options(opt, *more), CPU)
+        check_optimizer(options(opt, *more).optim, CPU)
     except InputError as error:
         return str(error)
     return None
@@ -134,8 +134,8 @@ def test_kron_is_resumed_exactly_where_it_can_be_used(monkeypatch):
     assert refusal("kron") is None
     assert refusal("lookahead_kron") is None
     generator = torch.get_rng_state()
-    assert compiles(check_optimizer(options("kron"), CPU))
-    assert not compiles(check_optimizer(options("adamw"), CPU))
+    assert compiles(check_optimizer(options("kron").optim, CPU))
+    assert not compiles(check_optimizer(options("adamw").optim, CPU))
     assert torch.equal(torch.get_rng_state(), generator)  # the check disturbs no random numbers
 
 
@@ -289,7 +289,7 @@ def test_a_list_of_tensors_is_judged_too():
 
 def test_state_of_another_optimiser_is_refused(tmp_path):
     run, content = trained_state("adamw")
-    run.args = options("sgd")
+    run.config = options("sgd")
     with pytest.raises(InputError, match="its optimizer has no momentum_buffer of "):
         resumed_from(run, content, tmp_path)
 

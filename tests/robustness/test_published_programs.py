@@ -10,14 +10,13 @@ import models
 from common.files import read_checkpoint
 from training.build import build_teacher
 from training.build_data import build_mixup
-from training.build_model import build_model
 from training.checkpoints import write_checkpoint
-from training.config import parse_options
-from training.setup import set_up
+from training.command_line import parse_options
+from training.config import TeacherConfig
 
 import pytest
 import torch
-from conftest import TESTS, Run, run_many
+from conftest import TESTS, Run, run_many, set_up_run
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,13 +64,13 @@ def test_a_run_goes_on_with_the_schedule_that_it_was_begun_with(tmp_path, record
 
 
 def test_schedule_lag_that_is_none(tmp_path):
-    run = set_up(parse_options([*SCHEDULE, "--output-dir", str(tmp_path)]))
+    run = set_up_run([*SCHEDULE, "--output-dir", str(tmp_path)])
     run.epoch = 1
     write_checkpoint(run)
     content = read_checkpoint(tmp_path / "checkpoint.pth")
     torch.save({**content, "schedule_lag": 7}, tmp_path / "checkpoint.pth")
     with pytest.raises(models.InputError, match="schedule_lag is '7', expected 0 or 1"):
-        set_up(parse_options([*SCHEDULE, "--resume", str(tmp_path / "checkpoint.pth")]))
+        set_up_run([*SCHEDULE, "--resume", str(tmp_path / "checkpoint.pth")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,9 +108,8 @@ def random_statistics(model: nn.Module) -> nn.Module:
 
 
 def teacher_of(path: Path, name: str, num_classes: int = 1000) -> nn.Module:
-    options = ["--teacher-model", name, "--teacher-path", str(path), "--input-size", "224"]
-    args = parse_options(["--distillation-type", "soft", *options])
-    return build_teacher(args, num_classes, torch.device("cpu"))
+    config = TeacherConfig(name, str(path), distillation_type="soft")
+    return build_teacher(config, 224, num_classes, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["levit_384", "levit_conv_384"])
@@ -169,8 +167,8 @@ def test_deit_3_as_published(tmp_path):
     ],
 )
 def test_dropout_is_where_the_published_programs_have_it(arguments, count):
-    args = parse_options([*arguments, "--drop", "0.25", "--input-size", "224"])
-    model = build_model(args, "lets" if arguments == LETS else "plain", 10, None)
+    config = parse_options([*arguments, "--drop", "0.25"]).model
+    model = main.builder_of(config)(config, 224, 10, None)
     vit = model.vit if isinstance(model, models.AuxNet) else model
     rates = Counter(module.p for module in vit.modules() if isinstance(module, nn.Dropout))
     assert rates[0.25] == count
@@ -178,16 +176,17 @@ def test_dropout_is_where_the_published_programs_have_it(arguments, count):
 
 
 def test_one_value_is_for_both():
-    assert parse_options(["--trans_init_scheme", "rand"]).trans_init_scheme == ["rand", "rand"]
-    for given, expected in (("0.1", [0.1, 0.1]), ("0.1 0.2", [0.1, 0.2])):
-        assert parse_options(["--trans_init_noise", *given.split()]).trans_init_noise == expected
+    assert parse_options(["--trans_init_scheme", "rand"]).model.trans_init_scheme == ("rand", "rand")
+    for given, expected in (("0.1", (0.1, 0.1)), ("0.1 0.2", (0.1, 0.2))):
+        assert parse_options(["--trans_init_noise", *given.split()]).model.trans_init_noise == expected
     with pytest.raises(models.InputError, match="--trans-init-noise: 3 values are given, expected one or two"):
         parse_options(["--trans-init-noise", "1", "2", "3"])
 
 
 @pytest.mark.parametrize(("minmax", "sides"), [("0.25", {8}), ("0.25 0.25", {8}), ("0.5 0.6", {16, 17, 18})])
 def test_sides_of_cutmix_boxes(minmax, sides):
-    mixup, _ = build_mixup(parse_options(["--input-size", "32", "--cutmix-minmax", *minmax.split(), "--mixup", "0"]), 2)
+    augment = parse_options(["--cutmix-minmax", *minmax.split(), "--mixup", "0"]).augment
+    mixup, _ = build_mixup(augment, input_size=32, num_classes=2)
     found = set()
     for _ in range(40):
         zero_and_one = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)])
@@ -198,8 +197,8 @@ def test_sides_of_cutmix_boxes(minmax, sides):
 
 def test_values_in_a_file_and_on_the_command_line(tmp_path):
     (tmp_path / "one.yaml").write_text("trans-init-noise: 0.1\ncutmix-minmax: 0.2\n")
-    args = parse_options(["--config", str(tmp_path / "one.yaml")])
-    assert (args.trans_init_noise, args.cutmix_minmax) == ([0.1, 0.1], [0.2, 0.2])
+    config = parse_options(["--config", str(tmp_path / "one.yaml")])
+    assert (config.model.trans_init_noise, config.augment.cutmix_minmax) == ((0.1, 0.1), (0.2, 0.2))
     runs = {
         "one": Run([*VIT, "--epochs", "1", "--cutmix-minmax", "0.5"]),
         "inverted": Run([*VIT, "--epochs", "1", "--cutmix-minmax", "0.5", "0.2"]),

@@ -29,7 +29,6 @@ from common.launchers import World
 from pipeline.loader import CheckedLoader, Sample, collate
 from samplers import TrainSampler
 from training.build import device_of
-from training.config import parse_options
 from training.logs import Output
 
 import pytest
@@ -103,7 +102,7 @@ def run_cases(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:
 
 
 def fork_cases(folder: Path) -> None:
-    for module in ("training.loop", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
+    for module in ("training.launch", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"):
         import_module(module)
     for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         import_module(module)
@@ -636,12 +635,11 @@ def test_device_of_a_task(monkeypatch, devices, environment, number):
     monkeypatch.setattr("utils._world", World(1, 2, 1, 2, "127.0.0.1", 1))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args = parse_options(["--device", "cuda"])
     if number is None:
         with pytest.raises(InputError, match="CUDA device 1 is needed, there are 1 here"):
-            device_of(args)
+            device_of("cuda")
     else:
-        assert device_of(args) == torch.device("cuda", number)
+        assert device_of("cuda") == torch.device("cuda", number)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from common.files import hardlink_or_copy, read_checkpoint, remove_unfinished
 from losses import DistillationLoss
 from pipeline.loader import SeededDataset, collate
 from training.checkpoints import find_checkpoint, newest_checkpoint, save_checkpoint
-from training.config import parse_options
+from training.command_line import parse_options
 from training.loop import ROLLBACKS, train
-from training.setup import set_up
 
 import pytest
 import torch
@@ -37,6 +36,7 @@ from conftest import (
     free_port,
     run_main,
     run_many,
+    set_up_run,
 )
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,7 +112,7 @@ def test_a_signal_saves_within_a_step_and_ends_with_its_status(tmp_path, name, s
 def test_a_signal_during_evaluation_saves_too(tmp_path):
     """What has been trained is kept although the epoch is not finished, and the evaluation is made again."""
     common = f"{DIGITS} --model {TINY} --batch-size 16 --epochs 1 --output-dir".split()
-    run = set_up(parse_options([*common, str(tmp_path / "run")]))
+    run = set_up_run([*common, str(tmp_path / "run")])
     batches = run.test_loader
 
     def interrupted() -> Iterator:
@@ -131,9 +131,9 @@ def test_a_signal_during_evaluation_saves_too(tmp_path):
     assert position_of(tmp_path / "run" / "checkpoint.pth") == (0, 1424)
     assert epochs_of(tmp_path / "run") == []
     resume = ["--resume", str(tmp_path / "run" / "checkpoint.pth")]
-    resumed = set_up(parse_options([*common, str(tmp_path / "run"), *resume]))
+    resumed = set_up_run([*common, str(tmp_path / "run"), *resume])
     assert train(resumed) == 0
-    whole = set_up(parse_options([*common, str(tmp_path / "whole")]))
+    whole = set_up_run([*common, str(tmp_path / "whole")])
     assert train(whole) == 0
     assert epochs_of(tmp_path / "run") == epochs_of(tmp_path / "whole")
 
@@ -194,16 +194,15 @@ def test_files_of_others_stay_what_they_are(tmp_path):
 def test_optimisers_that_count_steps_in_their_groups_go_on_counting(tmp_path):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 1 --opt lamb --output-dir {tmp_path}".split()
     assert main.main(options) == 0
-    run = set_up(parse_options([*options, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2"]))
+    run = set_up_run([*options, "--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2"])
     assert [int(group["step"]) for group in run.optimizer.param_groups] == [22, 22]
 
 
 def test_auto_passes_over_damaged_checkpoints_and_starts_afresh_without_any(tmp_path, capsys):
     def found(*more: str) -> str | None:
         options = f"{DIGITS} --model {TINY} --resume auto --output-dir {tmp_path}"
-        args = parse_options([*options.split(), *more])
-        find_checkpoint(args)
-        return args.resume and Path(args.resume).name
+        path = find_checkpoint(parse_options([*options.split(), *more]))
+        return path and Path(path).name
 
     assert found() is None
     assert "starting afresh" in capsys.readouterr().out
@@ -442,7 +441,7 @@ class NotFiniteOnce(nn.Module):
 
 def test_rolling_back_goes_on_after_the_batches_that_led_there(tmp_path, capsys):
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 2 --save-every-steps 10 --on-nan rollback"
-    run = set_up(parse_options([*options.split(), "--output-dir", str(tmp_path)]))
+    run = set_up_run([*options.split(), "--output-dir", str(tmp_path)])
     run.criterion = NotFiniteOnce(run.criterion, step=15)
     assert train(run) == 0
     said = capsys.readouterr().out
@@ -458,7 +457,7 @@ def test_rolling_back_goes_to_no_other_run(tmp_path, capsys):
     """A folder that holds the checkpoint of an earlier run, and a loss that is not finite before the first of this."""
     options = f"{DIGITS} --model {TINY} --batch-size 64 --epochs 1 --on-nan rollback --output-dir {tmp_path}"
     assert main.main(options.split()) == 0
-    run = set_up(parse_options(options.split()))
+    run = set_up_run(options.split())
     run.criterion = NotFiniteOnce(run.criterion, step=3)
     with pytest.raises(utils.NotFiniteError, match="at step 3"):
         train(run)
@@ -555,7 +554,5 @@ def test_a_process_that_is_left_alone_says_so(rank):
 
 @pytest.mark.parametrize("option", ["--resume auto", "--on-nan rollback", "--wandb project"])
 def test_what_needs_an_output_folder(option):
-    args = parse_options(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())
-    start = find_checkpoint if args.resume else set_up
     with pytest.raises(models.InputError, match="--output-dir is missing: " + option.split()[0]):
-        start(args)
+        set_up_run(f"{DIGITS} --model {TINY} --epochs 1 {option}".split())

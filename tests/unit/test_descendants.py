@@ -1,6 +1,5 @@
 """Des-Nets that are trained beside the Aux-Net in stage 1."""
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -10,7 +9,8 @@ from common.errors import InputError
 from datasets import build_dataset, build_transform
 from losses import DistillationLoss, FamilyLoss
 from training.build_model import descendants_of
-from training.config import parse_options
+from training.command_line import parse_options
+from training.config import options_of
 
 import pytest
 import torch
@@ -106,16 +106,16 @@ def test_alternating_rows_give_back_the_vit_that_the_learngene_starts_from():
 
 def test_the_improved_recipe_is_the_published_one_but_for_what_it_says():
     published, improved = (
-        vars(parse_options(["--config", f"/configs/{name}.yaml"])) for name in ("conf_train_aux_lets", "lets_plus_aux")
+        parse_options(["--config", f"/configs/{name}.yaml"]) for name in ("conf_train_aux_lets", "lets_plus_aux")
     )
-    differing = {name for name in published if published[name] != improved[name]} - {"config", "output_dir"}
+    theirs, ours = options_of(published), options_of(improved)
+    differing = {name for name in theirs if theirs[name] != ours[name]} - {"output_dir"}
     assert differing == {
         *("src_path", "trans_init_scheme", "descendants", "descendant_depths", "descendant_heads"),
         "descendant_weight",
     }
-    aux = models.create_aux_net(improved["src_arch"], improved["tgt_arch"], num_classes=10)
-    sizes = descendants_of(argparse.Namespace(**improved | {"input_size": 224}))
-    aux.train_descendants(sizes, improved["descendants"], alone=True)
+    aux = models.create_aux_net(improved.model.src_arch, improved.model.tgt_arch, num_classes=10)
+    aux.train_descendants(descendants_of(improved.model, 224), improved.model.descendants, alone=True)
     assert (len(aux.descendants), str(aux.descendants[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
 
 

@@ -361,10 +361,10 @@ def test_moments_that_do_not_fit_are_one_sentence(runs):
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("lets", ["7 classes, the data 10: the head is fresh", "16 patches in the learngene, 36 here"]),
+        ("lets", ["7 classes, the data 10: the head is re-initialised", "16 patches in the learngene, 36 here"]),
         ("tleg", ["1 channel(s) in the learngene, 3 here", "patches of 4 pixels in the learngene, 8 here", "4 here"]),
         ("patches", ["has patches (64, 3, 8, 8), here are (64, 3, 4, 4): they are resampled"]),
-        ("grey", ["has 3 classes, the data 10: the head is fresh", "images of 1 channel(s)", "(1, 64, 64)"]),
+        ("grey", ["has 3 classes, the data 10: the head is re-initialised", "images of 1 channel(s)", "(1, 64, 64)"]),
     ],
 )
 def test_what_is_not_taken_as_it_is_is_said(runs, name, lines):

@@ -9,11 +9,10 @@ from models.baselines import BASELINES, weight_selection
 from models.depth_mapping import select_depth
 from models.learngene import PARTS, save_published
 from models.selection import WIDTH_SELECTIONS
-from training.config import parse_options
-from training.setup import set_up
 
 import pytest
 import torch
+from conftest import set_up_run
 from torch.utils.flop_counter import FlopCounterMode
 
 # one head of two neurons in the small ViT, two heads in the large one
@@ -219,14 +218,14 @@ def test_rivals_on_the_command_line(tmp_path, capsys, rival):
     trained = models.create_model("deit_nano_patch4_16_L3", num_classes=7)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     options = f"{DIGITS} --model {arch} --epochs 0 --init {rival} --init-path {tmp_path / 'trained.pth'}"
-    run = set_up(parse_options(options.split()))
+    run = set_up_run(options.split())
     sizes = models.parse_arch(arch), models.parse_arch("deit_nano_patch4_16_L3")
     expected = BASELINES[rival](trained.state_dict(), *sizes[::-1])
     found = run.model.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected if not name.startswith("head."))
     said = capsys.readouterr().out
     assert "L3-H2 (width 64), patch 4, image 16" in said
-    assert "7 classes, the data 10: the head is fresh" in said
+    assert "7 classes, the data 10: the head is re-initialised" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def test_frozen_learngene_of_a_trained_vit_stays_as_it_is(tmp_path):
         f"{DIGITS} --src-arch deit_nano_patch4_16_L2 --tgt-arch deit_nano_patch4_16_L4_H3 --full-width --epochs 1 "
         f"--src-path {tmp_path / 'trained.pth'} --freeze-src --no-repeated-aug --output-dir {tmp_path / 'run'}"
     )
-    fresh = set_up(parse_options(options.split())).model
+    fresh = set_up_run(options.split()).model
     assert main.main(options.split()) == 0
     gene = models.load_learngene(tmp_path / "run" / "learngene.safetensors")
     expected = lets.stack_layers(trained.state_dict(), 2)

@@ -24,7 +24,7 @@ from pipeline.loader import CheckedLoader, SeededDataset, collate
 from pipeline.shards import Shard, ShardCache
 from samplers import LANES, ExactSampler, TrainSampler, derived_seed, shuffled
 from scripts import make_shards
-from training.config import parse_options
+from training.command_line import parse_options
 
 import numpy as np
 import pytest
@@ -511,7 +511,7 @@ def test_a_command_is_taken_from_the_command_line_alone(tmp_path):
     config.write_text("data_set: WDS\ndata_path: 'pipe:touch {}'\n")
     with pytest.raises(InputError, match=f"--config {config}: data_path is a command, which only the command line may"):
         parse_options(["--config", str(config)])
-    assert parse_options(["--config", str(config), "--data-path", "pipe:cat {}"]).data_path == "pipe:cat {}"
+    assert parse_options(["--config", str(config), "--data-path", "pipe:cat {}"]).data.data_path == "pipe:cat {}"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from common.files import read_checkpoint
 from datasets import ImageList, build_dataset, build_transform, train_holdout_split
 from pipeline.loader import name_of_image, names_digest
 from training.build_data import build_sets
-from training.config import parse_options
+from training.command_line import parse_options
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ RARELY = f"{SMALL} {LETS} --epochs 4 --eval-interval 3 --save-every-steps 2 --ke
 
 
 def sets_of(options: str):
-    return build_sets(parse_options(f"{DIGITS} --model {VIT} --input-size 16 {options}".split()))[:2]
+    config = parse_options(f"{DIGITS} --model {VIT} --input-size 16 {options}".split())
+    return build_sets(config.data, config.augment, config.runtime.eval)[:2]
 
 
 def log_of(folder: Path) -> list[dict]:

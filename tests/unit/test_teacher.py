@@ -9,15 +9,13 @@ from pathlib import Path
 
 import models
 from losses import DistillationLoss
-from training.config import parse_options
 from training.loop import train
-from training.setup import set_up
 from training.teacher import Teacher, TeacherCache, compress_topk, decompress_topk
 
 import numpy as np
 import pytest
 import torch
-from conftest import Run, assert_same_result, run_many
+from conftest import Run, assert_same_result, run_many, set_up_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,7 +50,7 @@ def options(root: Path, *more: object) -> list[str]:
 
 def trained(root: Path, *more: object, at_call: Callable[[int], None] = lambda call: None) -> tuple[int, int]:
     """Train in this process: the exit status, and how often the teacher's network was asked."""
-    run, calls = set_up(parse_options(options(root, *more))), []
+    run, calls = set_up_run(options(root, *more)), []
 
     def asked(*_) -> None:
         calls.append(None)
@@ -219,19 +217,19 @@ def test_a_cache_of_other_runs_is_refused(root, cache, more, sentence):
         if name in more:
             shutil.copytree(root / "data", root / name)
             change(root / name / "train" / "a" / "1.png")
-    args = parse_options(options(root, LETS, "--teacher-cache", cache, more.format(root=root)))
+    command = options(root, LETS, "--teacher-cache", cache, more.format(root=root))
     with pytest.raises(models.InputError, match=re.escape(sentence)):
-        set_up(args)
+        set_up_run(command)
 
 
 def test_a_folder_that_is_no_cache_is_refused(root, tmp_path):
     (tmp_path / "teacher_cache.json").write_text("[]")
     with pytest.raises(models.InputError, match=r"teacher_cache.json describes no teacher cache"):
-        set_up(parse_options(options(root, LETS, "--teacher-cache", tmp_path)))
+        set_up_run(options(root, LETS, "--teacher-cache", tmp_path))
     with pytest.raises(models.InputError, match=r"--teacher-cache .*0.pth.* cannot be written: Not a directory"):
-        set_up(parse_options(options(root, LETS, "--teacher-cache", root / "0.pth" / "x")))
+        set_up_run(options(root, LETS, "--teacher-cache", root / "0.pth" / "x"))
     with pytest.raises(models.InputError, match="--teacher-cache is missing"):
-        set_up(parse_options(options(root, LETS, "--teacher-cache-top 2")))
+        set_up_run(options(root, LETS, "--teacher-cache-top 2"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import models
 from models.formats.published import fuse_qkv
 from training.build import build_criterion, build_ema, build_optimizer
 from training.build_data import build_mixup
-from training.config import parse_options
+from training.command_line import parse_options
+from training.config import resolve
 from training.loop import train
 from training.run import Run
 
@@ -128,14 +129,13 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 def test_published_run_step_for_step(name, tmp_path):
     trajectory = TRAJECTORIES[name]
     tensors = load_file(FOLDER / trajectory["file"])
-    args = parse_options(arguments_of(trajectory))
+    config = resolve(parse_options(arguments_of(trajectory)))
     model, data = model_of(trajectory, tensors, tmp_path), Recorded(tensors, trajectory["steps_per_epoch"])
-    optimizer, scheduler = build_optimizer(args, model)
-    mixup, base = build_mixup(args, trajectory["num_classes"])
-    watched = Watched(build_criterion(args, base), optimizer)
+    optimizer, scheduler = build_optimizer(config.optim, config.schedule, config.data.batch_size, seed=0, model=model)
+    mixup, base = build_mixup(config.augment, config.data.input_size, trajectory["num_classes"])
+    watched = Watched(build_criterion(base, config.teacher, config.model), optimizer)
     run = Run(
-        args=args,
-        kind=trajectory["method"],
+        config=config,
         output_dir=None,
         device=torch.device("cpu"),
         autocast=nullcontext(),
@@ -143,9 +143,9 @@ def test_published_run_step_for_step(name, tmp_path):
         test_loader=data,
         classes=[*map(str, range(trajectory["num_classes"]))],
         model=model,
-        ema=build_ema(args, model),
+        ema=build_ema(config.optim, model),
         mixup=mixup,
-        teacher=None if args.distillation_type == "none" else data.teach,
+        teacher=None if config.teacher.distillation_type == "none" else data.teach,
         criterion=watched,
         optimizer=optimizer,
         scheduler=scheduler,

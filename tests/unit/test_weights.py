@@ -175,11 +175,15 @@ def mae() -> dict:
             lambda: with_tokens("deit_base_distilled_patch16_224"),
             ["dist_token, their positions and head_dist left"],
         ),
-        (dino, ["under 'teacher'", "backbone.…", "cls_token and its position", "no head (head): it is fresh"]),
+        (dino, ["under 'teacher'", "backbone.…", "cls_token and its position", "no head (head): it is re-initialised"]),
         (lambda: {"teacher": prefixed("backbone.", without(with_tokens(), "head."))}, ["cls_token", "no head (head)"]),
         (
             mae,
-            ["cls_token and its position", "no head (head): it is fresh", "training needed is left out: decoder"],
+            [
+                "cls_token and its position",
+                "no head (head): it is re-initialised",
+                "training needed is left out: decoder",
+            ],
         ),
     ],
     ids=["class token", "distilled", "dino", "dino backbone", "mae"],
@@ -538,8 +542,8 @@ def test_every_option_takes_weights_under_other_names(runs, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("src-headless", "has no head (head): it is fresh"),
-        ("init-headless", "has no head (head): it is fresh"),
+        ("src-headless", "has no head (head): it is re-initialised"),
+        ("init-headless", "has no head (head): it is re-initialised"),
     ],
 )
 def test_what_is_left_out_or_fresh_is_said(runs, name, said):

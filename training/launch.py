@@ -1,0 +1,106 @@
+"""A run from its command line: options, processes, downloads, and the errors of all processes reported once."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import utils
+from common.download import fetch
+from common.errors import InputError, error_context
+from pipeline.folders import download
+from training.build_data import splits_needed
+from training.build_model import Builder
+from training.checkpoints import find_checkpoint
+from training.checks import check, kind_of_run
+from training.command_line import parse_options
+from training.config import Config, option_name, resolve, weight_sources
+from training.outputs import push
+from training.run import Run, describe
+from training.setup import is_address, set_up
+from utils import print_main
+
+DOWNLOADING, SETTING_UP = timedelta(days=1), timedelta(hours=1)  # how much longer one process may take than another
+
+
+@contextmanager
+def launched(argv: Sequence[str]) -> Iterator[Config]:
+    """Parse and check the command line, join the other processes, and download what the options name by address.
+
+    Errors inside are printed once for all processes, and end them with status 2 if the user can correct them.
+    """
+    config, mistake = None, None
+    try:
+        config = parse_options(argv)
+    except InputError as error:
+        mistake = error  # the same on all processes, and reported once they are connected
+    try:
+        utils.init_distributed(timedelta(minutes=config.runtime.dist_timeout if config else 1))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    with utils.failures_reported_once():
+        with utils.errors_reported_once(patience=DOWNLOADING):
+            if mistake:
+                raise mistake
+            config = prepare(config)
+        yield share_resume(config)
+        utils.leave_together()
+
+
+def prepare(config: Config) -> Config:
+    """Resolve and check the options, look for the checkpoint to resume, and download what is given by address.
+
+    Raises:
+        InputError: options that do not fit each other, or something that cannot be downloaded.
+    """
+    config = resolve(config)
+    check(config)
+    config = config.with_options(resume=find_checkpoint(config))
+    fetch_addresses(config)
+    fetch_data(config)
+    return config
+
+
+def share_resume(config: Config) -> Config:
+    """The same checkpoint on all processes: only the main process looks for it."""
+    return config.with_options(resume=utils.from_main(config.runtime.resume))
+
+
+def fetch_addresses(config: Config) -> None:
+    """Download the weights that options name by address, once per machine."""
+    for option, (source, file) in weight_sources(config.model, config.teacher, config.runtime.resume).items():
+        if is_address(source) and utils.local_rank() == 0:
+            with error_context(option_name(option)):
+                fetch(source, on_hub=file)
+
+
+def fetch_data(config: Config) -> None:
+    """Download the data set, once per machine, if that is asked for and it is not there."""
+    data = config.data
+    if data.download and utils.local_rank() == 0:
+        download(data.data_set, data.data_path, splits_needed(data, config.runtime.eval))
+
+
+def start(config: Config, build: Builder) -> Run:
+    """Build the run on all processes, after the first has downloaded what they need."""
+    with utils.errors_reported_once(patience=SETTING_UP):
+        run = set_up(config, build)
+    print_main(f"{kind_of_run(config.model)}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
+    return run
+
+
+def finish(run: Run, status: int) -> None:
+    """Report files that are missing, and upload what was trained if that is asked for."""
+    with utils.errors_reported_once(patience=DOWNLOADING):
+        if status == 0:
+            check_written(run)
+        if run.config.output.push_to_hub and utils.is_main() and status == 0:
+            push(run)
+
+
+def check_written(run: Run) -> None:
+    """Raises InputError if files of the last epoch could not be written."""
+    if run.output.failed:
+        what, why = next(iter(run.output.failed.items()))
+        raise InputError(f"--output-dir {run.output_dir} lacks what was trained last: {what} ({why})")
