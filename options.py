@@ -1,7 +1,7 @@
-"""The options of main.py: what each takes, and what it is for.
+"""The options of main.py: names, types, defaults and help.
 
-Nothing here takes long to import, so that --help answers at once; the words that options choose from stand here for
-that reason, and a test compares them with what the rest of the program knows.
+This module imports nothing slow, so that --help answers at once. Choices are repeated here for that reason; a test
+compares them with the modules that define them.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parts(text: str) -> list[str]:
 
 
 def at_least(lowest: int, highest: int | None = None):
-    """The type of an option that is a whole number from ``lowest`` up, perhaps to ``highest``."""
+    """The type of an option that takes a whole number of at least ``lowest``, and at most ``highest``."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -60,7 +60,7 @@ def at_least(lowest: int, highest: int | None = None):
 
 
 def ratio(above_zero: bool = False, below_one: bool = False):
-    """The type of an option that is a number from 0 to 1, with or without its ends."""
+    """The type of an option that takes a number from 0 to 1, with or without its ends."""
 
     def number(text: str) -> float:
         value = float(text)
@@ -120,7 +120,7 @@ def local_path(text: str) -> Path:
 
 
 class Accepted(argparse.Action):
-    """An option of DeiT's or LeTs' commands that has no effect here: its value is checked and forgotten."""
+    """An option of DeiT's or LeTs' commands that has no effect here: its value is checked and dropped."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None, type: type | None = None):
         hidden = argparse.SUPPRESS
@@ -241,7 +241,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         "--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss; 1: without the Aux-Net"
     )
     g.add_argument(
-        "--finetune", type=place_or_none, help="start from the weights of a checkpoint; another head stays fresh"
+        "--finetune",
+        type=place_or_none,
+        help="start from the weights of a checkpoint; a head of other classes is re-initialised",
     )
     g.add_argument(
         "--resume",
@@ -282,10 +284,10 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         "--holdout",
         type=at_least(1),
         metavar="N",
-        help="set N of the training images aside, and evaluate on them instead of the test images: what is called "
-        "test_… is then of them",
+        help="hold out N of the training images, and evaluate on them instead of the test images; test_… in the log is "
+        "then about them",
     )
-    g.add_argument("--nb-classes", type=at_least(1), help="of the data, which have to have as many; default: counted")
+    g.add_argument("--nb-classes", type=at_least(1), help="expected number of classes of the data; default: counted")
     g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
     g.add_argument("--input-size", type=at_least(1), help="pixels; default: the architecture's")
     g.add_argument("--batch-size", "--batch", type=at_least(1), default=64, help="images per process and step")
@@ -348,8 +350,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--model-ema",
         action=flag,
-        help="average the weights over the steps, as is done unless --no-model-ema is given; with --eval: evaluate the "
-        "averaged weights of --resume, which is done only if it is given",
+        help="average the weights over the steps; default in training. With --eval: evaluate the averaged weights of "
+        "--resume; not the default",
     )
     g.add_argument("--model-ema-decay", type=ratio(), default=0.99996)
     g.add_argument("--model-ema-force-cpu", action="store_true")
@@ -387,9 +389,14 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         "--teacher-cache",
         type=place_or_none,
         metavar="DIR",
-        help="keep the teacher's outputs for other runs, and use them",
+        help="cache of the teacher's logits: write it, or read what other runs wrote",
     )
-    g.add_argument("--teacher-cache-top", type=at_least(1), metavar="K", help="… of K classes; default: all, exactly")
+    g.add_argument(
+        "--teacher-cache-top",
+        type=at_least(1),
+        metavar="K",
+        help="… keep the logits of the K largest classes; default: all, exactly",
+    )
 
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", type=place_or_none, help="where everything is written; default: nothing is")
@@ -427,7 +434,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--compile", action="store_true", help="torch.compile")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
     g.add_argument("--seed", type=at_least(0, 2**32 - 1), default=0)
-    g.add_argument("--log-interval", type=at_least(1), default=50, help="steps between two looks at the loss")
+    g.add_argument(
+        "--log-interval", type=at_least(1), default=50, help="log every N steps, the only host–device synchronisation"
+    )
 
     add_foreign_options(p)
     return p  # fmt: skip

@@ -57,7 +57,8 @@ LONGEST = 240  # seconds; a run that takes longer hangs
 
 
 # what the runs import when they need it, imported once for all of them
-for module in ("training.launch", "matplotlib.figure", "sklearn.datasets", "torch.utils.tensorboard"):
+LATE = ("training.launch", "matplotlib.figure", "sklearn.datasets", "sklearn.model_selection")
+for module in (*LATE, "torch.utils.tensorboard"):
     import_module(module)
 
 

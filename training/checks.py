@@ -1,6 +1,6 @@
-"""Which run the options describe, and whether they fit each other. Everything here is checked before anything is built.
+"""All checks of combinations of options. They run before anything is built.
 
-What needs a file, the data or the device is checked where that is read or used.
+What depends on a file, the data or the device is checked where that is read or used.
 """
 
 import models
@@ -121,12 +121,12 @@ def check_kind(kind: str, config: Config) -> None:
     for other, (names, reason) in OPTIONS_OF.items():
         for name in names:
             if other != kind and options[name] != defaults[name]:
-                raise InputError(f"{option_name(name)} {reason}")
+                raise InputError(f"--{name} {reason}")
     if not config.model.descendants:
         for name in OPTIONS_OF["lets"][0]:
             if name.startswith("descendant_") and options[name] != defaults[name]:
                 raise InputError(
-                    f"--descendants is missing: {option_name(name)} says which are trained beside the Aux-Net, and how"
+                    f"--descendants is missing: --{name} says which are trained beside the Aux-Net, and how"
                 )
     if config.model.descendants and config.runtime.compile:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
@@ -197,17 +197,17 @@ def check_output(config: Config) -> None:
     """Raises InputError where --output-dir is missing and another option needs it."""
     if config.output.output_dir is not None:
         return
-    for asked, reason in (
+    for given, reason in (
         (config.runtime.resume == "auto", "--resume auto continues from the checkpoints in it"),
         (config.output.wandb, "--wandb keeps its files in it"),
         (config.runtime.on_nan == "rollback", "--on-nan rollback goes back to the checkpoints in it"),
     ):
-        if asked:
+        if given:
             raise InputError(f"--output-dir is missing: {reason}")
 
 
 def check_push(output: OutputConfig, kind: str, averages: bool, evaluates: bool) -> None:
-    """Raises InputError where the options leave nothing to upload; `common.hub.check_upload` asks the Hub."""
+    """Raises InputError where the options leave nothing to upload; `common.hub.check_upload` checks the repository."""
     if output.push_ema and not (output.push_to_hub and averages):
         missing = "--push-to-hub is missing" if averages else "--no-model-ema leaves nothing to upload"
         raise InputError(f"{missing}: --push-ema uploads the averaged weights")

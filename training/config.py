@@ -239,7 +239,7 @@ def resolve(config: Config) -> Config:
     ``--resume auto`` is left to `training.checkpoints.find_checkpoint`, as only the main process looks for files.
     """
     model_ema, device, size = config.optim.model_ema, config.runtime.device, config.data.input_size
-    if config.runtime.eval:  # the model's own weights are evaluated, unless the averaged ones are asked for
+    if config.runtime.eval:  # evaluate the model's own weights by default
         model_ema = bool(model_ema)
     elif model_ema is None:
         model_ema = True

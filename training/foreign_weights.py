@@ -23,7 +23,7 @@ def load_foreign_weights(model: nn.Module, source: str, option: str, other_head:
     """Weights from a file or address, through timm's own filter for checkpoints of this architecture.
 
     Args:
-        other_head: whether a head for another number of classes is left out, or an error.
+        other_head: re-initialise a head for another number of classes, instead of raising an error.
     """
     with error_context(option):
         if isinstance(model, models.AuxNet):

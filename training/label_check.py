@@ -13,7 +13,7 @@ from training.config import MODEL, TeacherConfig, option_name
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 
-NUMBERED = ("FLOWERS", "WDS")  # data sets that call their classes by numbers where they know no names
+NUMBERED = ("FLOWERS", "WDS")  # data sets that number their classes if they have no names
 
 
 def names_known(data_set: str, classes: Sequence[str]) -> list[str] | None:
@@ -58,7 +58,7 @@ def warn_of_head(source: str, theirs: Sequence[str] | None, ours: Sequence[str] 
 
 
 def names_in(source: str, on_hub: str = MODEL) -> list[str] | None:
-    """The class names of a file or address, or None where it does not know them, or its reader will refuse it."""
+    """The class names in a file or at an address; None if there are none, or the file cannot be read."""
     try:
         path = fetch(source, on_hub=on_hub)
     except InputError:
@@ -72,7 +72,7 @@ def names_in(source: str, on_hub: str = MODEL) -> list[str] | None:
 
 
 def names_of_timm(model: str, ours: Sequence[str] | None) -> list[str] | None:
-    """The classes of timm's weights of ``model``, where the data call theirs by WordNet's codes, as ImageNet does."""
+    """The classes of timm's weights of ``model``, if those of the data are WordNet's codes, as ImageNet's are."""
     try:
         subset = infer_imagenet_subset(get_pretrained_cfg(model))
     except RuntimeError:  # of an unknown tag

@@ -76,7 +76,7 @@ def fetch_addresses(config: Config) -> None:
 
 
 def fetch_data(config: Config) -> None:
-    """Download the data set, once per machine, if that is asked for and it is not there."""
+    """With --download: download the data set if it is missing, once per machine."""
     data = config.data
     if data.download and utils.local_rank() == 0:
         download(data.data_set, data.data_path, splits_needed(data, config.runtime.eval))
@@ -91,7 +91,7 @@ def start(config: Config, build: Builder) -> Run:
 
 
 def finish(run: Run, status: int) -> None:
-    """Report files that are missing, and upload what was trained if that is asked for."""
+    """Report files that could not be written, and upload to the Hub with --push-to-hub."""
     with utils.errors_reported_once(patience=DOWNLOADING):
         if status == 0:
             check_written(run)

@@ -48,7 +48,7 @@ def train(run: Run) -> int:
     with utils.StopSignals() as signals:
         try:
             if run.epoch == 0 and run.position.images == 0 and (initialised or config.schedule.epochs == 0):
-                finish_epoch(run, -1, {}, signals)  # what the initialisation alone gives
+                finish_epoch(run, -1, {}, signals)  # accuracy of the initialisation
             train_epochs(run, signals)
         except utils.Stopped as stopped:
             return stop(run, stopped)
@@ -63,10 +63,10 @@ def train(run: Run) -> int:
 
 
 def stop(run: Run, stopped: utils.Stopped) -> int:
-    """Write what was trained, and return the exit status of a run that was asked to stop."""
+    """Write a checkpoint after a signal, and return the exit status."""
     where = f"in epoch {run.epoch} after {run.position.steps} steps"
     if not stopped.together and not utils.all_are_at(where):
-        # the others wait for this process, or do not answer: none of them can go on
+        # the others wait for this process, or do not answer: none of them can continue
         last = f"{run.checkpoint} is the last checkpoint" if run.checkpoint else "there is no checkpoint"
         if utils.first_to_fail():
             print(f"stopped by {stopped}, {where}, while waiting for data: not saved, {last}", file=sys.stderr)
@@ -134,7 +134,7 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
                 report=partial(report, run),
             )
             if (run.epoch + 1) % config.output.eval_interval and run.epoch + 1 < config.schedule.epochs:
-                run.epoch, run.position = run.epoch + 1, Position()  # and nothing else, so that short epochs stay short
+                run.epoch, run.position = run.epoch + 1, Position()  # nothing else, so that short epochs stay short
                 continue
             finish_epoch(run, run.epoch, {f"train_{name}": value for name, value in trained.items()}, signals)
             timer.save()

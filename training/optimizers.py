@@ -1,8 +1,8 @@
 """timm's optimisers: created from the options, tried before training starts, and resumed exactly.
 
-An optimiser keeps its state as it likes: tensors of any shape, numbers, lists, counters in its parameter groups, a
-random generator. No list of optimisers or of names stands here. What belongs to the state of an optimiser is seen by
-stepping another one of the same options on parameters that are thrown away.
+An optimiser's state may be tensors of any shape, numbers, lists, counters in its parameter groups, or a random
+generator. There is no list of optimisers or of their entries here: a second optimiser with the same options is stepped
+on throw-away parameters, and its state shows what belongs to it.
 """
 
 import copy
@@ -96,7 +96,7 @@ def unusable(optim: OptimConfig, error: Exception) -> InputError:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A sample, and what it shows of the state
+# A sample, and its state
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +138,7 @@ class Sample:
             self.always = self.always or {kind: dict(values) for kind, values in self.state().items()}
 
     def resume(self, other: "Sample") -> None:
-        """Become what ``other`` is now, by way of a checkpoint of it."""
+        """Load the state of ``other`` from a checkpoint of it."""
         file = io.BytesIO()
         torch.save({"weights": other.parameters, "optimizer": other.optimizer.state_dict()}, file)
         file.seek(0)
@@ -186,7 +186,7 @@ def sample_of(optim: OptimConfig, lr: float, optimizer: Optimizer) -> Sample:
 
 @contextmanager
 def trying(device: torch.device) -> Iterator[None]:
-    """Nothing is compiled inside, and random numbers and warnings are what they were afterwards."""
+    """Disable compilation and warnings inside, and restore the random state afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the run's own optimiser are shown
@@ -295,15 +295,15 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Trying
+# Check before training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_optimizer(optim: OptimConfig, device: torch.device) -> Optimizer:
-    """Find out on a few small parameters whether a run with ``--opt`` can be trained, and resumed exactly.
+    """Check on a few small parameters that ``--opt`` can train, and resumes exactly.
 
     Returns:
-        The optimiser that was tried.
+        The optimiser of the check.
 
     Raises:
         InputError: it cannot.

@@ -88,7 +88,7 @@ def set_up(config: Config, build: Builder) -> Run:
 
 
 def begin(run: Run) -> None:
-    """Resume if that is asked for, set the learning rate, and open the log."""
+    """Load the checkpoint of --resume, set the learning rate, and open the log."""
     config = run.config
     if config.runtime.resume:
         resume(run)

@@ -1,8 +1,8 @@
-"""The teacher of distillation: asked in every step, or once for many runs.
+"""The teacher of distillation, and the cache of its logits.
 
-The images of a step are a function of seed, epoch and step (samplers.py, engine.py), and so is what the teacher says of
-them. A run can keep it for every later run with the same images: another Aux-Net, an ablation, more epochs. That sparse
-outputs are enough, and that such a run is as fast as one without teacher: TinyViT (Wu et al., ECCV 2022).
+The images of a step are a function of seed, epoch and step (samplers.py, engine.py), and so are the teacher's logits. A
+run can cache them for later runs on the same images: another Aux-Net, an ablation, more epochs. TinyViT (Wu et al.,
+ECCV 2022) shows that the largest logits are enough, and that a run with a cache is as fast as one without a teacher.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 STEPS_OF_A_FILE = 100  # ImageNet's in batches of 128: 5 MB with 100 classes kept, 51 MB with all of them in float32
-SAME_IMAGE = 0.02  # by how much the mean of an image may differ, of which another decoder changes the last digits
+SAME_IMAGE = 0.02  # largest difference between the means of one image, whose last digits depend on the decoder
 CAST_BY_AUTOCAST = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 # the options that the teacher's outputs are a function of; mixup's smoothing, say, changes the targets alone
 OPTIONS = ("data_set", "cache_data", "seed", "input_size", "batch_size", "repeated_aug", "color_jitter", "aa")
 OPTIONS += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
 OPTIONS += ("mixup_switch_prob", "mixup_mode", "teacher_model", "teacher_cache_top")
-LATER_OPTIONS = ("three_augment", "src")  # named where they are on, so that caches made before them stay valid
+LATER_OPTIONS = ("three_augment", "src")  # in the key only if they are on, so that older caches stay valid
 
 
 class Teacher:
@@ -71,16 +71,16 @@ class Teacher:
 
 
 class TeacherCache:
-    """A teacher that keeps what it says in files, and reads what is there already.
+    """A teacher that writes its logits to files, and reads those that exist.
 
-    Kept are the logits as they are, or with ``top`` the largest log-probabilities in float16, their classes, and the
-    mean probability of all others as one number; what was left out is given back as that mean. A run that writes goes
-    on with what one that reads gets, so that both have the same result.
+    A file has the logits as they are, or with ``top`` the largest log-probabilities in float16, their classes, and the
+    mean probability of all other classes, which stands for each of them when they are read. A run that writes trains
+    with the compressed logits too, so that a run that reads has the same result.
 
-    A file ``epoch_E/process_R_step_S.safetensors`` has the outputs of up to 100 steps, whole or not at all, with a
-    checksum. What is missing or damaged is asked for again, and written when the run leaves these steps: one that is
-    killed in between loses no more. Nothing is copied from the device before. The mean of each image is kept as well:
-    outputs for other images than those of the run are found out, whatever changed them.
+    A file ``epoch_E/process_R_step_S.safetensors`` has the logits of up to 100 steps and a checksum. It is written
+    atomically when the run leaves these steps: an interrupted run loses no more, and nothing is copied from the device
+    before. Missing or damaged steps are computed again. The mean of each image is kept too, to detect logits of other
+    images, whatever the reason.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TeacherCache:
     ):
         """
         Args:
-            cache_key: what the outputs are a function of, besides the images.
+            cache_key: `cache_key_of` the run.
             images_per_step: of all processes together.
         """
         self.teacher, self.folder, self.rank, self.device = teacher, folder, rank, torch.device(device)
@@ -109,10 +109,10 @@ class TeacherCache:
         self.set_position(0)
 
     def set_position(self, epoch: int, images: int = 0) -> None:
-        """Begin ``epoch`` after as many images of all processes, as `samplers.TrainSampler` does.
+        """Start at ``images`` (of all processes) of ``epoch``, as `samplers.TrainSampler` does.
 
-        The images of a step are not those of another run where the step begins elsewhere, after an epoch was begun with
-        another number of processes or batch size: nothing is read or kept then until the next epoch.
+        If that is between two steps, as after a resume with another number of processes, the steps have other images
+        than those of other runs: the cache is neither read nor written until the next epoch.
         """
         self.flush()
         self.epoch, (self.step, between) = epoch, divmod(images, self.images_per_step)
@@ -122,7 +122,7 @@ class TeacherCache:
         """Logits (batch, classes) of augmented ``images``, those of the next step.
 
         Raises:
-            InputError: what is kept for this step, or one before, is of other images.
+            InputError: the logits in the cache, of this step or one before, are of other images.
         """
         step, self.step = self.step, self.step + 1
         path = self.folder / f"epoch_{self.epoch}" / f"process_{self.rank}_step_{step - step % self.steps_of_a_file}"
@@ -142,10 +142,10 @@ class TeacherCache:
         return kept["logits"] if self.top is None else decompress_topk(kept, self.num_classes)
 
     def flush(self) -> None:
-        """Leave the steps of a file: compare the images, and write what is not in the file.
+        """Compare the images, and write the steps that are not in the file.
 
         Raises:
-            InputError: what is kept for these steps is of other images.
+            InputError: the logits in the cache are of other images.
         """
         self._compare()
         if self.more and self.alike and self.writable:
@@ -178,7 +178,7 @@ class TeacherCache:
             )
 
     def _read(self) -> dict[int, dict[str, Tensor]]:
-        """The outputs that a file has, by their steps, on the device; none if it is damaged."""
+        """The content of a file by steps, on the device; empty if the file is damaged."""
         try:
             with safe_open(self.path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
@@ -197,7 +197,7 @@ class TeacherCache:
         return {step: {name: tensor[i] for name, tensor in tensors.items()} for i, step in enumerate(steps)}
 
     def _seal(self, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """By which a file is known to be whole and of this cache: safetensors has no checksum of its own."""
+        """Cache key and checksum of a file's tensors: safetensors has no checksum of its own."""
         checksum = 0
         for name in sorted(tensors):
             checksum = zlib.crc32(as_bytes(tensors[name]), checksum)
@@ -205,7 +205,7 @@ class TeacherCache:
 
 
 def compress_topk(logits: Tensor, top: int | None) -> dict[str, Tensor]:
-    """What is kept of ``logits`` (batch, classes).
+    """The form in which ``logits`` (batch, classes) are stored.
 
     Returns:
         ``logits``, or with ``top`` the log-probabilities ``largest`` (batch, top) of ``classes`` (batch, top), and
@@ -222,7 +222,7 @@ def compress_topk(logits: Tensor, top: int | None) -> dict[str, Tensor]:
 
 
 def decompress_topk(kept: dict[str, Tensor], num_classes: int) -> Tensor:
-    """Logits (batch, num_classes) in float32 of what `compress_topk` has kept of them with ``top``."""
+    """Logits (batch, num_classes) in float32 from the output of `compress_topk` with ``top``."""
     logits = kept["rest"].float()[:, None].repeat(1, num_classes)
     return logits.scatter_(1, kept["classes"].long(), kept["largest"].float())
 
@@ -250,7 +250,7 @@ def cache_key_of(
 
 
 def open_cache(folder: Path, cache_key: dict[str, object]) -> None:
-    """Make ``folder`` the place of a cache, or find out that it is one that fits.
+    """Create the cache in ``folder``, or check that the one there has the same key.
 
     Raises:
         InputError: the outputs in it are of other runs than that of ``cache_key``, or it cannot be written.
