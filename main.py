@@ -32,22 +32,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def builder_of(config: "ModelConfig") -> "Builder":
-    """What builds the model. There are four kinds of run, and the options that are given say which is meant.
+    """What builds the model. There are three kinds of run, and the options that are given say which is meant.
 
     Raises:
         InputError: they do not, or contradict each other.
     """
     from training.build_model import build_aux_net, build_des_net, build_plain_model
-    from training.checks import kind_of_run
+    from training.checks import PLAIN, STAGE_2, kind_of_run
 
     kind = kind_of_run(config)
-    if kind == "descend":  # stage 2, --load-gene with --des-arch or --model: a plain ViT, initialised from a learngene
+    if kind == STAGE_2:  # --load-gene with --des-arch or --model: a plain ViT, initialised from a learngene
         return build_des_net
-    if kind == "plain":  # any other --model: a teacher, or a baseline from scratch
+    if kind == PLAIN:  # any other --model: a teacher, or a baseline from scratch
         return build_plain_model
-    # stage 1: an Aux-Net whose weights are expanded from a learngene in each step, which is what is written
-    #   "lets": --src-arch (the learngene) and --tgt-arch (the Aux-Net)
-    #   "tleg": --model aux_deit_…
+    # Stage 1 of a method: an Aux-Net, whose weights are expanded from a learngene in each step; the learngene is saved.
+    # Each class of a method says which options ask for it (--src-arch and --tgt-arch: LeTs; --model aux_deit_…: TLEG);
+    # --method names any.
     return build_aux_net
 
 

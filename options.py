@@ -185,6 +185,7 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
 
     g = p.add_argument_group("what to run")
     g.add_argument("--config", type=place_or_none, help="YAML file whose keys are these options; the command line wins")
+    g.add_argument("--method", help="stage 1: the method, such as lets or tleg; default: what the next options ask for")
     g.add_argument("--model", "--model-type", help="aux_deit_… (TLEG stage 1), or any model to train as it is")
     g.add_argument("--src-arch", help="LeTs stage 1: the learngene, such as deit_small_patch16_224_L8")
     g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12")
@@ -231,10 +232,10 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         type=at_least(0),
         default=0,
         metavar="K",
-        help="LeTs stage 1: train K Des-Nets of random sizes beside the Aux-Net in every step",
+        help="stage 1: train K Des-Nets of random sizes beside the Aux-Net in every step",
     )
     g.add_argument(
-        "--descendant-depths", type=whole_numbers, help="… of these depths; default: from the learngene's up"
+        "--descendant-depths", type=whole_numbers, help="… of these depths; default: from the learngene's (TLEG: 2) up"
     )
     g.add_argument("--descendant-heads", type=whole_numbers, help="… and heads; default: from the learngene's up")
     g.add_argument(

@@ -14,6 +14,8 @@ from common.errors import InputError, nearest
 from models.aux_net import AuxNet
 from models.learngene import Learngene, load_learngene
 from models.lets import LeTs
+from models.registry import register_method
+from models.supernet import Supernet
 from models.tleg import TLEG
 from models.vit import GRAMMAR, PUBLISHED_NAMES, ViTArch, create_vit, follows_grammar, is_aux_name, parse_arch
 
@@ -23,6 +25,7 @@ __all__ = [
     "InputError",
     "LeTs",
     "Learngene",
+    "Supernet",
     "ViTArch",
     "create_aux_net",
     "create_model",
@@ -31,11 +34,12 @@ __all__ = [
     "is_aux_name",
     "load_learngene",
     "parse_arch",
+    "register_method",
 ]
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Any name of this project's grammar (`parse_arch`), or any timm name.
+    """A model of this project's grammar (`parse_arch`) or of timm.
 
     Args:
         kwargs: passed on to the model, as in ``timm.create_model``.

@@ -1,9 +1,12 @@
-"""The Aux-Net of both methods: a ViT whose weights are computed from a learngene in every forward pass."""
+"""The Aux-Net of every method: a ViT whose weights are computed from a learngene in each forward pass."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from models.vit import ViTArch, create_vit
+from models.figures import Figures, Points, root_mean_square
+from models.formats.layout import PublishedFormat
+from models.vit import ViTArch, create_vit, parse_arch
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -14,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class WeightsOnMeta(TorchFunctionMode):
-    """Within this context new weights are on the meta device: shapes without numbers, which nothing is computed for.
+    """Context in which new weights are created on the meta device: shapes without memory, and no initialisation.
 
     ``with torch.device("meta")`` would do, but for `torch.linspace`, whose numbers timm ≤ 1.0.15 reads as drop-path
     rates.
@@ -35,10 +38,10 @@ class WeightsOnMeta(TorchFunctionMode):
 
 
 class AuxBlock(Block):
-    """timm's block, with an activation checkpointing that knows of computed weights.
+    """timm's block with activation checkpointing for computed weights.
 
-    The backward pass runs the block a second time, when the ViT no longer holds the weights of its forward pass:
-    the checkpoint keeps them and hands them back.
+    When the backward pass recomputes the block, the ViT no longer holds the weights of the forward pass. They are
+    arguments of the checkpointed function, which keeps them.
     """
 
     recompute = False
@@ -53,42 +56,169 @@ class AuxBlock(Block):
 class AuxNet(nn.Module, ABC):
     """A ViT without weights of its own: its parameters are those of the learngene, and `expand` computes the rest.
 
+    A method is a subclass of this one. All other code asks the class and knows no method by name.
+
     Attributes:
         arch: the sizes of the ViT.
         vit: the ViT, its weights on the meta device. It is no registered submodule, so that parameters, state dict,
             gradients and averages of an Aux-Net are those of the learngene alone.
-        vits: by their sizes, it and the other ViTs that are run with computed weights.
+        method: the name in learngene files and of ``--method``; `register_method` sets it.
+        title: the name in messages.
+        choices: arguments of `Learngene.descend` that the method takes; others are refused.
+        parts: groups of parameters: label → what their names are, or begin with up to an underscore.
+        published: the published format of its learngenes, or None.
+        flags: entries of `config` that are true or false. All others are whole numbers, or sizes of a ViT.
+        arch_options: options of main.py that give the sizes in stage 1, and what they name on a model card.
+        options: options of main.py that stage 1 of no other method takes.
+        usage: how a command asks for stage 1, for messages; default: ``--method`` and the name.
     """
 
     method: str
+    title: str
+    choices: tuple[str, ...] = ("width_select",)
+    parts: Mapping[str, Sequence[str]] = {}
+    published: PublishedFormat | None = None
+    flags: tuple[str, ...] = ()
+    arch_options: Mapping[str, str] = {"model": "architecture"}
+    options: tuple[str, ...] = ()
+    usage: str | None = None
 
     def __init__(self, arch: ViTArch, vit_options: dict, **kwargs):
         """
         Args:
             arch: the sizes of the ViT.
-            vit_options: how the ViT of this method differs from `create_vit`'s.
+            vit_options: how the Aux-Net of this method differs from the ViT of `create_vit`.
             kwargs: passed on to timm's ``VisionTransformer``; ``img_size`` and ``patch_size`` replace ``arch``'s.
         """
         super().__init__()
         sizes = {key: kwargs.pop(key) for key in ("img_size", "patch_size") if key in kwargs}
         self.arch = replace(arch, **sizes)
-        self._vit_options = {**vit_options, **kwargs}
-        self.vits: dict[ViTArch, VisionTransformer] = {}
-        self.__dict__["vit"] = self.add_vit(self.arch)
+        self._vit_options, self._des_options = {**vit_options, **kwargs}, kwargs
+        self.__dict__["vit"] = vit_without_weights(self.arch, **self._vit_options)
 
-    def add_vit(self, arch: ViTArch) -> VisionTransformer:
-        """A ViT of ``arch`` sizes without weights, as one of `vits`."""
-        with WeightsOnMeta():
-            self.vits[arch] = create_vit(arch, block_fn=AuxBlock, weight_init="skip", **self._vit_options)
-        return self.vits[arch]
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a method defines
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: object, **vit: object) -> "AuxNet":
+        """The untrained Aux-Net of stage 1.
+
+        Args:
+            config: an object whose attributes are the options of main.py, as in `training.config.ModelConfig`.
+            vit: passed on to timm's ``VisionTransformer``.
+
+        Raises:
+            InputError: the options describe no Aux-Net.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_header(cls, header: Mapping, **vit: object) -> "AuxNet":
+        """The Aux-Net of a learngene file, its parameters not loaded yet.
+
+        Args:
+            header: the sizes that the file states, as in `config`.
+            vit: passed on to timm's ``VisionTransformer``.
+        """
 
     @abstractmethod
     def expand(self) -> dict[str, Tensor]:
         """The state dict of the ViT as a differentiable function of the learngene."""
 
+    @classmethod
+    @abstractmethod
+    def descend(
+        cls, tensors: dict[str, Tensor], header: Mapping, arch: ViTArch, **choices: object
+    ) -> dict[str, Tensor]:
+        """The state dict of a Des-Net as a differentiable function of the learngene.
+
+        Args:
+            tensors: the parameters of the Aux-Net.
+            header: the sizes of the learngene, as in `config`.
+            arch: the sizes of the Des-Net.
+            choices: some of `choices`; each has a default.
+
+        Raises:
+            InputError: the learngene cannot make this Des-Net.
+        """
+
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that stay out of weight decay, in addition to those with one axis."""
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a method may define
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def is_meant_by(cls, config: object) -> bool:
+        """Whether options without ``--method`` ask for stage 1 of this method."""
+        return False
+
+    @classmethod
+    def check_config(cls, config: object) -> None:
+        """Raises InputError where options of stage 1 exclude each other; ``arch_options`` are given."""
+
+    @classmethod
+    def check_names(cls, names: Sequence[str]) -> None:
+        """Raises InputError unless ``names`` are the architectures of learngenes of this method."""
+
+    @classmethod
+    def archs_from_config(cls, config: object) -> tuple[ViTArch, ViTArch]:
+        """The smallest Des-Net that stage 1 trains unless other sizes are given, and the Aux-Net."""
+        aux = parse_arch(config.model)
+        return replace(aux, depth=1), aux
+
+    @classmethod
+    def complete_header(cls, header: dict) -> dict:
+        """``header`` with the entries that files of earlier versions do not have."""
+        return header
+
+    @classmethod
+    def archs(cls, header: Mapping) -> dict[str, ViTArch]:
+        """The ``Aux-Net`` of a learngene, and before it the ViT whose heads the learngene stores, if that differs."""
+        return {"Aux-Net": ViTArch(**header["tgt_arch"])}
+
+    @classmethod
+    def remarks(cls, header: Mapping) -> list[str]:
+        """Lines on the sizes of a learngene, besides those of `archs`."""
+        return []
+
+    @classmethod
+    def facts(cls, header: Mapping, arch: ViTArch, **choices: object) -> dict[str, object]:
+        """The choices of a Des-Net for a model card, where defaults depend on its sizes."""
+        return {}
+
+    @classmethod
+    def figures(cls, tensors: Mapping[str, Tensor], header: Mapping) -> Figures:
+        """What to draw of a learngene."""
+        parts = {label: cls.tensors_of(label, tensors) for label in cls.parts}
+        sizes = [root_mean_square(torch.cat([t.flatten() for t in part])) for part in parts.values()]
+        return [Points({"parameters": {"": sizes}}, [*parts], "part", "root mean square of the elements")]
+
+    def coefficients(self) -> dict[str, float]:
+        """Single numbers of the learngene to log after each epoch, each under a name."""
+        return {}
+
+    def des_vit(self, arch: ViTArch) -> VisionTransformer:
+        """A Des-Net of ``arch`` without weights, to be run with `des_weights` in stage 1."""
+        return vit_without_weights(arch, **self._des_options)
+
+    def des_weights(self, arch: ViTArch) -> dict[str, Tensor]:
+        """The weights for `des_vit`, with gradients."""
+        return self.descend(dict(self.named_parameters()), self.config, arch)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What all methods share
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def tensors_of(cls, part: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors of one of `parts`."""
+        stems = cls.parts[part]
+        return [t for name, t in tensors.items() if any(name == s or name.startswith(f"{s}_") for s in stems)]
 
     @property
     def config(self) -> dict:
@@ -108,15 +238,12 @@ class AuxNet(nn.Module, ABC):
         return functional_call(self.vit, self.expand(), (images,))
 
     def train(self, mode: bool = True) -> "AuxNet":
-        for vit in self.vits.values():
-            vit.train(mode)
+        self.vit.train(mode)
         return super().train(mode)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass instead of keeping them."""
-        for vit in self.vits.values():
-            for block in vit.blocks:
-                block.recompute = enable
+        recompute_activations(self.vit, enable)
 
     @torch.no_grad()
     def to_vit(self) -> VisionTransformer:
@@ -128,10 +255,22 @@ class AuxNet(nn.Module, ABC):
             self.register_parameter(name, nn.Parameter(tensor))
 
 
-def vit_from_weights(arch: ViTArch, weights: dict[str, Tensor], **kwargs) -> VisionTransformer:
-    """A ViT that owns ``weights``. Nothing is drawn at random only to be overwritten.
+def vit_without_weights(arch: ViTArch, **kwargs: object) -> VisionTransformer:
+    """A ViT whose weights are on the meta device, to be run with computed ones."""
+    with WeightsOnMeta():
+        return create_vit(arch, block_fn=AuxBlock, weight_init="skip", **kwargs)
 
-    Layers that share a tensor in ``weights`` each get a copy of their own, to be trained apart.
+
+def recompute_activations(vit: VisionTransformer, enable: bool) -> None:
+    """Activation checkpointing of a `vit_without_weights`."""
+    for block in vit.blocks:
+        block.recompute = enable
+
+
+def vit_from_weights(arch: ViTArch, weights: dict[str, Tensor], **kwargs) -> VisionTransformer:
+    """A ViT with a copy of ``weights``, created without a random initialisation.
+
+    Layers that share a tensor in ``weights`` get one copy each.
     """
     with WeightsOnMeta():
         vit = create_vit(arch, weight_init="skip", **kwargs)

@@ -1,6 +1,6 @@
-"""Initialisations that need no learngene but a trained ViT, to compare learngenes with.
+"""Baselines: initialisations from a trained ViT instead of a learngene.
 
-Each takes the state dict of a ViT of `create_vit`'s kind, and gives that of another.
+Each takes the state dict of a ViT that `create_vit` made, and returns the state dict of another.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,23 +1,64 @@
-"""Which learngene layers and coefficient rows the layers of a Des-Net take."""
+"""Which learngene layers and coefficient rows of LeTs make each layer of an Aux-Net or Des-Net."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from common.errors import InputError
 from models.vit import ViTArch
 
 import torch
+from torch import Tensor
 
 DEPTH_STRATEGIES = ("default", "even", "first", "last")
 
 
+class DepthPlan(NamedTuple):
+    """Which group (published: pair) of learngene layers, with which coefficient row, makes each layer of a ViT."""
+
+    select: Tensor  # (distinct layers, rows, n/2), one 1 per distinct layer
+    layers: list[int]  # for each layer of the ViT, its index among the distinct ones
+
+
+def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int, device="cpu") -> DepthPlan:
+    """The plan for a ViT whose layer l is made from group and row ``layers[l]``; equal layers are computed once."""
+    distinct = sorted(set(layers))
+    select = torch.zeros(len(distinct), num_rows, num_groups, device="cpu")
+    for u, (group, row) in enumerate(distinct):
+        select[u, row, group] = 1
+    return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
+
+
+def des_plan(
+    header: Mapping, arch: ViTArch, num_rows: int, *mapping: object, device: torch.device | str = "cpu"
+) -> DepthPlan:
+    """The plan of a Des-Net.
+
+    Args:
+        header: the sizes of the learngene, as in `LeTs.config`.
+        num_rows: the number of coefficient rows.
+        mapping: as in `layers_of`.
+    """
+    num_groups = header["src_arch"]["depth"] // header["group_size"]
+    return depth_plan(layers_of(header, arch, *mapping), num_rows, num_groups, device)
+
+
 def layers_of(
-    config: dict,
+    config: Mapping,
     arch: ViTArch,
     mapping_layer: Sequence[int] | None = None,
     mapping_layer_coeff: Sequence[int] | None = None,
     depth_select: str = "default",
 ) -> list[tuple[int, int]]:
-    """The group of learngene layers and the coefficient row of each layer of a Des-Net; arguments as in `descend`."""
+    """The group of learngene layers and the coefficient row of each layer of a Des-Net.
+
+    Args:
+        config: the sizes of the learngene, as in `LeTs.config`.
+        arch: the sizes of the Des-Net.
+        mapping_layer, mapping_layer_coeff, depth_select: as in `LeTs.descend`.
+
+    Raises:
+        InputError: wider than the Aux-Net, heads of another size, or mapping lists that do not fit.
+    """
     src, tgt, layers_per_row = ViTArch(**config["src_arch"]), ViTArch(**config["tgt_arch"]), config["layers_per_row"]
     if arch.width > tgt.width:
         raise InputError(
@@ -34,7 +75,7 @@ def layers_of(
 
 
 def mapping_or_default(
-    config: dict, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None, depth_select: str = "default"
+    config: Mapping, depth: int, layer: Sequence[int] | None, coeff: Sequence[int] | None, depth_select: str = "default"
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, those of ``depth_select``."""
     aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from common.download import fetch
 from common.errors import InputError, one_line, shown
 from common.files import atomic_write, read_checkpoint
-from models import lets, tleg
 from models.aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
-from models.formats import published
+from models.formats import layout, published
 from models.formats.class_names import class_names
 from models.formats.foreign import without_prefix
 from models.formats.weights import find_weights, found_in, weights_of
+from models.registry import METHODS, choices_of_methods, method_class
 from models.vit import ViTArch, adapt_to_images, parse_arch
 
 import torch
@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-METHODS = {"lets": "LeTs", "tleg": "TLEG"}
-# part of a ViT → what stands in the names of its weights, and in no others
+DEFAULT_CHOICES = {"width_select": "continuous", "depth_select": "default"}
+# part of a ViT → what the names of its weights contain, and no other names
 PARTS = {"attn": ".attn.", "mlp": ".mlp.", "norm": "norm", "patch_embed": "patch_embed.", "pos_embed": "pos_embed"}
 
 
@@ -35,13 +35,13 @@ class Learngene:
     """The trained weights that Des-Nets are initialised from.
 
     Attributes:
-        method: ``lets`` or ``tleg``.
-        tensors: the parameters of the Aux-Net, as listed at the top of ``lets.py`` and ``tleg.py``.
-        config: the sizes, as in `AuxNet.config`; for LeTs also `lets.EXPANSION`.
-        options: what stage 1 recorded of its own options, plain data.
-        averaged: whether these are the weights' exponential moving average over the training steps.
-        origin: what kind of file it was read from, for people to read.
-        classes: their names, in the order of the logits, where they are known.
+        method: a registered name, such as ``lets`` or ``tleg``.
+        tensors: the parameters of the Aux-Net, as listed at the top of the method's file.
+        config: the sizes, as in `AuxNet.config`.
+        options: the options of stage 1, plain data.
+        averaged: whether the weights are an exponential moving average over the training steps.
+        origin: the kind of file it was read from, for messages.
+        classes: their names, in the order of the logits, if they are known.
     """
 
     method: str
@@ -66,8 +66,17 @@ class Learngene:
 
     @property
     def header(self) -> dict:
-        """What a learngene file says besides the tensors."""
+        """What a learngene file states besides the tensors."""
         return {"method": self.method, **self.config, "averaged": self.averaged, "options": self.options}
+
+    @property
+    def method_class(self) -> type[AuxNet]:
+        """The Aux-Net class of the method.
+
+        Raises:
+            InputError: the method is not registered.
+        """
+        return method_class(self.method)
 
     @property
     def arch(self) -> ViTArch:
@@ -83,7 +92,7 @@ class Learngene:
         params = sum(t.numel() for t in self.tensors.values())
         sizes = f"{src}{self.arch}, {self.num_classes} classes, {params:,} parameters"
         origin = self.origin + ", averaged weights" * self.averaged
-        return f"{METHODS[self.method]} learngene ({origin}), {sizes}"
+        return f"{self.method_class.title} learngene ({origin}), {sizes}"
 
     def aux_net(self, **kwargs) -> AuxNet:
         """The Aux-Net that the learngene was trained in, in evaluation mode.
@@ -99,10 +108,7 @@ class Learngene:
         """The Aux-Net with its parameters on the meta device: names and shapes only."""
         kwargs = {key: self.config[key] for key in ("num_classes", "in_chans")} | kwargs
         with WeightsOnMeta():
-            if self.method == "tleg":
-                return tleg.TLEG(self.arch, **kwargs)
-            expansion = {key: self.config[key] for key in lets.EXPANSION}
-            return lets.LeTs(ViTArch(**self.config["src_arch"]), self.arch, **expansion, **kwargs)
+            return self.method_class.from_header(self.config, **kwargs)
 
     @torch.no_grad()
     def descend(
@@ -118,15 +124,18 @@ class Learngene:
     ) -> VisionTransformer:
         """A Des-Net: a plain timm ViT of ``arch`` sizes, initialised from this learngene.
 
+        The method refuses choices that it does not have (`AuxNet.choices`). Choices of other methods than the ones
+        below are given by name, too.
+
         Args:
             arch: a name of the grammar, or the sizes.
             mapping_layer: LeTs: for each layer, the Aux layer whose learngene pair is used (default: spread evenly).
             mapping_layer_coeff: LeTs: for each layer, the Aux layer whose coefficient row is used.
             width_select: which rows of the width matrices (LeTs) or which neurons (TLEG) a Des-Net narrower than the
                 Aux-Net keeps, one of `WIDTH_SELECTIONS`.
-            depth_select: LeTs, without the mapping lists: how they are made, as in `lets.select_depth`.
-            skip_init: `PARTS` that stay as timm initialises them, for the papers' ablation of components.
-            num_classes: ``None`` keeps the learngene's head, another number than its own gives a fresh one.
+            depth_select: LeTs, without the mapping lists: how they are made, as in `depth_mapping.select_depth`.
+            skip_init: `PARTS` that keep timm's initialisation, for the papers' ablation of components.
+            num_classes: None keeps the learngene's head; another number than its own re-initialises it.
             vit_kwargs: passed on to timm's ``VisionTransformer``; ``img_size`` and ``patch_size`` replace those of
                 ``arch``. For other images than the learngene's, the position embedding and the patch embedding are
                 resampled; ``in_chans`` other than its own spreads or sums the channels.
@@ -139,18 +148,10 @@ class Learngene:
             arch, **{size: vit_kwargs.pop(size) for size in ("img_size", "patch_size") if size in vit_kwargs}
         )
         in_chans = vit_kwargs.pop("in_chans", self.config["in_chans"])
-        if self.method == "lets":
-            mapping = mapping_layer, mapping_layer_coeff, width_select, depth_select
-            weights = lets.descend(self.tensors, self.config, arch, *mapping)
-        else:
-            for name, given in (
-                ("mapping_layer", mapping_layer is not None),
-                ("mapping_layer_coeff", mapping_layer_coeff is not None),
-                ("depth_select", depth_select != "default"),
-            ):
-                if given:
-                    raise InputError(f"{name} belongs to LeTs; this is a TLEG learngene, which has no such choice")
-            weights = tleg.descend(self.tensors, self.config, arch, width_select)
+        given = {"mapping_layer": mapping_layer, "mapping_layer_coeff": mapping_layer_coeff}
+        given |= {"width_select": width_select, "depth_select": depth_select}
+        given |= {name: vit_kwargs.pop(name) for name in choices_of_methods() if name in vit_kwargs}
+        weights = self.method_class.descend(self.tensors, self.config, arch, **self.own_choices(given))
         if num_classes not in (None, self.num_classes):
             head = weights["head.weight"]
             weights["head.weight"] = nn.init.trunc_normal_(head.new_empty(num_classes, arch.width), std=0.02)
@@ -164,8 +165,28 @@ class Learngene:
             weights |= {name: tensor for name, tensor in fresh.items() if any(key in name for key in skipped)}
         return vit_from_weights(arch, weights, num_classes=len(weights["head.bias"]), in_chans=in_chans, **vit_kwargs)
 
+    def own_choices(self, given: Mapping[str, object]) -> dict[str, object]:
+        """The choices of a Des-Net that are ``given``: neither None nor a default.
+
+        Raises:
+            InputError: one belongs to another method.
+        """
+        chosen = {name: value for name, value in given.items() if value not in (None, DEFAULT_CHOICES.get(name))}
+        for name in chosen:
+            if name not in self.method_class.choices:
+                others = " and ".join(choices_of_methods()[name])
+                raise InputError(
+                    f"{name} belongs to {others}; this is a {self.method_class.title} learngene, "
+                    "which has no such choice"
+                )
+        return chosen
+
+    def facts(self, arch: ViTArch, **choices: object) -> dict[str, object]:
+        """The choices of a Des-Net of ``arch`` sizes as they are in effect, for a model card."""
+        return self.method_class.facts(self.config, arch, **self.own_choices(choices))
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write the learngene file, whole or not at all."""
+        """Write the learngene file atomically."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         metadata = {"learngene": json.dumps(self.header)}
         if self.classes:
@@ -180,13 +201,13 @@ class Learngene:
 
 
 def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: bool = False) -> Learngene:
-    """Read this project's learngene file, a checkpoint of this program, or a published LeTs or TLEG checkpoint.
+    """Read this project's learngene file, a checkpoint of this program, or a published checkpoint.
 
-    Which of them it is shows in the content, whatever the name of the file.
+    The content decides which it is, not the name of the file.
 
     Args:
         path_or_url: a file or an address, as in `fetch`.
-        head_dim: neurons of an attention head, which the published files do not say.
+        head_dim: neurons of an attention head, which published files do not state.
         use_ema: take ``model_ema`` of a checkpoint instead of ``model``.
 
     Raises:
@@ -208,48 +229,51 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
 
 
 def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema: bool) -> Learngene:
-    """The learngene in the ``content`` of a file; its tensors can still have any names and shapes."""
+    """The learngene in the ``content`` of a file, its tensors not checked yet."""
     header = content.get("learngene", {})
     if not isinstance(header, Mapping):
         raise InputError("its header is no mapping")
     options = published.options_of(header.get("options", content.get("args")))
-    # what is averaged stands beside the rest in a checkpoint, and alone in learngene_ema.safetensors
+    # a checkpoint has averaged weights beside the others, learngene_ema.safetensors has no others
     if use_ema and not header.get("averaged"):
         weights, remarks = weights_of(content, path, "model_ema"), []
     else:
         weights, remarks = find_weights(content, path)
-    weights = without_prefix(weights, published.KEYS)
+    weights = without_prefix(weights, published.keys())
     averaged = use_ema or bool(header.get("averaged"))
     config = {key: value for key, value in header.items() if key not in ("method", "options", "averaged")}
-    if "src_arch" in config:
-        config.setdefault("group_size", 2)  # which earlier files do not state
-        config.setdefault("full_width", False)
-    if method := published.method_of(weights):
-        config = config or published.config_of(weights, head_dim, content.get("args"))
-        _check_config(config)
-        tensors = published.rename_from_published(weights, published.layout_of(method, config))
-        kind = "published checkpoint" if "optimizer" in content else "published weights"
-        return Learngene(method, tensors, config, options, averaged, ", ".join([kind, *remarks]))
-    if not header:
+    published_as = published.method_of(weights)
+    if not (header or published_as):
         known = any(name.endswith("blocks.0.norm1.weight") for name in weights)
         kind = "the weights of a single ViT, which --finetune takes" if known else "something else"
+        titles = " or ".join(cls.title for cls in METHODS.values() if cls.published is not None)
         raise InputError(
-            f"it holds {kind} ({found_in(weights)}); expected a file of this project, or a published LeTs or TLEG "
+            f"it holds {kind} ({found_in(weights)}); expected a file of this project, or a published {titles} "
             "checkpoint"
         )
-    if header["method"] not in METHODS:
-        raise InputError(f"unknown method {shown(header['method'])!r}")
-    _check_config(config)
-    kind = "checkpoint of this program" if "optimizer" in content else "learngene file"
-    return Learngene(header["method"], weights, config, options, averaged, ", ".join([kind, *remarks]))
+    method = method_class(published_as or header["method"])
+    if published_as and not config:
+        config = published.config_of(weights, head_dim, content.get("args"))
+    config = method.complete_header(config)
+    _check_config(config, method.flags)
+    if published_as:
+        kind = "published checkpoint" if "optimizer" in content else "published weights"
+        weights = layout.rename_from_published(weights, published.layout_of(published_as, config))
+    else:
+        kind = "checkpoint of this program" if "optimizer" in content else "learngene file"
+    return Learngene(method.method, weights, config, options, averaged, ", ".join([kind, *remarks]))
 
 
-def _check_config(config: Mapping) -> None:
-    """Raises InputError unless all sizes are whole numbers, and none so large that a model cannot even be described."""
+def _check_config(config: Mapping, flags: Sequence[str] = ()) -> None:
+    """Raises InputError unless all sizes are whole numbers, and none so large that a model cannot even be described.
+
+    Args:
+        flags: entries that are true or false.
+    """
     for key, value in config.items():
         for name, size in (value if isinstance(value, Mapping) else {key: value}).items():
-            if type(size) is not (bool if name == "full_width" else int):
-                expected = "true or false" if name == "full_width" else "a whole number"
+            if type(size) is not (bool if name in flags else int):
+                expected = "true or false" if name in flags else "a whole number"
                 raise InputError(f"{name} is {shown(size)!r}, expected {expected}")
         if isinstance(value, Mapping):
             ViTArch(**value)
@@ -267,15 +291,19 @@ def _check_tensors(gene: Learngene) -> None:
 
 
 def to_published(gene: Learngene) -> dict[str, Tensor]:
-    """The state dict that the published implementation of the method reads."""
-    return published.rename_to_published(gene.tensors, published.layout_of(gene.method, gene.config))
+    """The state dict that the published implementation of the method reads.
+
+    Raises:
+        InputError: there is no published format, or it cannot express the sizes of this learngene.
+    """
+    return layout.rename_to_published(gene.tensors, published.layout_of(gene.method, gene.config))
 
 
 def save_published(gene: Learngene, path: str | os.PathLike) -> None:
-    """Write a checkpoint that the published implementation of the method reads, whole or not at all.
+    """Write a checkpoint that the published implementation of the method reads, atomically.
 
-    Besides ``model`` it holds the recorded options as the published ``args``, and this project's header, from which
-    `load_learngene` restores what the published format cannot say.
+    Besides ``model`` it holds the options of stage 1 as the published ``args``, and the header of a learngene file,
+    from which `load_learngene` takes what the published format does not state.
     """
     content = {"model": to_published(gene), "args": Namespace(**gene.options), "learngene": gene.header}
     if gene.classes:

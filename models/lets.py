@@ -21,18 +21,22 @@ With ``full_width`` the width matrices are those of LiGO (Wang et al., ICLR 2023
 neuron of the Aux-Net, D instead of D−s, so that the old neurons are transformed too.
 """
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from functools import partial
+from typing import ClassVar
 
 from common.errors import InputError
 from models.aux_net import AuxNet, random_vit_weights
-from models.axes import widen_in, widen_out
-from models.depth_mapping import layers_of
-from models.factored import FactoredInLinear, FactoredOutLinear
-from models.selection import choose_rows, rows_of_heads
-from models.vit import ViTArch
+from models.axes import FactoredInLinear, FactoredOutLinear, widen_out, widening
+from models.depth_mapping import DepthPlan, depth_plan, des_plan, mapping_or_default
+from models.figures import Curves, Figures, HeatMaps, sorted_norms
+from models.formats import published_lets
+from models.formats.layout import PublishedFormat
+from models.initialisation import DEPTH_SCHEMES, WIDTH_SCHEMES, init_depth, init_width
+from models.registry import register_method
+from models.selection import is_full_width, select_width
+from models.vit import ViTArch, is_aux_name, parse_arch
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -40,44 +44,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
-DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
-WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
-# matrices of a layer whose input, or whose output, is the embedding
-READERS, WRITERS = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
+# linear layers whose input axis, or whose output axis, is the embedding
+FROM_EMBEDDING, TO_EMBEDDING = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The expansion: learngene → ViT state dict
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class DepthPlan(NamedTuple):
-    """Which group (published: pair) of learngene layers, with which coefficient row, makes each layer of a ViT."""
-
-    select: Tensor  # (distinct layers, rows, n/2), one 1 per distinct layer
-    layers: list[int]  # for each layer of the ViT, its index among the distinct ones
-
-
-def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int, device="cpu") -> DepthPlan:
-    """The plan for a ViT whose layer l is made from group and row ``layers[l]``; equal layers are computed once."""
-    distinct = sorted(set(layers))
-    select = torch.zeros(len(distinct), num_rows, num_groups, device="cpu")
-    for u, (group, row) in enumerate(distinct):
-        select[u, row, group] = 1
-    return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
-
-
-def widening(p: dict[str, Tensor]) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """`widen_out` and `widen_in`, or what takes their place for LiGO's matrices, where ⟨A⟩ is A itself."""
-    if not is_full_width(p):
-        return widen_out, widen_in
-    return torch.matmul, lambda w, A: w @ A.mT
-
-
-def is_full_width(p: dict[str, Tensor]) -> bool:
-    """Whether the width matrices have a row for every neuron of the Aux-Net, rather than for the new ones alone."""
-    return p["E"].shape[0] == p["pos_embed"].shape[-1]
 
 
 def depth_matrices(g: Tensor, plan: DepthPlan) -> dict[str, Tensor]:
@@ -95,18 +69,18 @@ def expand(p: dict[str, Tensor], plan: DepthPlan, widen_embedding: bool = True) 
     """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
 
     Args:
-        widen_embedding: or leave the linear layers at width s on the axis of the embedding, for `FactoredInLinear` and
-            `FactoredOutLinear`.
+        widen_embedding: or keep linear layers at width s on the axis of the embedding, as in `expand_factors`.
     """
-    out, into = widening(p)
+    out, into = widening(is_full_width(p))
     matrices = expand_matrices(p, plan)
     if widen_embedding:
-        matrices.update({name: into(matrices[name], p["E"]) for name in keys(READERS, "weight")})
-        matrices.update({name: out(p["E"], matrices[name]) for name in keys(WRITERS, "weight")})
-    with torch.autocast(p["E"].device.type, enabled=False):  # norms want float32, and vectors cost nothing
+        matrices.update({name: into(matrices[name], p["E"]) for name in keys(FROM_EMBEDDING, "weight")})
+        matrices.update({name: out(p["E"], matrices[name]) for name in keys(TO_EMBEDDING, "weight")})
+    device = "cpu" if p["E"].is_meta else p["E"].device.type
+    with torch.autocast(device, enabled=False):  # norms want float32, and vectors cost nothing
         vectors = expand_vectors(p, plan)
         if widen_embedding:
-            vectors.update({name: into(vectors[name], p["E"]) for name in keys(WRITERS, "bias")})
+            vectors.update({name: into(vectors[name], p["E"]) for name in keys(TO_EMBEDDING, "bias")})
     patch = p["patch_embed_weight"]
     stacked = {**matrices, **vectors}
     layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
@@ -122,8 +96,16 @@ def expand(p: dict[str, Tensor], plan: DepthPlan, widen_embedding: bool = True) 
     }
 
 
+def expand_factors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
+    """`expand` for a ViT with `FactoredInLinear` and `FactoredOutLinear`: matrices of width s, and E beside them."""
+    weights = expand(p, plan, widen_embedding=False)
+    for l in range(len(plan.layers)):  # torch 2.6 does not compile |=
+        weights.update(dict.fromkeys(keys(FROM_EMBEDDING + TO_EMBEDDING, "E", layer=l), p["E"]))
+    return weights
+
+
 def keys(modules: Sequence[str], kind: str, layer: int | str = "*") -> list[str]:
-    """What the ``kind`` of these modules is called in a state dict, in one layer or in a stack of all of them."""
+    """The state dict keys of the ``kind`` of these modules, in one layer or, with ``*``, in the stack of all layers."""
     return [f"blocks.{layer}.{module}.{kind}" for module in modules]
 
 
@@ -133,7 +115,7 @@ def expand_matrices(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
     the sum.
     """
-    out, into = widening(p)
+    out, into = widening(is_full_width(p))
     Q, K, V, M = (p[name] for name in "QKVM")
     G = depth_matrices(p["g"], plan)
     own = {  # the axis with a matrix of its own in each learngene layer
@@ -158,7 +140,7 @@ def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
 
     The biases that are added to the embedding are at width s, as the matrices beside them.
     """
-    _, into = widening(p)
+    _, into = widening(is_full_width(p))
     E = p["E"]
     G, H = depth_matrices(p["g"], plan), depth_matrices(p["h"], plan)
     own = {name: p[f"{name}_bias"] for name in MODULES}
@@ -180,10 +162,32 @@ def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
     }
 
 
+@register_method("lets")
 class LeTs(AuxNet):
     """The LeTs Aux-Net: a ViT of ``tgt`` sizes whose every weight is expanded from a learngene of ``src`` sizes."""
 
-    method = "lets"
+    title = "LeTs"
+    choices = ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select")
+    parts: ClassVar = {
+        "layers of the learngene": MODULES,
+        "patch embedding of the learngene": ("patch_embed",),
+        "final norm of the learngene": ("fc_norm",),
+        "head of the learngene": ("head",),
+        "E, width of the embedding": ("E",),
+        "C, width of the head's input": ("C",),
+        "Q, width of the queries": ("Q",),
+        "K, width of the keys": ("K",),
+        "V, width of the values": ("V",),
+        "M, width of the hidden layers": ("M",),
+        "g, depth coefficients of weights": ("g",),
+        "h, depth coefficients of biases": ("h",),
+        "position embedding of the Aux-Net": ("pos_embed",),
+    }
+    published = PublishedFormat(published_lets.KEY, partial(published_lets.layout, MODULES), published_lets.config_of)
+    flags = ("full_width",)
+    arch_options: ClassVar = {"src_arch": "learngene", "tgt_arch": "Aux-Net"}
+    options = (*EXPANSION, "src_path", "freeze_src", "trans_init_scheme", "trans_init_noise")
+    usage = "--src-arch and --tgt-arch"
 
     def __init__(
         self,
@@ -233,92 +237,154 @@ class LeTs(AuxNet):
                 **{a: width_matrix(new, s) for a in "EC"},
                 **{a: width_matrix(n, new, s) for a in "QKV"},
                 "M": width_matrix(n, 4 * new, 4 * s),
-                **{a: init_depth(rows, depth_scheme, depth_noise, group_size) for a in "gh"},
+                **{a: init_depth(len(MODULES), rows, depth_scheme, depth_noise, group_size) for a in "gh"},
             }
         )
-        plan = depth_plan(self.layers(), len(rows), n // group_size)
+        layers_per_group = tgt.depth // (n // group_size)
+        layers = [(i // layers_per_group, i // layers_per_row) for i in range(tgt.depth)]  # group and row of each
+        plan = depth_plan(layers, len(rows), n // group_size)
         self.register_buffer("_select", plan.select, persistent=False)
         self._plan_layers = plan.layers
-        self._compute_with_factors(self.vit)
-        self.descendants: list[ViTArch] = []
-        self.per_step, self.alone = 0, False
+        self._des_plans: dict[int, DepthPlan] = {}  # by depth
+        self._factor(self.vit)
 
-    def _compute_with_factors(self, vit: VisionTransformer) -> None:
+    def _factor(self, vit: VisionTransformer) -> VisionTransformer:
+        """``vit`` with linear layers that apply E to the activations."""
         for block in vit.blocks:
-            for kind, names in ((FactoredInLinear, READERS), (FactoredOutLinear, WRITERS)):
+            for kind, names in ((FactoredInLinear, FROM_EMBEDDING), (FactoredOutLinear, TO_EMBEDDING)):
                 for name in names:
                     block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
+        return vit
 
     @property
     def config(self) -> dict:
         expansion = {name: getattr(self, name) for name in EXPANSION}
         return {**super().config, "src_arch": asdict(self.src), **expansion}
 
-    def layers(self) -> list[tuple[int, int]]:
-        """The group of learngene layers and the coefficient row of each Aux layer."""
-        layers_per_group = self.arch.depth // (self.src.depth // self.group_size)
-        return [(i // layers_per_group, i // self.layers_per_row) for i in range(self.arch.depth)]
-
     def expand(self) -> dict[str, Tensor]:
         return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
 
-    def train_descendants(self, archs: Sequence[ViTArch], per_step: int, alone: bool = False) -> None:
-        """Train Des-Nets beside the Aux-Net, all of them functions of the same learngene.
-
-        Args:
-            archs: the sizes that are drawn from, each step others.
-            per_step: how many are drawn, without repetition.
-            alone: without the Aux-Net, which costs more than most of them.
-
-        Raises:
-            InputError: there are fewer sizes than ``per_step``, or the learngene makes no Des-Nets of one of them.
-        """
-        if not 1 <= per_step <= len(archs):
-            raise InputError(f"{per_step} descendants in a step of {len(archs)} sizes: expected no more than there are")
-        self._descendant_layers: dict[int, list[int]] = {}  # by depth
-        for arch in archs:
-            if arch != self.arch:
-                self._compute_with_factors(self.add_vit(arch))
-            plan = depth_plan(layers_of(self.config, arch), self.g.shape[1], self.src.depth // self.group_size)
-            self.register_buffer(f"_select_{arch.depth}", plan.select.to(self.g.device), persistent=False)
-            self._descendant_layers[arch.depth] = plan.layers
-        self.descendants = sorted(archs, key=lambda arch: arch.macs(self.num_classes, self.in_chans))
-        self.per_step, self.alone = per_step, alone
-
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes); in training with descendants (1 + per step, batch, classes), its own first.
-
-        Where descendants are trained alone, (per step, batch, classes).
-        """
+        """Logits (batch, classes). In training E is applied to the activations, which takes fewer multiplications."""
         if not self.training:  # the very weights of a Des-Net of these sizes
             return super().forward(images)
-        p = dict(self.named_parameters())
-        own = DepthPlan(self._select, self._plan_layers)
-        if not self.descendants:
-            return self._run(p, self.vit, own, images)
-        # drawn by the generator that a step's number seeds, so that a run that was interrupted draws the same
-        drawn = random.sample(self.descendants, self.per_step)
-        logits = [] if self.alone else [self._run(p, self.vit, own, images)]
-        for arch in drawn:
-            plan = DepthPlan(self.get_buffer(f"_select_{arch.depth}"), self._descendant_layers[arch.depth])
-            narrow = select_width(p, arch.width, self.src.head_dim)
-            logits.append(self._run(narrow, self.vits[arch], plan, images))
-        return torch.stack(logits)
+        plan = DepthPlan(self._select, self._plan_layers)
+        return functional_call(self.vit, expand_factors(dict(self.named_parameters()), plan), (images,))
 
-    def _run(self, p: dict[str, Tensor], vit: VisionTransformer, plan: DepthPlan, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of ``vit`` with the weights that expand from ``p``."""
-        weights = expand(p, plan, widen_embedding=False)
-        for l in range(len(plan.layers)):
-            weights.update(dict.fromkeys(keys(READERS + WRITERS, "E", layer=l), p["E"]))  # torch 2.6 compiles no |=
-        return functional_call(vit, weights, (images,))
+    def des_vit(self, arch: ViTArch) -> VisionTransformer:
+        return self._factor(super().des_vit(arch))
+
+    def des_weights(self, arch: ViTArch) -> dict[str, Tensor]:
+        plan = self._des_plans.get(arch.depth)
+        if plan is None or plan.select.device != self.g.device:  # made once, as it is copied to the device
+            plan = self._des_plans[arch.depth] = des_plan(self.config, arch, self.g.shape[1], device=self.g.device)
+        return expand_factors(select_width(dict(self.named_parameters()), arch.width, self.src.head_dim), plan)
+
+    @classmethod
+    def is_meant_by(cls, config: object) -> bool:
+        return bool(config.src_arch or config.tgt_arch)
+
+    @classmethod
+    def check_config(cls, config: object) -> None:
+        if config.finetune:
+            raise InputError(f"--finetune belongs to another run: {cls.usage} train a learngene")
+        if config.freeze_src and not config.src_path:
+            raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
+        for scheme, known in zip(config.trans_init_scheme, (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=True):
+            if scheme not in known:
+                raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
+
+    @classmethod
+    def archs_from_config(cls, config: object) -> tuple[ViTArch, ViTArch]:
+        return parse_arch(config.src_arch), parse_arch(config.tgt_arch)
+
+    @classmethod
+    def from_config(cls, config: object, **vit: object) -> "LeTs":
+        expansion = {name: getattr(config, name) for name in EXPANSION}
+        init = {"init_scheme": config.trans_init_scheme, "init_noise": config.trans_init_noise}
+        return cls(*cls.archs_from_config(config), **expansion, **init, **vit)
+
+    @classmethod
+    def check_names(cls, names: Sequence[str]) -> None:
+        if len(names) != 2 or any(is_aux_name(name) for name in names):
+            raise InputError("architectures of lets are two deit_… names: the learngene, the Aux-Net")
+
+    @classmethod
+    def complete_header(cls, header: dict) -> dict:
+        return {"group_size": 2, "full_width": False, **header}
+
+    @classmethod
+    def from_header(cls, header: Mapping, **vit: object) -> "LeTs":
+        archs, expansion = cls.archs(header), {name: header[name] for name in EXPANSION}
+        return cls(archs["learngene"], archs["Aux-Net"], **expansion, **vit)
+
+    @classmethod
+    def archs(cls, header: Mapping) -> dict[str, ViTArch]:
+        return {"learngene": ViTArch(**header["src_arch"]), **super().archs(header)}
+
+    @classmethod
+    def descend(
+        cls,
+        tensors: dict[str, Tensor],
+        header: Mapping,
+        arch: ViTArch,
+        mapping_layer: Sequence[int] | None = None,
+        mapping_layer_coeff: Sequence[int] | None = None,
+        width_select: str = "continuous",
+        depth_select: str = "default",
+    ) -> dict[str, Tensor]:
+        """The state dict of a Des-Net of ``arch`` sizes.
+
+        Args:
+            mapping_layer: for each Des-Net layer, the Aux layer whose pair of learngene layers it is made from.
+            mapping_layer_coeff: for each Des-Net layer, the Aux layer whose coefficient row it takes.
+            width_select: which rows of the width matrices a Des-Net narrower than the Aux-Net keeps.
+            depth_select: without mapping lists, how they are made, as in `select_depth`.
+        """
+        g, head_dim = tensors["g"], cls.archs(header)["learngene"].head_dim
+        mapping = mapping_layer, mapping_layer_coeff, depth_select
+        plan = des_plan(header, arch, g.shape[1], *mapping, device=g.device)
+        return expand(select_width(tensors, arch.width, head_dim, width_select), plan)
+
+    @classmethod
+    def remarks(cls, header: Mapping) -> list[str]:
+        shared = header["layers_per_row"]
+        rows = -(-header["tgt_arch"]["depth"] // shared)
+        return [f"Aux layers per row of depth coefficients: {shared} ({rows} rows)"]
+
+    @classmethod
+    def facts(cls, header: Mapping, arch: ViTArch, **choices: object) -> dict[str, object]:
+        lists = {name: choices.get(name) for name in ("mapping_layer", "mapping_layer_coeff")}
+        both = mapping_or_default(header, arch.depth, *lists.values(), choices.get("depth_select", "default"))
+        return dict(zip(lists, both, strict=True))
+
+    @classmethod
+    def figures(cls, tensors: Mapping[str, Tensor], header: Mapping) -> Figures:
+        """The depth coefficients, and the norms of the rows of the width matrices: each row makes one new neuron."""
+        depth, shared, size = header["tgt_arch"]["depth"], header["layers_per_row"], header["group_size"]
+        rows = [range(first, min(first + shared, depth)) for first in range(0, depth, shared)]
+        kinds = {"depth coefficients g, of weights": "g", "depth coefficients h, of biases": "h"}
+        layers = "first and second learngene layer of the pair" if size == 2 else "the learngene layers of the group"
+        coefficients = HeatMaps(
+            {title: tensors[name].flatten(1) for title, name in kinds.items()},
+            rows=MODULES,
+            columns=[f"{row[0]}–{row[-1]}" if len(row) > 1 else f"{row[0]}" for row in rows],
+            xlabel=f"Aux layers that share a row; its {size} columns: {layers}",
+            ylabel="module",
+            value="coefficient",
+        )
+        if not tensors["E"].numel():  # the Aux-Net is as wide as its learngene
+            return [coefficients]
+        panels = {"E and C, whole network": {name: sorted_norms(tensors[name]) for name in "EC"}}
+        panels |= {f"{name}, per layer": dict(enumerate(sorted_norms(tensors[name]))) for name in "QKVM"}
+        return [coefficients, Curves(panels, "row, by falling norm", "l2 norm of a row", scale="learngene layer")]
 
     def coefficients(self) -> dict[str, float]:
-        """The depth coefficients of the weights, g, each under a name."""
-        values = self.g.tolist()
+        """The depth coefficients of the weights, g."""
         return {
             f"g/{module}/row {r}, layer {c} of its group": value
-            for module, of_module in zip(MODULES, values, strict=True)
-            for r, row in enumerate(of_module)
+            for module, rows in zip(MODULES, self.g.tolist(), strict=True)
+            for r, row in enumerate(rows)
             for c, value in enumerate(row)
         }
 
@@ -329,7 +395,7 @@ class LeTs(AuxNet):
         Args:
             vit: its state dict.
         """
-        _, into = widening(dict(self.named_parameters()))
+        _, into = widening(self.full_width)
         start = {**stack_layers(vit, self.src.depth), "pos_embed": into(vit["pos_embed"], self.E)}
         for name, tensor in start.items():
             self.get_parameter(name).copy_(tensor)
@@ -380,121 +446,3 @@ def stack_layers(vit: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         p[f"fc_norm_{kind}"] = vit[f"fc_norm.{kind}"]
         p[f"head_{kind}"] = vit[f"head.{kind}"]
     return p
-
-
-def init_width(shape: tuple[int, ...], scheme: str, noise: float = 0.03) -> Tensor:
-    """Width matrices (…, new neurons, old neurons); each row sums to 1.
-
-    ``rand``: uniform in (0, 1), over the row's sum. ``rand_softmax``: the softmax of that noise. ``sel``: each new
-    neuron copies a random old one. ``sel_noisy``: the same over noise in (0, ``noise``), over the row's sum.
-    """
-    if scheme == "rand":
-        rows = torch.rand(shape)
-    elif scheme == "rand_softmax":
-        return torch.rand(shape).softmax(-1)
-    elif scheme in ("sel", "sel_noisy"):
-        rows = torch.rand(shape) * (noise if scheme == "sel_noisy" else 0)
-        rows.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1)), 1.0)
-    else:
-        raise InputError(f"unknown initialisation {scheme!r} of width matrices: expected {', '.join(WIDTH_SCHEMES)}")
-    return rows / rows.sum(-1, keepdim=True)
-
-
-def init_depth(rows: Sequence[int], scheme: str, noise: float = 0.03, group_size: int = 2) -> Tensor:
-    """Depth coefficients (8, rows, group_size); each row sums to 1. ``rows`` are numbered by their first Aux layer.
-
-    ``stackbert``: row r takes layer r mod group_size of its group. ``stackbert_noisy``: the same over noise in
-    (0, ``noise``), over the sum. ``alternate_noisy``: the same with the rows counted one by one, so that those of two
-    layers, whose numbers r are even, do not all take the first of a pair. ``rand``: uniform in (0, 1), over the sum.
-    ``rand_softmax``: the softmax of that noise.
-    """
-    shape = (len(MODULES), len(rows), group_size)
-    if scheme == "rand":
-        g = torch.rand(shape)
-    elif scheme == "rand_softmax":
-        return torch.rand(shape).softmax(-1)
-    elif scheme in ("stackbert", "stackbert_noisy", "alternate_noisy"):
-        g = torch.rand(shape) * (0 if scheme == "stackbert" else noise)
-        taken = range(len(rows)) if scheme == "alternate_noisy" else rows
-        g[:, range(len(rows)), [r % group_size for r in taken]] = 1.0
-    else:
-        raise InputError(
-            f"unknown initialisation {scheme!r} of depth coefficients: expected {', '.join(DEPTH_SCHEMES)}"
-        )
-    return g / g.sum(-1, keepdim=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2: the Des-Net
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def descend(
-    p: dict[str, Tensor],
-    config: dict,
-    arch: ViTArch,
-    mapping_layer: Sequence[int] | None = None,
-    mapping_layer_coeff: Sequence[int] | None = None,
-    width_select: str = "continuous",
-    depth_select: str = "default",
-) -> dict[str, Tensor]:
-    """The state dict of a Des-Net of ``arch`` sizes.
-
-    Args:
-        p: the learngene's tensors.
-        config: its sizes, as in `LeTs.config`.
-        mapping_layer: for each Des-Net layer, the Aux layer whose pair of learngene layers it is made from.
-        mapping_layer_coeff: for each Des-Net layer, the Aux layer whose coefficient row it takes.
-        width_select: which rows of the width matrices a Des-Net narrower than the Aux-Net keeps.
-        depth_select: without mapping lists, how they are made, as in `select_depth`.
-
-    Raises:
-        InputError: wider than the Aux-Net, other heads than the learngene's, or mapping lists that do not fit.
-    """
-    src = ViTArch(**config["src_arch"])
-    mapping = mapping_layer, mapping_layer_coeff, depth_select
-    plan = depth_plan(
-        layers_of(config, arch, *mapping), p["g"].shape[1], src.depth // config["group_size"], device=p["g"].device
-    )
-    return expand(select_width(p, arch.width, src.head_dim, width_select), plan)
-
-
-def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "continuous") -> dict[str, Tensor]:
-    """The learngene cut down so that it expands to ``width``.
-
-    Of full width matrices some rows are kept. Else, a width above the learngene's keeps some rows of the width
-    matrices, and a width below it the first neurons of the learngene itself. One choice per axis: embedding neurons by
-    E's rows for the whole network (C and the position embedding follow), heads by their rows in Q, K and V together
-    for the whole network, hidden neurons by M's rows in each layer.
-
-    Args:
-        how: as in `choose_rows`.
-    """
-    s, full = p["E"].shape[1], is_full_width(p)
-    if width == p["pos_embed"].shape[-1]:  # every row is kept
-        return p
-    old, new = (s, width) if full else (min(width, s), max(width - s, 0))
-    emb = choose_rows(p["E"], new, how)
-    per_head = torch.stack([p["Q"], p["K"], p["V"]]).unflatten(2, (-1, head_dim)).movedim(2, 0)
-    heads = choose_rows(per_head.flatten(1), new // head_dim, how)
-    head_rows = rows_of_heads(heads, head_dim)
-    pos_embed = p["pos_embed"]
-    hidden = choose_rows(p["M"], 4 * new, how)
-    return {
-        **p,
-        "pos_embed": pos_embed[..., emb]
-        if full
-        else torch.cat([pos_embed[..., :old], pos_embed[..., s + emb]], dim=-1),
-        "E": p["E"][emb, :old],
-        "C": p["C"][emb, :old],
-        **{a: p[a][:, head_rows, :old] for a in "QKV"},
-        "M": p["M"].gather(1, hidden[..., None].expand(-1, -1, 4 * s))[:, :, : 4 * old],
-        **{f"{m}_weight": p[f"{m}_weight"][:, :old, :old] for m in ("q", "k", "v", "proj")},
-        **{f"{m}_bias": p[f"{m}_bias"][:, :old] for m in ("q", "k", "v", "proj", "norm1", "norm2", "fc2")},
-        **{f"{m}_weight": p[f"{m}_weight"][:, :old] for m in ("norm1", "norm2")},
-        "fc1_weight": p["fc1_weight"][:, : 4 * old, :old],
-        "fc1_bias": p["fc1_bias"][:, : 4 * old],
-        "fc2_weight": p["fc2_weight"][:, :old, : 4 * old],
-        **{f"{m}_{kind}": p[f"{m}_{kind}"][:old] for m in ("patch_embed", "fc_norm") for kind in ("weight", "bias")},
-        "head_weight": p["head_weight"][:, :old],
-    }

@@ -1,7 +1,7 @@
-"""Which neurons a narrower ViT keeps of a wider one, or of the matrices that make one wider.
+"""Which neurons a narrower ViT keeps of a wider ViT, or of the width matrices of LeTs.
 
-One choice per axis, so that everything stays aligned: embedding neurons for the whole network, heads for the whole
-network (the rows of q, k and v and the columns of proj), hidden neurons for each layer.
+One choice per axis keeps all weights aligned: embedding neurons for the whole network, heads for the whole network
+(rows of q, k and v, columns of proj), hidden neurons for each layer.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 
 
 class Neurons(NamedTuple):
-    """The numbers of the neurons that are kept of a ViT."""
+    """Indices of the neurons of a ViT that are kept."""
 
-    embedding: Tensor  # (width,)
-    heads: Tensor  # (width,): the rows of q, k and v, and the columns of proj
-    hidden: Sequence[Tensor]  # (4·width,) for each layer
+    embedding: Tensor | slice  # (width,)
+    heads: Tensor | slice  # (width,): the rows of q, k and v, and the columns of proj
+    hidden: Sequence[Tensor | slice]  # (4·width,) for each layer
 
 
 def choose_rows(matrix: Tensor, count: int, how: str) -> Tensor:
-    """The numbers of ``count`` rows of ``matrix`` (…, rows, columns), in ascending order: (…, count).
+    """Indices of ``count`` rows of ``matrix`` (…, rows, columns), in ascending order: (…, count).
 
     Args:
         how: ``continuous``, the first rows; or the rows of largest (``top``) or smallest (``bottom``) l1 or l2 norm.
@@ -39,8 +39,13 @@ def choose_rows(matrix: Tensor, count: int, how: str) -> Tensor:
 
 
 def rows_of_heads(heads: Tensor, head_dim: int) -> Tensor:
-    """The numbers of all neurons of the given heads: (heads,) → (heads·head_dim,)."""
+    """Indices of all neurons of the given heads: (heads,) → (heads·head_dim,)."""
     return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+
+
+def first_neurons(width: int, depth: int) -> Neurons:
+    """The ``continuous`` choice, as slices: views need no index arithmetic in the backward pass of stage 1."""
+    return Neurons(slice(width), slice(width), [slice(4 * width)] * depth)
 
 
 def choose_neurons(vit: dict[str, Tensor], width: int, head_dim: int, how: str) -> Neurons:
@@ -95,3 +100,54 @@ def keep_neurons(vit: dict[str, Tensor], neurons: Neurons) -> dict[str, Tensor]:
         }
         kept |= {f"blocks.{l}.{name}": tensor for name, tensor in narrow.items()}
     return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the matrices of LeTs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_full_width(p: dict[str, Tensor]) -> bool:
+    """Whether the width matrices have a row for every neuron of the Aux-Net, rather than for the new ones alone."""
+    return p["E"].shape[0] == p["pos_embed"].shape[-1]
+
+
+def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "continuous") -> dict[str, Tensor]:
+    """The learngene cut down so that it expands to ``width``.
+
+    Of full width matrices some rows are kept. Else, a width above the learngene's keeps some rows of the width
+    matrices, and a width below it the first neurons of the learngene itself. One choice per axis: embedding neurons by
+    E's rows for the whole network (C and the position embedding follow), heads by their rows in Q, K and V together
+    for the whole network, hidden neurons by M's rows in each layer.
+
+    Args:
+        how: as in `choose_rows`.
+    """
+    s, full = p["E"].shape[1], is_full_width(p)
+    if width == p["pos_embed"].shape[-1]:  # every row is kept
+        return p
+    old, new = (s, width) if full else (min(width, s), max(width - s, 0))
+    emb = choose_rows(p["E"], new, how)
+    per_head = torch.stack([p["Q"], p["K"], p["V"]]).unflatten(2, (-1, head_dim)).movedim(2, 0)
+    heads = choose_rows(per_head.flatten(1), new // head_dim, how)
+    head_rows = rows_of_heads(heads, head_dim)
+    pos_embed = p["pos_embed"]
+    hidden = choose_rows(p["M"], 4 * new, how)
+    return {
+        **p,
+        "pos_embed": pos_embed[..., emb]
+        if full
+        else torch.cat([pos_embed[..., :old], pos_embed[..., s + emb]], dim=-1),
+        "E": p["E"][emb, :old],
+        "C": p["C"][emb, :old],
+        **{a: p[a][:, head_rows, :old] for a in "QKV"},
+        "M": p["M"].gather(1, hidden[..., None].expand(-1, -1, 4 * s))[:, :, : 4 * old],
+        **{f"{m}_weight": p[f"{m}_weight"][:, :old, :old] for m in ("q", "k", "v", "proj")},
+        **{f"{m}_bias": p[f"{m}_bias"][:, :old] for m in ("q", "k", "v", "proj", "norm1", "norm2", "fc2")},
+        **{f"{m}_weight": p[f"{m}_weight"][:, :old] for m in ("norm1", "norm2")},
+        "fc1_weight": p["fc1_weight"][:, : 4 * old, :old],
+        "fc1_bias": p["fc1_bias"][:, : 4 * old],
+        "fc2_weight": p["fc2_weight"][:, :old, : 4 * old],
+        **{f"{m}_{kind}": p[f"{m}_{kind}"][:old] for m in ("patch_embed", "fc_norm") for kind in ("weight", "bias")},
+        "head_weight": p["head_weight"][:, :old],
+    }

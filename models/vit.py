@@ -1,4 +1,4 @@
-"""Architecture names, the plain ViT that both methods expand, and its place in timm's registry.
+"""Architecture names, the plain ViT that all methods expand, and its entries in timm's registry.
 
 deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}]      a plain ViT
 aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
@@ -114,6 +114,16 @@ def parse_arch(name: str) -> ViTArch:
     if heads is not None:  # heads × head_dim of the size
         width, num_heads = int(heads) * (width // num_heads), int(heads)
     return ViTArch(width, int(depth or AUX_DEPTH), num_heads, int(patch), int(img))
+
+
+def name_of(arch: ViTArch) -> str:
+    """The name of ``arch`` in the grammar, the shortest there is; without one, how to write it in Python."""
+    for suffix in ("", f"_H{arch.num_heads}"):
+        for size in reversed(SIZES):
+            name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"
+            if parse_arch(name) == arch:
+                return name
+    return f"models.{arch!r}, which has no name"
 
 
 def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Turn a published learngene into this project's file, and back.
+"""Convert a published learngene to this project's file format, and back.
 
-Tensors, as float32, and plain options stay what they are.
-
-The target's suffix says which: .safetensors is this project's format, .pth the published one.
+The suffix of the target gives the format: .safetensors is this project's, .pth the published one. Tensors are written
+in float32; recorded options are kept as far as they are plain data.
 
 scripts/convert_learngene.py published_checkpoint.pth learngene.safetensors
 scripts/convert_learngene.py output/lets/learngene.safetensors for_the_authors_code.pth
@@ -28,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         "source", type=place, help="learngene file, checkpoint of this program, published checkpoint, or address"
     )
     p.add_argument("target", type=local_path, help="the file to write, .safetensors or .pth")
-    p.add_argument("--head-dim", type=int, default=64, help="neurons of a head, which published files do not say")
+    p.add_argument("--head-dim", type=int, default=64, help="neurons of a head, which published files do not state")
     p.add_argument("--gene-ema", action="store_true", help="take the averaged weights of a checkpoint")
     args = p.parse_args(argv)
     try:

@@ -25,6 +25,7 @@ from common import console
 from common.download import fetch
 from common.errors import InputError
 from common.files import atomic_write, read_yaml, sha256
+from models.registry import METHODS
 from options import local_path
 
 import gdown
@@ -117,15 +118,9 @@ def check_architectures(entry: Entry) -> None:
         if not isinstance(name, str):
             raise InputError(f"architectures holds {name!r:.200}, expected names")
         models.parse_arch(name)
-    aux = [models.is_aux_name(name) for name in entry.architectures]
-    if entry.method == "lets":
-        if aux != [False, False]:
-            raise InputError("architectures of lets are two deit_… names: the learngene, the Aux-Net")
-    elif entry.method == "tleg":
-        if not aux or not all(aux):
-            raise InputError("architectures of tleg are one or more aux_deit_… names: the Aux-Nets")
-    else:
-        raise InputError(f"method is {entry.method!r:.200}, expected lets or tleg")
+    if entry.method not in METHODS:
+        raise InputError(f"method is {entry.method!r:.200}, expected {' or '.join(METHODS)}")
+    METHODS[entry.method].check_names(entry.architectures)
 
 
 def check_address(entry: Entry) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What is in a learngene: sizes, parameters by part, recorded options, and the Des-Nets that it makes.
+"""Print the content of a learngene: sizes, parameters by part, options of stage 1, and the Des-Nets that it makes.
 
 scripts/inspect_learngene.py output/lets/learngene.safetensors
 scripts/inspect_learngene.py published_checkpoint.pth --gene-ema --plot learngene.png
@@ -8,7 +8,7 @@ scripts/inspect_learngene.py published_checkpoint.pth --gene-ema --plot learngen
 import argparse
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,44 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from common import console
 from common.files import atomic_write
-from models import lets, tleg
-from models.vit import SIZES
+from models.figures import Curves, HeatMaps, Points
+from models.vit import name_of
 from options import local_path, place
 
-import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure, SubFigure
-
-# label → what the names of its tensors are or begin with, up to an underscore
-PARTS = {
-    "lets": {
-        "layers of the learngene": lets.MODULES,
-        "patch embedding of the learngene": ("patch_embed",),
-        "final norm of the learngene": ("fc_norm",),
-        "head of the learngene": ("head",),
-        "E, width of the embedding": ("E",),
-        "C, width of the head's input": ("C",),
-        "Q, width of the queries": ("Q",),
-        "K, width of the keys": ("K",),
-        "V, width of the values": ("V",),
-        "M, width of the hidden layers": ("M",),
-        "g, depth coefficients of weights": ("g",),
-        "h, depth coefficients of biases": ("h",),
-        "position embedding of the Aux-Net": ("pos_embed",),
-    },
-    "tleg": {
-        "A, slope of the layers": ("A",),
-        "B, layer at position 0": ("B",),
-        "patch embedding": ("patch_embed",),
-        "position embedding": ("pos_embed",),
-        "final norm": ("norm",),
-        "head": ("head",),
-    },
-}
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
@@ -75,35 +46,19 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def learngene_arch(gene: models.Learngene) -> models.ViTArch:
-    """The sizes of the layers that the learngene stores; those of TLEG are as wide as the Aux-Net."""
-    return models.ViTArch(**gene.config["src_arch"]) if gene.method == "lets" else gene.arch
-
-
 def sizes(gene: models.Learngene) -> list[str]:
     rows = [("", "layers", "width", "heads", "neurons per head", "patch", "image")]
-    nets = {"learngene": learngene_arch(gene)} if gene.method == "lets" else {}
-    for name, a in {**nets, "Aux-Net": gene.arch}.items():
+    for name, a in gene.method_class.archs(gene.config).items():
         numbers = (a.depth, a.width, a.num_heads, a.head_dim)
         rows.append((name, *map(str, numbers), f"{a.patch_size} px", f"{a.img_size} px"))
     lines = [*table(rows), f"  {gene.num_classes} classes, {gene.config['in_chans']} input channels"]
-    if gene.method == "lets":
-        shared, count = gene.config["layers_per_row"], gene.tensors["g"].shape[1]
-        lines.append(f"  Aux layers per row of depth coefficients: {shared} ({count} rows)")
-    return lines
+    return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.config)]
 
 
 def part_sizes(gene: models.Learngene) -> dict[str, int]:
-    """Label → number of parameters; every tensor belongs to one part."""
-    count = dict.fromkeys(PARTS[gene.method], 0)
-    for name, tensor in gene.tensors.items():
-        label = next(
-            label
-            for label, stems in PARTS[gene.method].items()
-            if any(name == stem or name.startswith(f"{stem}_") for stem in stems)
-        )
-        count[label] += tensor.numel()
-    return count
+    """Label → number of parameters. Every tensor belongs to one part."""
+    tensors_of, parts = gene.method_class.tensors_of, gene.method_class.parts
+    return {part: sum(tensor.numel() for tensor in tensors_of(part, gene.tensors)) for part in parts}
 
 
 def share(part: int, total: int) -> str:
@@ -121,18 +76,17 @@ def parameters(gene: models.Learngene) -> list[str]:
 
 
 def options(gene: models.Learngene) -> list[str]:
-    """One line per option; a file's control characters, which would command the terminal, are escaped."""
+    """One line per option. Control characters of the file are escaped, as a terminal would obey them."""
     lines = [f"{name}: {gene.options[name]}" for name in sorted(gene.options, key=str)]
     return [f"  {line if line.isprintable() else ascii(line)}" for line in lines] or ["  nothing"]
 
 
 def des_nets(gene: models.Learngene) -> list[str]:
-    """One line per number of heads that the learngene makes a Des-Net of.
+    """One line per number of heads of which the learngene makes a Des-Net.
 
-    Which these are is asked of `Learngene.descend`, for one layer: depth is free, and each further layer adds the
-    parameters of that one.
+    `Learngene.descend` is called for one layer: any depth is possible, and each further layer has as many parameters.
     """
-    aux = gene.arch
+    aux, own = gene.arch, next(iter(gene.method_class.archs(gene.config).values())).num_heads
     depths = sorted({max(1, aux.depth * quarter // 4) for quarter in (1, 2, 3, 4)})
     rows = [("heads", "width", *(f"L{depth}" for depth in depths), "from the learngene's heads")]
     made, refusal = [], []
@@ -145,7 +99,7 @@ def des_nets(gene: models.Learngene) -> list[str]:
             continue
         layer, first = (sum(p.numel() for p in part.parameters()) for part in (vit.blocks[0], vit))
         counts = (f"{first + (depth - 1) * layer:,}" for depth in depths)
-        rows.append((str(heads), str(arch.width), *counts, source(heads, learngene_arch(gene).num_heads)))
+        rows.append((str(heads), str(arch.width), *counts, source(heads, own)))
         made.append(arch)
     return [
         f"  of any depth, with heads of {aux.head_dim} neurons; parameters by number of layers:",
@@ -160,17 +114,7 @@ def source(heads: int, own: int) -> str:
     """Where the heads of a Des-Net come from, if the learngene has ``own`` heads."""
     if heads < own:
         return f"first {heads} of {own}"
-    return f"all {own}" + f" + {heads - own} by width matrices" * (heads > own)
-
-
-def name_of(arch: models.ViTArch) -> str:
-    """A name of the grammar that stands for ``arch``, without its number of heads if there is one, or else Python."""
-    for suffix in ("", f"_H{arch.num_heads}"):
-        for size in reversed(SIZES):
-            name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"
-            if models.parse_arch(name) == arch:
-                return name
-    return f"models.{arch!r}, which has no name"
+    return f"all {own}" + f" + {heads - own} new" * (heads > own)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +123,7 @@ def name_of(arch: models.ViTArch) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Raises InputError unless a picture can be written to ``path``."""
+    """Raises InputError unless matplotlib can write a picture to ``path``."""
     formats = FigureCanvasBase.get_supported_filetypes().keys() - {"avif", "pgf"}  # which need more than matplotlib
     if path.suffix[1:].lower() not in formats:
         raise models.InputError(f"--plot {path} is no kind of picture: expected .{', .'.join(sorted(formats))}")
@@ -189,17 +133,11 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(gene: models.Learngene, path: Path) -> None:
-    if gene.method == "tleg":
-        figure = Figure(figsize=(13, 5), layout="constrained")
-        draw_tleg(figure, gene)
-    elif gene.tensors["E"].numel():
-        figure = Figure(figsize=(13, 8), layout="constrained")
-        depth, width = figure.subfigures(2, 1)
-        draw_depth(depth, gene)
-        draw_width(width, gene)
-    else:  # an Aux-Net as wide as its learngene
-        figure = Figure(figsize=(13, 4.5), layout="constrained")
-        draw_depth(figure, gene)
+    draw = {HeatMaps: draw_heat_maps, Curves: draw_curves, Points: draw_points}
+    rows = gene.method_class.figures(gene.tensors, gene.config)
+    figure = Figure(figsize=(13, 0.5 + 4 * len(rows)), layout="constrained")
+    for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        draw[type(row)](part, row)
     figure.suptitle(textwrap.fill(str(gene), 110), fontsize="medium")
     try:
         with atomic_write(path) as unfinished:
@@ -208,102 +146,92 @@ def write_plot(gene: models.Learngene, path: Path) -> None:
         raise models.InputError(f"--plot {path} cannot be written: {error.strerror}") from error
 
 
-def draw_depth(figure: Figure | SubFigure, gene: models.Learngene) -> None:
-    """The depth coefficients, one column per row of them and layer of the group (in LeTs: pair)."""
-    per_row, (_, rows, size) = gene.config["layers_per_row"], gene.tensors["g"].shape
-    last = [min(first + per_row, gene.arch.depth) - 1 for first in range(0, gene.arch.depth, per_row)]
-    labels = [f"{r * per_row}–{end}" if end > r * per_row else f"{end}" for r, end in enumerate(last)]
-    step = -(-rows // 12)  # more labels would overlap
-    limit = max(gene.tensors[name].abs().max().item() for name in "gh")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, name, kind in zip(both, "gh", ("weights", "biases"), strict=True):
+def draw_heat_maps(figure: SubFigure, maps: HeatMaps) -> None:
+    limit = max(matrix.abs().max().item() for matrix in maps.matrices.values())
+    step = -(-len(maps.columns) // 12)  # more labels would overlap
+    panels = figure.subplots(1, len(maps.matrices), sharey=True, squeeze=False)[0]
+    for axes, (title, matrix) in zip(panels, maps.matrices.items(), strict=True):
         image = axes.imshow(
-            gene.tensors[name].float().flatten(1).numpy(),
+            matrix.float().numpy(),
             cmap="RdBu_r",
             vmin=-limit,
             vmax=limit,
             aspect="auto",
             interpolation="none",
         )
-        for r in range(1, rows):
-            axes.axvline(size * r - 0.5, color="black", linewidth=1)
-        axes.set_xticks([size * r + (size - 1) / 2 for r in range(0, rows, step)], labels[::step])
-        axes.set_yticks(range(len(lets.MODULES)), lets.MODULES)
-        axes.set_title(f"depth coefficients {name}, of {kind}", fontsize="medium")
-    columns = "two columns: first and second learngene layer of the pair"
-    if size != 2:
-        columns = f"{size} columns: the learngene layers of the group"
-    figure.supxlabel(f"Aux layers that share a row; its {columns}", fontsize="medium")
-    both[0].set_ylabel("module")
-    figure.colorbar(image, ax=both, label="coefficient")
+        size = matrix.shape[1] // len(maps.columns)
+        for column in range(1, len(maps.columns)):
+            axes.axvline(size * column - 0.5, color="black", linewidth=1)
+        places = [size * column + (size - 1) / 2 for column in range(0, len(maps.columns), step)]
+        axes.set_xticks(places, maps.columns[::step])
+        axes.set_yticks(range(len(maps.rows)), maps.rows)
+        axes.set_title(title, fontsize="medium")
+    figure.supxlabel(maps.xlabel, fontsize="medium")
+    panels[0].set_ylabel(maps.ylabel)
+    figure.colorbar(image, ax=panels, label=maps.value)
 
 
-def draw_width(figure: SubFigure, gene: models.Learngene) -> None:
-    """The norms of the rows of the width matrices, each of which makes one new neuron."""
-    panels = figure.subplots(1, 5, sharey=True)
-    layers = gene.tensors["Q"].shape[0]
-    scale = ScalarMappable(BoundaryNorm([j - 0.5 for j in range(layers + 1)], 256), "viridis")
-    for name, colour, style in (("E", "black", "-"), ("C", "tab:red", "--")):
-        panels[0].plot(sorted_norms(gene.tensors[name]), style, color=colour, label=name)
-    panels[0].legend(frameon=False)
-    panels[0].set_title("E and C, whole network", fontsize="medium")
-    for axes, name in zip(panels[1:], "QKVM", strict=True):
-        for j, norms in enumerate(sorted_norms(gene.tensors[name])):
-            axes.plot(norms, color=scale.to_rgba(j), linewidth=1)
-        axes.set_title(f"{name}, per layer", fontsize="medium")
-    for axes in panels:
+def draw_curves(figure: SubFigure, curves: Curves) -> None:
+    numbers = [label for panel in curves.panels.values() for label in panel if isinstance(label, int)]
+    count = max(numbers, default=0) + 1
+    scale = ScalarMappable(BoundaryNorm([j - 0.5 for j in range(count + 1)], 256), "viridis")
+    panels = figure.subplots(1, len(curves.panels), sharey=True, squeeze=False)[0]
+    for axes, (title, panel) in zip(panels, curves.panels.items(), strict=True):
+        named = [label for label in panel if isinstance(label, str)]
+        for label, values in panel.items():
+            if isinstance(label, int):
+                axes.plot(values.numpy(), color=scale.to_rgba(label), linewidth=1)
+            else:
+                style = ("-", "--", ":")[named.index(label) % 3]
+                axes.plot(values.numpy(), style, color="black" if style == "-" else "tab:red", label=label)
+        if named:
+            axes.legend(frameon=False)
+        axes.set_title(title, fontsize="medium")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
-        axes.set_xlabel("row, by falling norm")
-    panels[0].set_ylabel("l2 norm of a row")
-    figure.colorbar(scale, ax=panels, label="learngene layer", ticks=range(0, layers, -(-layers // 12)))
+        axes.set_xlabel(curves.xlabel)
+    panels[0].set_ylabel(curves.ylabel)
+    if numbers:
+        figure.colorbar(scale, ax=panels, label=curves.scale, ticks=range(0, count, -(-count // 12)))
 
 
-def sorted_norms(matrix: torch.Tensor) -> np.ndarray:
-    """The l2 norms of the rows of ``matrix`` (…, rows, columns), the largest first: (…, rows)."""
-    return torch.linalg.vector_norm(matrix.float(), dim=-1).sort(descending=True).values.numpy()
-
-
-def draw_tleg(figure: Figure, gene: models.Learngene) -> None:
-    """How large A and B are, per module."""
-    size = {
-        (half, kind): [root_mean_square(gene.tensors[f"{half}_{module}_{kind}"]) for module in tleg.MODULES]
-        for half in "AB"
-        for kind in ("weight", "bias")
-    }
-    positive = [value for values in size.values() for value in values if value > 0] or [1.0]
-    panels = figure.subplots(1, 2, sharey=True)
+def draw_points(figure: SubFigure, points: Points) -> None:
+    values = [value for panel in points.panels.values() for series in panel.values() for value in series]
+    positive = [value for value in values if value > 0] or [1.0]
+    panels = figure.subplots(1, len(points.panels), sharey=True, squeeze=False)[0]
     panels[0].set_yscale("log")
     panels[0].set_ylim(min(positive) / 4, max(positive) * 3)
-    panels[0].set_ylabel("root mean square of a tensor's elements")
-    for axes, kind, title in zip(panels, ("weight", "bias"), ("weights", "biases"), strict=True):
-        draw_halves(axes, size["A", kind], size["B", kind])
-        axes.set_title(f"{title}; the numbers are ‖A‖ / ‖B‖", fontsize="medium")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    panels[0].set_ylabel(points.ylabel)
+    for axes, (title, panel) in zip(panels, points.panels.items(), strict=True):
+        draw_series(axes, panel)
+        names = [*panel]
+        ratio = f"; the numbers are {names[0]} / {names[1]}" if len(names) == 2 else ""
+        axes.set_title(title + ratio, fontsize="medium")
+        axes.set_xticks(range(len(points.names)), [textwrap.fill(name, 14) for name in points.names])
+        axes.set_xlim(-0.6, len(points.names) - 0.4)
+        axes.set_xlabel(points.xlabel)
+        axes.grid(alpha=0.25, axis="y")
+    if handles := [handle for handle in panels[0].get_legend_handles_labels()[0] if handle.get_label()]:
+        figure.legend(handles=handles, loc="outside right upper")
 
 
-def draw_halves(axes: Axes, A: Sequence[float], B: Sequence[float]) -> None:
-    """The sizes of A and of B in the modules; the line that joins them is as long as their ratio is far from 1."""
-    modules = range(len(tleg.MODULES))
-    aside = 0.1  # so that neither marker hides the other
-    axes.plot([x - aside for x in modules], A, "o", color="#c4572e", label="A")
-    axes.plot([x + aside for x in modules], B, "s", color="#0b6e99", label="B")
-    for x, (a, b) in enumerate(zip(A, B, strict=True)):
+def draw_series(axes: Axes, panel: Mapping[str, Sequence[float]]) -> None:
+    """The points of each series; two series are joined, and noted with their ratio."""
+    aside = 0.1 if len(panel) > 1 else 0  # so that no marker hides another
+    styles = (("o", "#c4572e", -aside), ("s", "#0b6e99", aside), ("^", "#5a7d2a", 0))
+    for (label, series), (marker, colour, offset) in zip(panel.items(), styles, strict=False):
+        axes.plot([x + offset for x in range(len(series))], series, marker, color=colour, label=label)
+    if len(panel) != 2:
+        return
+    (one, first), (two, second) = panel.items()
+    for x, (a, b) in enumerate(zip(first, second, strict=True)):
         if a and b:
             axes.plot((x - aside, x + aside), (a, b), color="lightgrey", linewidth=3, zorder=0)
             note = f"{a / b:#.3g}"
-        else:  # a logarithmic axis has no place for zero, and a ratio to zero is none
-            note = " = ".join(["A"] * (a == 0) + ["B"] * (b == 0) + ["0"])
+        else:  # a logarithmic axis has no zero, and there is no ratio to it
+            note = " = ".join([one] * (a == 0) + [two] * (b == 0) + ["0"])
         y = max(a, b, axes.get_ylim()[0])
         axes.annotate(note, (x, y), (0, 8), textcoords="offset points", ha="center", fontsize="small")
-    axes.set_xticks(modules, tleg.MODULES)
-    axes.set_xlim(-0.6, len(modules) - 0.4)
-    axes.set_xlabel("module")
-    axes.grid(alpha=0.25, axis="y")
-
-
-def root_mean_square(tensor: torch.Tensor) -> float:
-    return tensor.float().square().mean().sqrt().item()
 
 
 def parse() -> argparse.Namespace:
@@ -314,7 +242,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--head-dim", type=int, default=64, help="neurons of an attention head, for published checkpoints")
     p.add_argument("--gene-ema", action="store_true", help="take the averaged weights of a checkpoint")
     p.add_argument(
-        "--plot", type=local_path, metavar="PICTURE", help="also draw what stage 1 learned, e.g. as learngene.png"
+        "--plot", type=local_path, metavar="PICTURE", help="also draw what stage 1 learned, e.g. to learngene.png"
     )
     return p.parse_args()
 

@@ -18,7 +18,7 @@ from main import builder_of
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from study.results import slug
-from training.build_model import CHANNELS, create_sized, descendants_of
+from training.build_model import CHANNELS, build_supernet, create_sized, descendants_of
 from training.checks import check
 from training.command_line import Parser, arguments_of, parse_options
 from training.config import Config, ModelConfig, weight_sources
@@ -286,7 +286,9 @@ def checked_options(run: Run) -> Config:
     else:
         model = replace(config.model, **WITHOUT_FILES)  # the weights that it may start from are not there yet
         with torch.device("meta"):
-            builder_of(model)(model, config.data.input_size, 1, None)
+            network = builder_of(model)(model, config.data.input_size, 1, None)
+            if model.descendants:
+                build_supernet(model, network, config.data.input_size)
     return config
 
 

@@ -8,8 +8,10 @@ from common.errors import InputError, error_context, one_line
 from models.baselines import BASELINES, source_arch
 from models.formats.foreign import without_training_parts
 from models.formats.weights import found_in, load_weights
+from models.registry import choices_of_methods, method_of_stage_1
+from models.supernet import descendant_archs
 from models.vit import dropout_rates
-from training.config import ModelConfig
+from training.config import ModelConfig, option_name
 from training.foreign_weights import fit_head, fit_images, load_foreign_weights, read_foreign_weights
 from utils import print_main
 
@@ -46,31 +48,19 @@ class Builder(Protocol):
 def build_aux_net(
     config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene | None = None
 ) -> models.AuxNet:
-    """Stage 1: an Aux-Net, of LeTs (--src-arch and --tgt-arch) or of TLEG (--model aux_deit_…)."""
-    if config.model:
-        return build_plain_model(config, input_size, num_classes)
+    """Stage 1: the Aux-Net of a method."""
+    method = method_of_stage_1(config)
     rates = dict(drop_rate=config.drop, drop_path_rate=config.drop_path)
-    with error_context(f"--src-arch {config.src_arch} --tgt-arch {config.tgt_arch}"):
-        aux_net = models.create_aux_net(
-            config.src_arch,
-            config.tgt_arch,
-            layers_per_row=config.layers_per_row,
-            group_size=config.group_size,
-            full_width=config.full_width,
-            init_scheme=config.trans_init_scheme,
-            init_noise=config.trans_init_noise,
-            num_classes=num_classes,
-            img_size=input_size,
-            **rates,
-        )
-    if config.descendants:
-        train_descendants(aux_net, config, input_size)
+    with error_context(" ".join(f"{option_name(o)} {getattr(config, o)}" for o in method.arch_options)):
+        aux_net = method.from_config(config, num_classes=num_classes, img_size=input_size, **rates)
     if config.src_path:
         small = create_sized(config.src_arch, num_classes, input_size)
         load_foreign_weights(small, config.src_path, "--src-path", other_head=True)
         aux_net.start_from(small.state_dict())
     if config.freeze_src:
         aux_net.freeze_learngene()
+    if config.finetune:
+        load_foreign_weights(aux_net, config.finetune, "--finetune", other_head=True)
     return aux_net
 
 
@@ -80,11 +70,8 @@ def build_des_net(config: ModelConfig, input_size: int, num_classes: int, gene: 
         arch = replace(models.parse_arch(config.des_name), img_size=input_size)
         des_net = gene.descend(
             arch,
-            config.mapping_layer,
-            config.mapping_layer_coeff,
-            config.width_select,
-            config.depth_select,
-            config.skip_init,
+            **descend_choices(config),
+            skip_init=config.skip_init,
             num_classes=num_classes,
             in_chans=CHANNELS,
             drop_rate=config.drop,
@@ -137,26 +124,29 @@ def load_gene(config: ModelConfig) -> models.Learngene:
     return gene
 
 
-def train_descendants(aux_net: models.LeTs, config: ModelConfig, input_size: int) -> None:
-    """Have Des-Nets trained beside the Aux-Net, or alone.
+def descend_choices(config: ModelConfig) -> dict[str, object]:
+    """The options that say how a Des-Net is made from a learngene, of all methods."""
+    return {name: getattr(config, name) for name in choices_of_methods() if hasattr(config, name)}
+
+
+def build_supernet(config: ModelConfig, aux_net: models.AuxNet, input_size: int) -> models.Supernet:
+    """The wrapper that trains --descendants beside the Aux-Net, or alone.
 
     Raises:
         InputError: the learngene makes no Des-Nets of these sizes, or not so many.
     """
-    alone = config.descendant_weight == 1
     with error_context(f"--descendants {config.descendants}, of --descendant-depths and --descendant-heads"):
-        aux_net.train_descendants(descendants_of(config, input_size), config.descendants, alone)
+        return models.Supernet(
+            aux_net, descendants_of(config, input_size), config.descendants, alone=config.descendant_weight == 1
+        )
 
 
 def descendants_of(config: ModelConfig, input_size: int) -> list[models.ViTArch]:
     """The sizes that stage 1 samples descendants from; the Aux-Net's own if it is not trained anyway."""
-    src, tgt = (replace(models.parse_arch(name), img_size=input_size) for name in (config.src_arch, config.tgt_arch))
-    return [
-        replace(tgt, depth=depth, num_heads=heads, width=heads * tgt.head_dim)
-        for depth in sorted(set(config.descendant_depths or range(src.depth, tgt.depth + 1)))
-        for heads in sorted(set(config.descendant_heads or range(src.num_heads, tgt.num_heads + 1)))
-        if (depth, heads) != (tgt.depth, tgt.num_heads) or config.descendant_weight == 1
-    ]
+    archs = method_of_stage_1(config).archs_from_config(config)
+    smallest, aux = (replace(arch, img_size=input_size) for arch in archs)
+    alone = config.descendant_weight == 1
+    return descendant_archs(smallest, aux, config.descendant_depths, config.descendant_heads, alone)
 
 
 def initialise_from(model: nn.Module, config: ModelConfig, input_size: int) -> None:

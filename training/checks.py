@@ -6,7 +6,7 @@ What depends on a file, the data or the device is checked where that is read or 
 import models
 from common.errors import InputError
 from datasets import DATA_SETS, SMALL
-from models.lets import DEPTH_SCHEMES, WIDTH_SCHEMES
+from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
 from training.config import (
     AugmentConfig,
@@ -19,20 +19,10 @@ from training.config import (
     options_of,
 )
 
-# options of one kind of run alone, and what that kind is
-OPTIONS_OF = {
-    "lets": (
-        (
-            *("layers_per_row", "group_size", "full_width", "src_path", "freeze_src", "trans_init_scheme"),
-            *("trans_init_noise", "descendants", "descendant_depths", "descendant_heads", "descendant_weight"),
-        ),
-        "needs --src-arch and --tgt-arch: it says how the weights of a LeTs Aux-Net are made",
-    ),
-    "descend": (
-        ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select", "skip_init", "gene_ema"),
-        "needs --load-gene: it says how a Des-Net is made from a learngene",
-    ),
-}
+# kinds of run besides stage 1 of a method, whose kind is the name of the method
+STAGE_2, PLAIN = "descend", "plain"
+OPTIONS_OF_STAGE_2 = ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select", "skip_init", "gene_ema")
+OPTIONS_OF_DESCENDANTS = ("descendants", "descendant_depths", "descendant_heads", "descendant_weight")
 
 
 def check(config: Config) -> str:
@@ -66,44 +56,44 @@ def check(config: Config) -> str:
 
 
 def kind_of_run(config: ModelConfig) -> str:
-    """``lets`` or ``tleg`` (stage 1), ``descend`` (stage 2), or ``plain``.
+    """The name of a method for its stage 1, such as ``lets``; ``descend`` (stage 2); or ``plain``.
 
     Raises:
         InputError: the options do not say which, or contradict each other.
     """
-    if config.src_arch or config.tgt_arch:
-        check_lets(config)
-        return "lets"
+    if (method := method_of_stage_1(config)) is not None:
+        check_stage_1(config, method)
+        return method.method
     if config.load_gene:
         check_descend(config)
-        return "descend"
+        return STAGE_2
     if config.des_arch:
         raise InputError("--load-gene is missing: it names the learngene that initialises --des-arch")
     if (config.init is None) != (config.init_path is None):
         missing = "--init" if config.init is None else "--init-path"
         raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
-    name = config.model or ""
-    if config.init and (config.finetune or not models.follows_grammar(name) or models.is_aux_name(name)):
+    if config.init and (config.finetune or not models.follows_grammar(config.model or "")):
         raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
-    if not name:
+    if not config.model:
         raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
-    return "tleg" if models.is_aux_name(name) else "plain"
+    return PLAIN
 
 
-def check_lets(config: ModelConfig) -> None:
-    if not (config.src_arch and config.tgt_arch):
-        missing = "--tgt-arch" if config.src_arch else "--src-arch"
-        raise InputError(f"{missing} is missing: stage 1 of LeTs needs --src-arch and --tgt-arch")
-    for option in ("load_gene", "des_arch", "model", "finetune", "init", "init_path"):
-        if getattr(config, option):
+def check_stage_1(config: ModelConfig, method: type[models.AuxNet]) -> None:
+    """Raises InputError unless the options give the sizes of an Aux-Net, and nothing for another kind of run."""
+    needed = [option_name(option) for option in method.arch_options]
+    for option in method.arch_options:
+        if not getattr(config, option):
             raise InputError(
-                f"{option_name(option)} belongs to another run: --src-arch and --tgt-arch train a learngene"
+                f"{option_name(option)} is missing: stage 1 of {method.title} needs {' and '.join(needed)}"
             )
-    if config.freeze_src and not config.src_path:
-        raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
-    for scheme, known in zip(config.trans_init_scheme, (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=True):
-        if scheme not in known:
-            raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
+    for option in ("load_gene", "des_arch", "model", "src_arch", "tgt_arch", "init", "init_path"):
+        if getattr(config, option) and option not in method.arch_options:
+            train = "trains" if len(needed) == 1 else "train"
+            raise InputError(
+                f"{option_name(option)} belongs to another run: {' and '.join(needed)} {train} a learngene"
+            )
+    method.check_config(config)
 
 
 def check_descend(config: ModelConfig) -> None:
@@ -118,16 +108,18 @@ def check_descend(config: ModelConfig) -> None:
 def check_kind(kind: str, config: Config) -> None:
     """Raises InputError where an option is given that a run of this kind does not use."""
     options, defaults = options_of(config), options_of(Config())
-    for other, (names, reason) in OPTIONS_OF.items():
-        for name in names:
-            if other != kind and options[name] != defaults[name]:
-                raise InputError(f"--{name} {reason}")
-    if not config.model.descendants:
-        for name in OPTIONS_OF["lets"][0]:
-            if name.startswith("descendant_") and options[name] != defaults[name]:
-                raise InputError(
-                    f"--descendants is missing: --{name} says which are trained beside the Aux-Net, and how"
-                )
+    given = [name for name, value in options.items() if value != defaults[name]]
+    for name in given:
+        owners = [cls for cls in METHODS.values() if name in cls.options]
+        if owners and kind not in [cls.method for cls in owners]:
+            usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
+            raise InputError(f"--{name} needs {usage}: it says how the weights of a {titles} Aux-Net are made")
+        if name in OPTIONS_OF_STAGE_2 and kind != STAGE_2:
+            raise InputError(f"--{name} needs --load-gene: it says how a Des-Net is made from a learngene")
+        if name in OPTIONS_OF_DESCENDANTS and kind in (STAGE_2, PLAIN):
+            raise InputError(f"--{name} needs stage 1 of a method: Des-Nets are trained beside its Aux-Net")
+        if name in OPTIONS_OF_DESCENDANTS and not config.model.descendants:
+            raise InputError(f"--descendants is missing: --{name} says which are trained beside the Aux-Net, and how")
     if config.model.descendants and config.runtime.compile:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
 
@@ -211,7 +203,7 @@ def check_push(output: OutputConfig, kind: str, averages: bool, evaluates: bool)
     if output.push_ema and not (output.push_to_hub and averages):
         missing = "--push-to-hub is missing" if averages else "--no-model-ema leaves nothing to upload"
         raise InputError(f"{missing}: --push-ema uploads the averaged weights")
-    if output.push_ema and kind in ("lets", "tleg"):
+    if output.push_ema and kind not in (STAGE_2, PLAIN):
         raise InputError("--push-ema is for other models: --push-to-hub uploads a learngene with its average anyway")
     if output.push_to_hub and (output.output_dir is None or evaluates):
         found = "--eval writes nothing" if evaluates else "--output-dir is missing"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import models
 from datasets import DATA_SETS
+from models.registry import method_of_stage_1
 
 import torch
 
@@ -25,6 +26,7 @@ def local_path() -> str | None:
 class ModelConfig:
     """Which model is built, and what its weights start from."""
 
+    method: str | None = None
     model: str | None = None
     src_arch: str | None = None
     tgt_arch: str | None = None
@@ -267,7 +269,7 @@ def weight_sources(model: ModelConfig, teacher: TeacherConfig, resume: str | Non
     gene = LEARNGENE.replace("learngene", "learngene_ema") if model.gene_ema else LEARNGENE
     sources = {
         "load_gene": (model.load_gene, gene),
-        "finetune": (model.finetune, gene if models.is_aux_name(model.model or "") else MODEL),
+        "finetune": (model.finetune, gene if method_of_stage_1(model) else MODEL),
         "resume": (resume, CHECKPOINT),
         "init_path": (model.init_path, MODEL),
         "src_path": (model.src_path, MODEL),

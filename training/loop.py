@@ -99,7 +99,7 @@ def begin_writing(run: Run) -> None:
 
 
 def train_epochs(run: Run, signals: utils.StopSignals) -> None:
-    config, model = run.config, run.model
+    config, model = run.config, run.trained
     if utils.world_size() > 1:
         model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
     if config.runtime.compile:
@@ -198,8 +198,8 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
     with run.output.attempt("what was trained"):
         write_weights(run)
     run.log.add(line)
-    if isinstance(run.model, models.LeTs):
-        run.log.show(run.model.coefficients(), epoch + 1)
+    if isinstance(run.model, models.AuxNet) and (coefficients := run.model.coefficients()):
+        run.log.show(coefficients, epoch + 1)
 
 
 def roll_back(run: Run, error: NotFiniteError) -> None:
@@ -225,8 +225,8 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
     Where descendants are trained without their Aux-Net, it is that of the largest of them.
     """
     utils.share_buffers(model)
-    if isinstance(model, models.LeTs) and model.alone:
-        model = models.Learngene.of(model).descend(model.descendants[-1]).eval()
+    if run.supernet is not None and run.supernet.alone:
+        model = models.Learngene.of(model).descend(run.supernet.archs[-1]).eval()
     elif isinstance(model, models.AuxNet):
         model = model.to_vit()
     if run.config.optim.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:

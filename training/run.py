@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import models
 import utils
 from engine import Position
 from losses import DistillationLoss, FamilyLoss
@@ -22,7 +23,7 @@ from torch import nn
 
 @dataclass
 class Run:
-    """Everything that training and evaluation need. ``model`` is without the wrappers of DDP and torch.compile."""
+    """Everything that training and evaluation need. ``model`` is without the wrappers of `trained` and DDP."""
 
     config: Config
     output_dir: Path | None
@@ -49,6 +50,12 @@ class Run:
     checkpoint: Path | None = None  # the newest one of this run; known to the main process alone
     schedule_lag: int = 1  # DeiT steps the schedule after each epoch; 0 for a run begun when this program did not
     rollbacks: int = 0  # since the newest checkpoint
+    supernet: models.Supernet | None = None  # around the model, where descendants are trained
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that is trained: the model, or the wrapper that samples its descendants."""
+        return self.model if self.supernet is None else self.supernet
 
     @property
     def steps(self) -> int:

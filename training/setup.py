@@ -9,7 +9,7 @@ import utils
 from common.errors import InputError, error_context, one_line
 from common.files import atomic_write
 from common.hub import check_upload
-from models.depth_mapping import mapping_or_default
+from models.registry import method_of_stage_1
 from training.build import (
     autocast_of,
     build_criterion,
@@ -20,7 +20,7 @@ from training.build import (
     device_of,
 )
 from training.build_data import build_loaders, build_mixup
-from training.build_model import Builder, load_gene
+from training.build_model import Builder, build_supernet, descend_choices, load_gene
 from training.checkpoints import resume
 from training.config import Config, ModelConfig, recipe, weight_sources
 from training.label_check import check_teacher_names, names_known, warn_of_head, warn_of_heads
@@ -57,8 +57,9 @@ def set_up(config: Config, build: Builder) -> Run:
     if utils.is_main():  # the others have the same files
         check_names(config, classes, gene)
     model = build(config.model, config.data.input_size, len(classes), gene).to(device)
+    supernet = build_supernet(config.model, model, config.data.input_size) if config.model.descendants else None
     if config.model.grad_checkpointing:
-        checkpoint_gradients(model, config.model.arch)
+        checkpoint_gradients(supernet or model, config.model.arch)
     mixup, base_criterion = build_mixup(config.augment, config.data.input_size, len(classes))
     optimizer, scheduler = build_optimizer(
         config.optim, config.schedule, config.data.batch_size, config.runtime.seed, model
@@ -82,6 +83,7 @@ def set_up(config: Config, build: Builder) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=half),
         epoch=config.schedule.start_epoch,
         facts=facts,
+        supernet=supernet,
     )
     begin(run)
     return run
@@ -166,11 +168,11 @@ def wandb_of(config: Config) -> Callable[[dict, int], None]:
 
 def facts_of(config: ModelConfig, gene: models.Learngene | None) -> dict[str, object]:
     """Where the weights of a run come from, for its model card."""
-    if config.src_arch:
-        start = "timm's initialisation"
-        if config.src_path:
-            start = f"{public(config.src_path)}{', frozen' * config.freeze_src}"
-        return {"learngene": config.src_arch, "Aux-Net": config.tgt_arch, "learngene starts from": start}
+    if (method := method_of_stage_1(config)) is not None:
+        facts = {"method": method.title} | {name: getattr(config, o) for o, name in method.arch_options.items()}
+        start = config.src_path or config.finetune
+        frozen = ", frozen" * config.freeze_src
+        return facts | {"learngene starts from": public(start) + frozen if start else "timm's initialisation"}
     facts = {"architecture": config.des_name, "finetuned from": config.finetune and public(config.finetune)}
     if config.init:
         facts["initialised by"] = f"{config.init}, from {public(config.init_path)}"
@@ -180,12 +182,8 @@ def facts_of(config: ModelConfig, gene: models.Learngene | None) -> dict[str, ob
             "its file": public(config.load_gene),
             "width selection": config.width_select,
         }
-        if gene.method == "lets":
-            with error_context(config.des_option):
-                depth = models.parse_arch(config.des_name).depth
-                lists = config.mapping_layer, config.mapping_layer_coeff, config.depth_select
-                mapping = mapping_or_default(gene.config, depth, *lists)
-            facts |= dict(zip(("mapping_layer", "mapping_layer_coeff"), mapping, strict=True))
+        with error_context(config.des_option):
+            facts |= gene.facts(models.parse_arch(config.des_name), **descend_choices(config))
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 

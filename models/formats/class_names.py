@@ -1,4 +1,4 @@
-"""The names of the classes that a file of weights was trained on, where it knows them."""
+"""The names of the classes that weights were trained on, where their file has them."""
 
 import json
 import mmap
@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 
 def class_names(path: str | os.PathLike, content: Mapping | None = None) -> list[str] | None:
-    """The names of the classes in the order of the logits, or None where the file does not know them.
+    """The names of the classes in the order of the logits, or None where the file does not have them.
 
-    A checkpoint of this program and a learngene file hold them; of a model folder they stand in ``config.json``. What
-    is wrong with the file is left for its reader to say.
+    Checkpoints of this program and learngene files hold them; a model folder has them in ``config.json``. Errors in
+    the file are left to its reader.
 
     Args:
-        content: what `read_checkpoint` has read from ``path``, so that a large file is not read twice.
+        content: what `read_checkpoint` read from ``path``; saves reading a large file twice.
     """
     try:
         with open(path, "rb") as file:
@@ -35,7 +35,7 @@ def class_names(path: str | os.PathLike, content: Mapping | None = None) -> list
 
 
 def _beside(path: Path) -> object:
-    """What a safetensors file says in its header, or the ``config.json`` of its folder."""
+    """The names in the header of a safetensors file, or in the ``config.json`` of its folder."""
     with open(path, "rb") as named, safe_open(_in_utf8(path, named), framework="pt") as file:
         metadata = file.metadata() or {}
     if "learngene" in metadata:
@@ -45,7 +45,7 @@ def _beside(path: Path) -> object:
 
 
 def _mentions_classes(path: str | os.PathLike) -> bool:
-    """Whether it is worth reading a checkpoint for them: most files from elsewhere have none."""
+    """Whether a checkpoint can hold names of classes. Most files of other programs do not, and need not be read."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(b"classes") >= 0  # torch compresses nothing, in any of its formats
 
@@ -56,9 +56,9 @@ def _checked(names: object) -> list[str] | None:
 
 
 def first_difference(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> str | None:
-    """The first class that is called otherwise on the two sides, in words, or None.
+    """A description of the first class whose two names differ, or None.
 
-    Other numbers of classes are not compared: what is done about them depends on the file.
+    Lists of different lengths are not compared: what a different number of classes means depends on the file.
     """
     if not theirs or not ours or len(theirs) != len(ours):
         return None

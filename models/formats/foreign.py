@@ -1,6 +1,6 @@
-"""Weights of other programs under the names of a model here: prefixes, tokens and what only their training needed.
+"""Fit weights of other programs to a model here: prefixes, class tokens, and parts that only training needed.
 
-Functions that leave something out also return remarks, one sentence for each thing, for the caller to print.
+Functions that drop weights also return remarks for the caller to print, one line for each kind of weight.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-# modules that torch puts around others, also inside of a model
+# wrapper modules of torch, which may also be inside a model
 WRAPPER = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # first parts of names that are no part of a classifier: the decoder of MAE, the projections of DINO, iBOT and MoCo
 TRAINING_ONLY = re.compile(
@@ -35,9 +35,9 @@ def without_prefix(weights: Mapping[str, Tensor], known: Collection[str]) -> dic
 
 
 def part_for(weights: Mapping[str, Tensor], known: Collection[str]) -> Fitted:
-    """Of several networks in one dictionary, such as a backbone and its projection head, the one that fits.
+    """The network that fits, of several in one dictionary such as a backbone and its projection head.
 
-    Its names have a prefix of their own, and without that they are half of the ``known`` or of all names, at least.
+    Its names share a prefix. Without the prefix they are at least half of the ``known`` names, or of all names.
     """
     fitting: Counter[str] = Counter()
     for name in weights:
@@ -55,9 +55,9 @@ def part_for(weights: Mapping[str, Tensor], known: Collection[str]) -> Fitted:
 
 
 def fit_names(weights: Mapping[str, Tensor], model: nn.Module) -> Fitted:
-    """``weights`` under the names of ``model``, without its tokens and what only training needed.
+    """``weights`` under the names of ``model``, without tokens that it does not have.
 
-    What does not concern a name is left to timm's filter for the architecture.
+    Shapes are left to timm's filter for the architecture.
     """
     own = model.state_dict()
     weights, remarks = part_for(without_prefix(weights, own.keys()), own.keys())

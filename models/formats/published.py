@@ -1,121 +1,53 @@
-"""The formats of the published implementations: learngenes of both methods, and trained Des-Nets.
+"""Files of the published implementations: learngenes of any method, trained Des-Nets, and training states.
 
-A published checkpoint is ``{"model": …, "model_ema": …, "optimizer": …, "args": Namespace, …}``. The tables below say
-where each of its tensors has its place here; reading and writing both follow them.
+A published checkpoint is ``{"model": …, "model_ema": …, "optimizer": …, "args": Namespace, …}``. Each method says in
+`AuxNet.published` how its tensors are laid out there.
 """
 
-import math
 import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 
 from common.errors import InputError, one_line
-from models import lets, tleg
+from models.formats.layout import Layout, PublishedFormat, rename_from_published
 from models.formats.weights import weights_of
-from models.vit import AUX_DEPTH, ViTArch, parse_arch
+from models.registry import METHODS, method_class
 
 import torch
 from torch import Tensor
 
-LETS_KEY = "patch_embed.trans_width_emb.trans_weight"  # which method a file is of, shows in one of its keys
-TLEG_KEY = "blocks.block.norm1.instances.0.weight_ilayer"
 DES_NET_KEY = "blocks.0.attn.q.weight"
-KEYS = {LETS_KEY, TLEG_KEY}
-
-Layout = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def lets_layout(depth: int, rows: Sequence[int]) -> Layout:
-    """Published LeTs key → name of the tensor here, and the place in its stacked axes."""
-    layer = dict(q="attn_q", k="attn_k", v="attn_v", proj="attn_proj", fc1="mlp_fc1", fc2="mlp_fc2")
-    layout = {"pos_embed": ("pos_embed", ())}
-    for kind in ("weight", "bias"):
-        layout[f"__sm_patch_embed_proj_{kind}"] = (f"patch_embed_{kind}", ())
-        layout[f"__sm_fc_norm_{kind}"] = (f"fc_norm_{kind}", ())
-        layout[f"__sm_head_{kind}"] = (f"head_{kind}", ())
-        for m, name in enumerate(lets.MODULES):
-            for j in range(depth):
-                layout[f"__sm_{j}_{layer.get(name, name)}_{kind}"] = (f"{name}_{kind}", (j,))
-            for k, r in enumerate(rows):
-                module = layer.get(name, name).replace("_", ".")
-                key = f"blocks.{r}.{module}.trans_depth_weight.trans_{kind}"
-                layout[key] = ("g" if kind == "weight" else "h", (m, k))
-    layout[LETS_KEY] = ("E", ())
-    layout["trans_width_cls.trans_weight"] = ("C", ())
-    for name, matrix in (("Q", "q"), ("K", "k"), ("V", "v"), ("M", "ffn")):
-        for j in range(depth):
-            layout[f"blocks.{j}.trans_width_{matrix}.trans_weight"] = (name, (j,))
-    return layout
-
-
-def tleg_layout() -> Layout:
-    """Published TLEG key → name of the tensor here."""
-    layout = {"pos_embed": ("pos_embed", ())}
-    for kind in ("weight", "bias"):
-        layout[f"patch_embed.proj.{kind}"] = (f"patch_embed_{kind}", ())
-        layout[f"norm.{kind}"] = (f"norm_{kind}", ())
-        layout[f"head.{kind}"] = (f"head_{kind}", ())
-        for module, timm_name in zip(tleg.MODULES, tleg.TIMM_NAMES, strict=True):
-            for half, published in (("A", "ilayer"), ("B", "base")):
-                key = f"blocks.block.{timm_name}.instances.0.{kind}_{published}"
-                layout[key] = (f"{half}_{module}_{kind}", ())
-    return layout
-
-
-def layout_of(method: str, config: Mapping) -> Layout:
-    """The table of a learngene with the sizes in ``config`` (`AuxNet.config`)."""
-    if method == "tleg":
-        return tleg_layout()
-    if config["group_size"] != 2:
-        raise InputError(f"the published format mixes pairs of layers, this learngene groups of {config['group_size']}")
-    if config["full_width"]:
-        raise InputError("the published format keeps the old neurons, this learngene transforms them (full width)")
-    rows = range(0, config["tgt_arch"]["depth"], config["layers_per_row"])
-    return lets_layout(config["src_arch"]["depth"], rows)
-
-
-def rename_to_published(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Tensors under this project's names, under the published ones."""
-    return {key: tensors[name][place].clone() for key, (name, place) in layout.items()}
-
-
-def rename_from_published(published: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Tensors under the published names, stacked under this project's.
-
-    Raises:
-        InputError: keys are missing or unknown, or shapes differ within a stack.
-    """
-    if unknown := published.keys() - layout.keys():
-        raise InputError(f"{len(unknown)} keys do not belong to the published format, such as {min(unknown)}")
-    if missing := layout.keys() - published.keys():
-        raise InputError(f"{len(missing)} keys of the published format are missing, such as {min(missing)}")
-    stacks: dict[str, dict[tuple[int, ...], Tensor]] = {}
-    for key, (name, place) in layout.items():
-        stack = stacks.setdefault(name, {})
-        first = next(iter(stack.values()), published[key])
-        if first.shape != published[key].shape:
-            raise InputError(f"{key} has shape {tuple(published[key].shape)}, expected {tuple(first.shape)}")
-        stack[place] = published[key].float()
-    tensors = {}
-    for name, stack in stacks.items():
-        *_, last = sorted(stack)
-        axes = [i + 1 for i in last]  # places are complete: the last one gives the length of each stacked axis
-        tensors[name] = torch.stack([stack[place] for place in sorted(stack)]).unflatten(0, axes) if axes else stack[()]
-    return tensors
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes, which the files do not state
+# Learngenes
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def keys() -> set[str]:
+    """The keys by which published learngenes are recognised."""
+    return {cls.published.key for cls in METHODS.values() if cls.published is not None}
 
 
 def method_of(weights: Mapping[str, Tensor]) -> str | None:
-    """``lets`` or ``tleg`` where these are the weights of a published learngene."""
-    return "lets" if LETS_KEY in weights else "tleg" if TLEG_KEY in weights else None
+    """The method whose published format ``weights`` have, or None."""
+    for name, cls in METHODS.items():
+        if cls.published is not None and cls.published.key in weights:
+            return name
+    return None
+
+
+def format_of(method: str) -> PublishedFormat:
+    """The published format of a method.
+
+    Raises:
+        InputError: it has none.
+    """
+    cls = method_class(method)
+    if cls.published is None:
+        raise InputError(f"{cls.title} has no published format: its learngenes are .safetensors files of this project")
+    return cls.published
 
 
 def config_of(weights: Mapping[str, Tensor], head_dim: int, args: object = None) -> dict:
@@ -128,45 +60,20 @@ def config_of(weights: Mapping[str, Tensor], head_dim: int, args: object = None)
     Raises:
         InputError: the width is no multiple of ``head_dim``.
     """
-    if method_of(weights) == "tleg":
-        width = weights["pos_embed"].shape[2]
-        arch = _arch(width, AUX_DEPTH, head_dim, weights, "patch_embed.proj.weight")
-        return {"tgt_arch": asdict(arch), **_head_and_channels(weights, "head.weight", "patch_embed.proj.weight")}
-    new, s = weights[LETS_KEY].shape
-    depth = sum(re.fullmatch(r"__sm_\d+_norm1_weight", key) is not None for key in weights)
-    found = (re.fullmatch(r"blocks\.(\d+)\.norm1\.trans_depth_weight\.trans_weight", key) for key in weights)
-    rows = sorted(int(match[1]) for match in found if match)
-    layers_per_row = rows[1] - rows[0] if len(rows) > 1 else depth // 2
-    # The last row may be shared by fewer layers; only the recorded options can say so.
-    aux_depth = rows[-1] + layers_per_row
-    with suppress(InputError):
-        recorded = parse_arch(str(getattr(args, "tgt_arch", ""))).depth
-        aux_depth = recorded if rows[-1] < recorded <= aux_depth else aux_depth
-    patch_key = "__sm_patch_embed_proj_weight"
-    src = _arch(s, depth, head_dim, weights, patch_key)
-    tgt = _arch(s + new, aux_depth, head_dim, weights, patch_key)
-    config = {"src_arch": asdict(src), "tgt_arch": asdict(tgt), "layers_per_row": layers_per_row}
-    return {
-        **config,
-        "group_size": 2,
-        "full_width": False,
-        **_head_and_channels(weights, "__sm_head_weight", patch_key),
-    }
+    return format_of(method_of(weights)).config(weights, head_dim, args)
 
 
-def _arch(width: int, depth: int, head_dim: int, weights: Mapping[str, Tensor], patch_key: str) -> ViTArch:
-    patch_size = weights[patch_key].shape[-1]
-    if width % head_dim:
-        raise InputError(f"its width {width} is no multiple of {head_dim}, the size of a head (head_dim)")
-    return ViTArch(width, depth, width // head_dim, patch_size, patch_size * math.isqrt(weights["pos_embed"].shape[1]))
+def layout_of(method: str, config: Mapping) -> Layout:
+    """The published layout of a learngene with the sizes in ``config`` (`AuxNet.config`).
 
-
-def _head_and_channels(weights: Mapping[str, Tensor], head_key: str, patch_key: str) -> dict:
-    return {"num_classes": weights[head_key].shape[0], "in_chans": weights[patch_key].shape[1]}
+    Raises:
+        InputError: the method has no published format, or the format cannot express these sizes.
+    """
+    return format_of(method).layout(config)
 
 
 def options_of(args: object) -> dict:
-    """What a published checkpoint recorded of its options, as far as it is plain data."""
+    """The options that a published checkpoint recorded, without those that are no plain data."""
     recorded = vars(args) if isinstance(args, Namespace) else args if isinstance(args, Mapping) else {}
     plain = (str, int, float, bool, type(None))
     recorded = {name: value for name, value in recorded.items() if isinstance(name, plain)}  # tuples can be long text
@@ -178,7 +85,7 @@ def options_of(args: object) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Trained Des-Nets and training states
+# Trained Des-Nets, and training states
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -202,19 +109,19 @@ Renaming = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def is_published(content: Mapping) -> bool:
-    """Whether a checkpoint was written by a published implementation, which keeps its options in a Namespace."""
+    """Whether a published implementation wrote the checkpoint: those record their options in a Namespace."""
     return isinstance(content.get("args"), Namespace)
 
 
 def published_names(content: Mapping, path: str | os.PathLike, head_dim: int) -> Renaming:
-    """The function that gives the weights of a checkpoint, and what goes with them, the names used here.
+    """The function that renames the weights of a checkpoint, and their moments, to the names used here.
 
     Args:
-        content: what `read_checkpoint` read from ``path``; one of this program keeps its names.
+        content: what `read_checkpoint` read from ``path``. The names of this program's checkpoints stay.
         head_dim: neurons of an attention head, for a learngene.
 
     Raises:
-        InputError: the weights are not what their names say.
+        InputError: a learngene is incomplete.
     """
     weights = weights_of(content, path)
     if method := method_of(weights):

@@ -31,16 +31,16 @@ def save_model(
     label_names: Sequence[str] = (),
     label_descriptions: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
+    """Write ``model.safetensors`` and ``config.json``, each atomically.
 
     Args:
         model: a model that timm made.
         arch: the sizes of a plain ViT of this project, or a name of timm's.
         model_args: what timm's entry of that name needs to make the same model; plain data.
-        data_config: of evaluation, in timm's words: ``input_size`` (channels, height, width), ``crop_pct``,
+        data_config: of evaluation, with timm's keys: ``input_size`` (channels, height, width), ``crop_pct``,
             ``crop_mode``, ``interpolation``, ``mean`` and ``std``.
         label_names: the classes in the order of the logits.
-        label_descriptions: what the names mean, where they are codes such as ImageNet's.
+        label_descriptions: name → text, where the names are codes such as ImageNet's.
     """
     kept = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     known = {key: value for key, value in dict(model.pretrained_cfg).items() if key in kept and value is not None}
@@ -96,7 +96,7 @@ def averaged_folder(folder: str | os.PathLike) -> Path:
 
 
 def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:
-    """The model of ``config``, holding ``weights``. Nothing is allocated before their shapes are known to fit."""
+    """The model of ``config`` with ``weights``. Shapes are compared before anything is allocated."""
     name, num_classes, model_args = config["architecture"], config["num_classes"], config["model_args"]
     if name == PLAIN_VIT and "embed_dim" in model_args:
         sizes = {size: model_args[size] for size in ("depth", "num_heads", "patch_size", "img_size")}
@@ -124,7 +124,7 @@ def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def _check_config(config: object) -> None:
-    """Raises InputError unless the values that are used are of the kind that they should be."""
+    """Raises InputError unless the values that are used have the right types."""
     if not isinstance(config, Mapping):
         raise InputError(f"holds a {type(config).__name__}, expected a mapping")
     images = config["pretrained_cfg"]

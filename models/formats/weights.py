@@ -94,7 +94,7 @@ def find_weights(content: Mapping, path: str | os.PathLike) -> tuple[dict[str, T
     names of `WEIGHT_KEYS` first, in their order, then the one with most tensors.
 
     Returns:
-        The weights, and what is to be said of them: which were taken where there are several, another precision.
+        The weights, and remarks to print: which of several were taken, a precision other than float32.
 
     Raises:
         InputError: as `weights_of`.
@@ -112,10 +112,10 @@ def find_weights(content: Mapping, path: str | os.PathLike) -> tuple[dict[str, T
     places = sorted((place for place in found if 2 * _count(found[place]) >= largest), key=rank)
     weights, remarks = found[places[0]], []
     others = places[1:]
-    if places[0] == ("model",):  # whose average has a name of its own, and an option
+    if places[0] == ("model",):  # its average, model_ema, is taken by an option
         others = [place for place in others if place != ("model_ema",)]
     if others:
-        below = int([*content] == ["model"])  # which `read_checkpoint` may have put around all
+        below = int([*content] == ["model"])  # a key that `read_checkpoint` may have added
         keys = [".".join(place[below:] or place) for place in (places[0], *others)]
         remarks += [f"the weights under {keys[0]!r} are taken, not those under {', '.join(keys[1:SHOWN])}"]
     rest = [shown(name) for name, value in weights.items() if not isinstance(value, Tensor)]
@@ -137,7 +137,7 @@ def _state_dict_in(content: Mapping, key: str) -> Mapping | None:
 
 def _all_state_dicts(content: Mapping) -> dict[tuple[str, ...], Mapping]:
     """Every dictionary of tensors in ``content`` that can be a model: the keys that lead to it → itself."""
-    found, seen = {}, set()  # what stands in several places is looked at once, however often that is
+    found, seen = {}, set()  # an object with several places is visited once
 
     def search(part: object, place: tuple[str, ...]) -> None:
         if not isinstance(part, (Mapping, list, tuple)) or len(place) > NESTING or id(part) in seen:
@@ -168,7 +168,7 @@ def found_in(content: Mapping) -> str:
 
 
 def _checked(weights: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
-    """A state dict in float32, made sure of before memory is given to it; `weights_of` says what is refused."""
+    """A state dict in float32, checked before memory is allocated; `weights_of` lists what is refused."""
     if not all(isinstance(name, str) for name in weights):
         raise InputError(f"{path} is damaged: a name of its weights is no text")
     for name, tensor in weights.items():
@@ -211,8 +211,8 @@ def _view_of(tensor: Tensor) -> tuple:
 def optimizer_state_of(content: Mapping, path: str | os.PathLike) -> Mapping:
     """The state of the optimiser in a checkpoint, number of the parameter → name → tensor or number.
 
-    It is in float32 where the weights are in another precision: somebody has cast the whole file. Else its precision is
-    the optimiser's own choice, and kept.
+    Where the weights are in another precision than float32, the whole file was cast, and the state is converted to
+    float32. Else the precision of the state is the optimiser's choice, and is kept.
 
     Raises:
         InputError: the tensors are larger than the file at ``path``.

@@ -192,7 +192,7 @@ def test_des_nets_are_those_that_the_learngene_makes(run, method):
 def test_widths_of_lets_come_from_the_learngene_or_from_the_width_matrices(run):
     found = inspect(run, FIXTURES["lets"], "--head-dim", 4)["Des-Nets"]
     sources = [re.split(r"  +", line)[-1] for line in found[2:6]]
-    assert sources == ["first 1 of 2", "all 2", "all 2 + 1 by width matrices", "all 2 + 2 by width matrices"]
+    assert sources == ["first 1 of 2", "all 2", "all 2 + 1 new", "all 2 + 2 new"]
     assert "models.ViTArch(width=4, depth=4, num_heads=1, patch_size=16, img_size=32)" in found[6]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -19,24 +20,40 @@ from torch import nn
 
 LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H3"
 SHORT = "--data-set DIGITS --batch-size 256 --num-workers 0 --cache-data --epochs 2 --warmup-epochs 0 --device cpu"
+TLEG = "--model aux_deit_nano_patch8_16_L4_H3 --descendants 2 --descendant-depths 2,3 --descendant-heads 1,2,3"
+TLEG += " --sched step --decay-epochs 100"  # which does not depend on the number of epochs
 SIZES = ("L2_H1", "L2_H2", "L3_H3", "L4_H1")
 
 
-def aux_net(per_step: int, alone: bool = False, **kwargs: object) -> models.LeTs:
+def lets(**kwargs: object) -> models.LeTs:
+    return models.create_aux_net("deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H3", num_classes=10, **kwargs)
+
+
+def tleg() -> models.TLEG:
+    return models.create_model("aux_deit_nano_patch8_16_L4_H3", num_classes=10)
+
+
+def supernet(
+    per_step: int, alone: bool = False, create: Callable[..., models.AuxNet] = lets, **kwargs: object
+) -> models.Supernet:
     torch.manual_seed(0)
-    aux = models.create_aux_net("deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H3", num_classes=10, **kwargs)
+    aux = create(**kwargs)
     with torch.no_grad():  # so that no two descendants are alike
         for parameter in aux.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    aux.train_descendants([models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES], per_step, alone)
-    return aux.train()
+    sizes = [models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES]
+    return models.Supernet(aux, sizes, per_step, alone).train()
 
 
-@pytest.mark.parametrize("expansion", [{}, {"full_width": True, "group_size": 2, "layers_per_row": 1}])
-def test_descendants_in_training_are_those_of_the_learngene(expansion):
-    aux, images = aux_net(4, **expansion), torch.randn(3, 3, 16, 16)
-    gene = models.Learngene.of(aux)
-    logits = aux(images)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"full_width": True, "group_size": 2, "layers_per_row": 1}, {"create": tleg}],
+    ids=["LeTs", "LiGO", "TLEG"],
+)
+def test_descendants_in_training_are_those_of_the_learngene(options):
+    net, images = supernet(4, **options), torch.randn(3, 3, 16, 16)
+    gene = models.Learngene.of(net.aux_net)
+    logits = net(images)
     expected = {size: gene.descend(f"deit_nano_patch8_16_{size}")(images) for size in SIZES}
     assert logits.shape == (5, 3, 10)
     torch.testing.assert_close(logits[0], gene.aux_net()(images), atol=1e-5, rtol=0)
@@ -45,48 +62,68 @@ def test_descendants_in_training_are_those_of_the_learngene(expansion):
         assert len(near) == 1
         del expected[near[0]]
     assert not expected
-    assert aux.eval()(images).shape == (3, 10)
+    assert net.eval()(images).shape == (3, 10)
 
 
 def test_descendants_of_the_aux_nets_depth_leave_its_own_plan_alone():
     src, tgt, images = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L10_H2", torch.randn(2, 3, 16, 16)
     aux = models.create_aux_net(src, tgt, num_classes=10, layers_per_row=4)  # of whose rows the last has two layers
     expected = aux.eval()(images)
-    aux.train_descendants([models.parse_arch("deit_nano_patch8_16_L10_H1")], 1)
-    torch.testing.assert_close(aux.eval()(images), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(aux.train()(images)[0], expected, atol=1e-5, rtol=0)
+    net = models.Supernet(aux, [models.parse_arch("deit_nano_patch8_16_L10_H1")], 1)
+    torch.testing.assert_close(net.train()(images)[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net.eval()(images), expected, atol=1e-6, rtol=0)
+
+
+def test_the_wrapper_adds_no_parameters_buffers_or_keys():
+    net = supernet(2)
+    assert [id(p) for p in net.parameters()] == [id(p) for p in net.aux_net.parameters()]
+    assert {f"aux_net.{name}" for name in net.aux_net.state_dict()} == net.state_dict().keys()
+    assert {f"aux_net.{name}" for name, _ in net.aux_net.named_buffers()} == {name for name, _ in net.named_buffers()}
+
+
+@pytest.mark.parametrize("create", [lets, tleg])
+def test_activation_checkpointing_of_descendants_gives_the_same_gradients(create):
+    found, images = [], torch.randn(2, 3, 16, 16)
+    for recompute in (False, True):
+        net = supernet(4, create=create)
+        net.set_grad_checkpointing(recompute)
+        random.seed(0)
+        net(images).square().sum().backward()
+        found.append({name: p.grad for name, p in net.aux_net.named_parameters()})
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name])
 
 
 def test_each_step_draws_anew():
-    aux, images = aux_net(2), torch.randn(2, 3, 16, 16)
+    net, images = supernet(2), torch.randn(2, 3, 16, 16)
     random.seed(0)
-    steps = [aux(images) for _ in range(20)]
+    steps = [net(images) for _ in range(20)]
     assert not any(torch.equal(logits[1], logits[2]) for logits in steps)
     assert len({tuple(drawn.flatten().tolist()) for logits in steps for drawn in logits[1:]}) == len(SIZES)
     random.seed(0)
-    assert torch.equal(aux(images), steps[0])
+    assert torch.equal(net(images), steps[0])
 
 
 def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradient():
-    aux = aux_net(4)
-    aux(torch.randn(2, 3, 16, 16))[1:].square().sum().backward()
-    gradients = {name: p.grad.abs().amax(-1) for name, p in aux.named_parameters()}
+    net = supernet(4)
+    net(torch.randn(2, 3, 16, 16))[1:].square().sum().backward()
+    gradients = {name: p.grad.abs().amax(-1) for name, p in net.aux_net.named_parameters()}
     assert (gradients["E"] > 0).all()  # L3_H3 is as wide as the Aux-Net
     assert all((gradient > 0).any() for gradient in gradients.values())
 
 
 def test_the_aux_net_can_be_one_of_those_that_are_trained_alone():
-    aux, images = aux_net(1), torch.randn(2, 3, 16, 16)
-    expected = aux(images)[0]
-    aux.train_descendants([aux.arch], 1, alone=True)
-    torch.testing.assert_close(aux(images)[0], expected, atol=1e-6, rtol=0)
-    aux.eval()
-    assert not any(vit.training for vit in aux.vits.values())
+    net, images = supernet(1), torch.randn(2, 3, 16, 16)
+    expected = net(images)[0]
+    alone = models.Supernet(net.aux_net, [net.aux_net.arch], 1, alone=True).train()
+    torch.testing.assert_close(alone(images)[0], expected, atol=1e-6, rtol=0)
+    alone.eval()
+    assert not any(vit.training for vit in (alone.aux_net.vit, *alone.vits.values()))
 
 
 def test_descendants_alone_leave_the_aux_net_out():
     images = torch.randn(2, 3, 16, 16)
-    beside, alone = aux_net(4), aux_net(4, alone=True)
+    beside, alone = supernet(4), supernet(4, alone=True)
     random.seed(0)
     both = beside(images)
     random.seed(0)
@@ -115,8 +152,9 @@ def test_the_improved_recipe_is_the_published_one_but_for_what_it_says():
         "descendant_weight",
     }
     aux = models.create_aux_net(improved.model.src_arch, improved.model.tgt_arch, num_classes=10)
-    aux.train_descendants(descendants_of(improved.model, 224), improved.model.descendants, alone=True)
-    assert (len(aux.descendants), str(aux.descendants[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
+    sizes = descendants_of(improved.model, 224)
+    net = models.Supernet(aux, sizes, improved.model.descendants, alone=True)
+    assert (len(net.archs), str(net.archs[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
 
 
 def test_the_loss_is_shared():
@@ -158,10 +196,15 @@ def outcomes(tmp_path_factory) -> tuple[Path, dict]:
         "too wide": run(f"{LETS} --descendants 1 --descendant-heads 4"),
         "too many": run(f"{LETS} --descendants 9 --descendant-depths 2 --descendant-heads 1,2"),
         "compiled": run(f"{LETS} --descendants 1 --compile"),
-        "TLEG": run("--model aux_deit_nano_patch8_16_L4 --descendants 1"),
+        "TLEG, whole": run(f"{TLEG} --output-dir {folder}/tleg"),
+        "TLEG, continued": run(f"{TLEG} --output-dir {folder}/tleg-cut --resume auto"),
+        "TLEG, alone": run(f"{TLEG} --descendant-weight 1 --epochs 1 --output-dir {folder}/tleg-alone"),
+        "TLEG, default sizes": run("--model aux_deit_nano_patch8_16_L2 --descendants 1"),
+        "plain": run("--model deit_nano_patch8_16_L4 --descendants 1"),
         "none": run(f"{LETS} --descendant-heads 1"),
     }
-    first = {name: runs.pop(name) for name in ("begun",)}
+    begun = run(f"{TLEG} --epochs 1 --output-dir {folder}/tleg-cut")
+    first = {"begun": runs.pop("begun"), "TLEG, begun": begun}
     return folder, run_many(first, folder / "first") | run_many(runs, folder / "runs")
 
 
@@ -173,12 +216,23 @@ def test_runs_with_descendants_train_and_continue_exactly(outcomes):
     assert models.load_learngene(folder / "whole" / "learngene.safetensors").options["descendants"] == 2
 
 
-def test_descendants_alone_are_evaluated_by_the_largest(outcomes):
+def test_descendants_of_tleg_train_and_continue_exactly(outcomes):
+    folder, results = outcomes
+    for name in ("whole", "begun", "continued", "alone"):
+        assert set(results[f"TLEG, {name}"].codes) == {0}, results[f"TLEG, {name}"].stderr
+    assert_same_result(folder / "tleg-cut", folder / "tleg")
+    gene = models.load_learngene(folder / "tleg" / "learngene.safetensors")
+    assert (gene.method, gene.options["descendants"]) == ("tleg", 2)
+    assert gene.descend("deit_nano_patch8_16_L3_H1")(digits()[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["alone", "tleg-alone"])
+def test_descendants_alone_are_evaluated_by_the_largest(outcomes, name):
     folder, _ = outcomes
-    gene = models.load_learngene(folder / "alone" / "learngene.safetensors")
+    gene = models.load_learngene(folder / name / "learngene.safetensors")
     vit, (images, labels) = gene.descend("deit_nano_patch8_16_L3_H3").eval(), digits()
     accuracy = 100 * (vit(images).argmax(1) == labels).double().mean().item()
-    logged = json.loads((folder / "alone" / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+    logged = json.loads((folder / name / "log.txt").read_text().splitlines()[-1])["test_acc1"]
     assert logged == pytest.approx(accuracy, abs=1.01 * 100 / len(labels))  # one may lie on the border of two classes
 
 
@@ -191,7 +245,8 @@ def test_descendants_alone_are_evaluated_by_the_largest(outcomes):
             "--descendants 9, of --descendant-depths and --descendant-heads: 9 descendants in a step of 2 sizes",
         ),
         ("compiled", "--compile needs the same sizes in every step"),
-        ("TLEG", "--descendants needs --src-arch and --tgt-arch"),
+        ("TLEG, default sizes", "--descendants 1, of --descendant-depths and --descendant-heads: 1 descendants in a"),
+        ("plain", "--descendants needs stage 1 of a method"),
         ("none", "--descendants is missing"),
     ],
 )
@@ -204,4 +259,4 @@ def test_what_cannot_be_is_said_in_a_sentence(outcomes, name, found):
 
 def test_sizes_are_checked():
     with pytest.raises(InputError, match="of 4 sizes: expected no more"):
-        aux_net(5)
+        supernet(5)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import models
 from models import lets, tleg
 from models.depth_mapping import select_depth
-from models.lets import DEPTH_SCHEMES, WIDTH_SCHEMES
+from models.initialisation import DEPTH_SCHEMES, WIDTH_SCHEMES
 from models.selection import WIDTH_SELECTIONS
 
 import pytest
@@ -279,7 +279,7 @@ def test_width_matrices_start_as_described(scheme):
 def test_depth_coefficients_start_as_described(scheme, layers_per_row):
     torch.manual_seed(0)
     rows = range(0, 16, layers_per_row)
-    g = lets.init_depth(rows, scheme, noise=0.03)
+    g = lets.init_depth(8, rows, scheme, noise=0.03)
     assert g.shape == (8, len(rows), 2)
     torch.testing.assert_close(g.sum(-1), torch.ones(8, len(rows)))
     if scheme.startswith("stackbert"):
