@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from study.results import NONE, Results, after, in_short, in_units, table
 
-AS_LITTLE = 1.1  # a rival stores as little if it stores at most this times what the larger of two learngenes does
+AS_LITTLE = 1.1  # a baseline stores as little if it stores at most this times what the larger of two learngenes does
 FEWER = 10  # times, of claim 4
 CHEAPER = 2  # times, of claim 5
 
 CLAIMS = (
     "After 1 epoch a Des-Net beats the same ViT trained from scratch for 100 epochs, at every size.",
     "On a second data set it passes, within 10 epochs, the final accuracy of 300 epochs from scratch, at every size.",
-    "Before training, Des-Nets beat those of linear expansion, and these those of every rival that stores as little.",
+    "Before training, Des-Nets beat those of linear expansion, and these those of every baseline that stores as "
+    "little.",
     f"At least {FEWER} × fewer parameters are stored for the family than one by one.",
     f"Training the family, stage 1 included, costs at least {CHEAPER} × less than one by one at equal accuracy.",
 )
@@ -155,30 +156,30 @@ def comparison_table(study: Results, comparisons: Sequence[Comparison], unit: in
 
 def claim_3(study: Results, method: str) -> Answer:
     linear, first = study.report.linear, study.report.first
-    rivals = [rival for rival in study.report.rivals if study.is_planned(rival, first, 0)]
-    if linear is None or not rivals:
-        return Answer(in_words(None), ["Missing: a linear method, and rivals before training."])
+    baselines = [baseline for baseline in study.report.baselines if study.is_planned(baseline, first, 0)]
+    if linear is None or not baselines:
+        return Answer(in_words(None), ["Missing: a linear method, and baselines before training."])
     gaps = [
         text
-        for name in (method, linear, *rivals)
+        for name in (method, linear, *baselines)
         for text in gap(study, name, first, 0, study.sizes_for([name], first))
     ]
     unit = study.stored(method)
     if unit is None:
         return Answer(in_words(None), missing(gaps)[1:])
-    stored = {rival: study.stored(rival) for rival in rivals}
+    stored = {baseline: study.stored(baseline) for baseline in baselines}
     little = AS_LITTLE * max(unit, study.stored(linear) or 0)
-    small = [rival for rival, count in stored.items() if count is not None and count <= little]
-    large = [rival for rival, count in stored.items() if count is not None and count > little]
+    small = [baseline for baseline, count in stored.items() if count is not None and count <= little]
+    large = [baseline for baseline, count in stored.items() if count is not None and count > little]
     needed = [compare(study, method, linear)]
     needed += [compare(study, a, b) for b in small for a in (linear, method)]
     verdict = every([*(c.verdict for c in needed), None if gaps else True])
-    lines = [f"{method} stores {unit:,} parameters. Rivals that store at most {little:,.0f}:\n"]
+    lines = [f"{method} stores {unit:,} parameters. Baselines that store at most {little:,.0f}:\n"]
     lines += comparison_table(study, needed, unit)
     if large:
-        lines += ["", "Rivals that store more, which the answer does not count:\n"]
-        lines += comparison_table(study, [compare(study, method, rival) for rival in large], unit)
-    answer = in_words(verdict) + ("" if small or gaps else ", but no rival stores as little")
+        lines += ["", "Baselines that store more, which the answer does not count:\n"]
+        lines += comparison_table(study, [compare(study, method, baseline) for baseline in large], unit)
+    answer = in_words(verdict) + ("" if small or gaps else ", but no baseline stores as little")
     return Answer(answer, lines + (missing(gaps) if verdict is None else []))
 
 

@@ -27,7 +27,7 @@ def styles(study: Results) -> dict[str, dict[str, str]]:
     if report.linear:
         found.setdefault(report.linear, dict(color=LINEAR, marker="s"))
     found.setdefault(report.scratch, dict(color=SCRATCH, marker="^"))
-    others = [method for method in report.rivals if method not in found]
+    others = [method for method in report.baselines if method not in found]
     for i, method in enumerate(others):
         marker = MARKERS["others"][i % len(MARKERS["others"])]
         found[method] = dict(color=OTHERS[i % len(OTHERS)], marker=marker)

@@ -56,7 +56,7 @@ def untrained_table(study: Results) -> list[str]:
     """Accuracy before training, per method and size, and what the method stores."""
     report = study.report
     lines = []
-    for method in dict.fromkeys([*report.descended, *report.rivals]):
+    for method in dict.fromkeys([*report.descended, *report.baselines]):
         own = study.sizes_of(method, report.first, 0)
         stored = study.stored(method)
         mean = cell(study.over_sizes(method, report.first, own, 0).values(), len(study.seeds))
@@ -67,17 +67,17 @@ def untrained_table(study: Results) -> list[str]:
     return table(["method", "stored parameters", "mean of its sizes", *study.sizes], lines)
 
 
-def rivals_table(study: Results, data: str) -> list[str]:
-    """Accuracy of every rival over its own sizes, and of learngenes and scratch over the same."""
+def baselines_table(study: Results, data: str) -> list[str]:
+    """Accuracy of every baseline over its own sizes, and of learngenes and scratch over the same."""
     report = study.report
     compared = [*report.learngenes, report.scratch]
-    epochs = study.epochs([*compared, *report.rivals], data)
+    epochs = study.epochs([*compared, *report.baselines], data)
     lines = []
-    for rival in report.rivals:
-        sizes = study.sizes_for([rival], data)
-        for method in [rival, *compared] if sizes else []:
+    for baseline in report.baselines:
+        sizes = study.sizes_for([baseline], data)
+        for method in [baseline, *compared] if sizes else []:
             means = (cell(study.over_sizes(method, data, sizes, n).values(), len(study.seeds)) for n in epochs)
-            lines.append([in_short(sizes, study.sizes) if method == rival else "", method, *means])
+            lines.append([in_short(sizes, study.sizes) if method == baseline else "", method, *means])
     return table(["mean over", "method", *map(after, epochs)], lines)
 
 
@@ -134,9 +134,9 @@ def tables(study: Results) -> list[str]:
     if report.second:
         sections[f"{report.second}: accuracy"] = main_table(study, report.second)
     sections[f"{report.first}, before training"] = untrained_table(study)
-    if report.rivals:
+    if report.baselines:
         for data in filter(None, (report.first, report.second)):
-            sections[f"{data}: rivals"] = rivals_table(study, data)
+            sections[f"{data}: baselines"] = baselines_table(study, data)
     if report.ablations:
         sections[f"{report.first}: ablations"] = variants_table(study, report.ablations)
     if report.widths:

@@ -34,7 +34,7 @@ class Report:
     first: str
     linear: str | None = None
     second: str | None = None
-    rivals: Sequence[str] = ()
+    baselines: Sequence[str] = ()
     ablations: Sequence[str] = ()
     widths: Sequence[str] = ()
 
@@ -46,12 +46,12 @@ class Report:
     @property
     def methods(self) -> list[str]:
         """All of them, each once."""
-        names = [*self.descended, self.scratch, *self.rivals, *self.ablations, *self.widths]
+        names = [*self.descended, self.scratch, *self.baselines, *self.ablations, *self.widths]
         return list(dict.fromkeys(names))
 
 
 KEYS = [part.name for part in fields(Report)]
-LISTS = ("learngenes", "rivals", "ablations", "widths")
+LISTS = ("learngenes", "baselines", "ablations", "widths")
 
 
 def read_report(content: Mapping, methods: Collection[str], data: Collection[str]) -> Report:

@@ -65,7 +65,7 @@ runs:
     epochs: [0]
     stored: scratch/L2-H2/1
     options: {model: "{arch}", init: weight_selection, init-path: "{scratch/L2-H2/1}/model.safetensors"}
-report: {learngenes: [LeTs], scratch: scratch, first: DIGITS, rivals: [weight selection]}
+report: {learngenes: [LeTs], scratch: scratch, first: DIGITS, baselines: [weight selection]}
 """
 RUNS = ["LeTs L1-H1 seed 0, 1 epoch", "LeTs L1-H1 seed 1, 1 epoch", "LeTs stage 1 seed 0, 2 epochs"]
 RUNS += ["LeTs stage 1 seed 1, 2 epochs", "LeTs stage 1 seed 100, 1 epoch, tuning, lr 0.003"]
