@@ -14,7 +14,7 @@ import engine
 import models
 from losses import DistillationLoss
 from training.build import build_optimizer, build_teacher
-from training.checkpoints import write_checkpoint
+from training.checkpoints import check_num_classes, write_checkpoint
 from training.command_line import parse_options
 from training.config import OptimConfig, ScheduleConfig, TeacherConfig
 
@@ -431,3 +431,11 @@ def test_schedule_follows_the_options_of_the_resumed_run(tmp_path):
     assert resumed.epoch == 2
     expected = 2e-3 * (1 + math.cos(math.pi / 4)) / 2  # epoch 2 trains at s(1)
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_all_heads_of_a_model_are_compared_with_those_of_a_checkpoint():
+    """LeViT has two, whose names timm gives as a tuple."""
+    model, other = (models.create_model("levit_128s", num_classes=classes) for classes in (10, 5))
+    check_num_classes(model.state_dict(), model, "--resume x.pth")
+    with pytest.raises(models.InputError, match=r"--resume x.pth has 5 classes, the data 10"):
+        check_num_classes(other.state_dict(), model, "--resume x.pth")
