@@ -281,7 +281,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_the_user_got_wrong_is_one_sentence(run, tmp_path, monkeypatch, case):
+def test_user_errors_print_one_line(run, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     torch.save(models.create_model("deit_nano_patch8_16_L1").state_dict(), "vit.pth")
     torch.save(to_published(models.load_learngene(FIXTURES["lets"], head_dim=4)), "bare.pth")

@@ -94,7 +94,7 @@ def test_activation_checkpointing_of_descendants_gives_the_same_gradients(create
         torch.testing.assert_close(found[1][name], found[0][name])
 
 
-def test_each_step_draws_anew():
+def test_each_step_samples_new_sizes():
     net, images = supernet(2), torch.randn(2, 3, 16, 16)
     random.seed(0)
     steps = [net(images) for _ in range(20)]
@@ -104,7 +104,7 @@ def test_each_step_draws_anew():
     assert torch.equal(net(images), steps[0])
 
 
-def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradient():
+def test_descendants_give_gradients_to_the_whole_learngene():
     net = supernet(4)
     net(torch.randn(2, 3, 16, 16))[1:].square().sum().backward()
     gradients = {name: p.grad.abs().amax(-1) for name, p in net.aux_net.named_parameters()}
@@ -112,7 +112,7 @@ def test_every_descendant_gives_every_part_of_the_learngene_that_it_uses_a_gradi
     assert all((gradient > 0).any() for gradient in gradients.values())
 
 
-def test_the_aux_net_can_be_one_of_those_that_are_trained_alone():
+def test_aux_net_among_descendants_that_are_trained_alone():
     net, images = supernet(1), torch.randn(2, 3, 16, 16)
     expected = net(images)[0]
     alone = models.Supernet(net.aux_net, [net.aux_net.arch], 1, alone=True).train()
@@ -141,7 +141,7 @@ def test_alternating_rows_give_back_the_vit_that_the_learngene_starts_from():
     torch.testing.assert_close(models.Learngene.of(aux).descend(src).eval()(images), vit(images))
 
 
-def test_the_improved_recipe_is_the_published_one_but_for_what_it_says():
+def test_lets_plus_recipe_differs_from_the_published_one_in_these_options_alone():
     published, improved = (
         parse_options(["--config", f"/configs/{name}.yaml"]) for name in ("conf_train_aux_lets", "lets_plus_aux")
     )
@@ -208,7 +208,7 @@ def outcomes(tmp_path_factory) -> tuple[Path, dict]:
     return folder, run_many(first, folder / "first") | run_many(runs, folder / "runs")
 
 
-def test_runs_with_descendants_train_and_continue_exactly(outcomes):
+def test_runs_with_descendants_resume_bit_for_bit(outcomes):
     folder, results = outcomes
     for name in ("whole", "begun", "continued", "two", "whole, other schedule", "alone"):
         assert set(results[name].codes) == {0}, results[name].stderr
@@ -216,7 +216,7 @@ def test_runs_with_descendants_train_and_continue_exactly(outcomes):
     assert models.load_learngene(folder / "whole" / "learngene.safetensors").options["descendants"] == 2
 
 
-def test_descendants_of_tleg_train_and_continue_exactly(outcomes):
+def test_tleg_with_descendants_resumes_bit_for_bit(outcomes):
     folder, results = outcomes
     for name in ("whole", "begun", "continued", "alone"):
         assert set(results[f"TLEG, {name}"].codes) == {0}, results[f"TLEG, {name}"].stderr
@@ -227,7 +227,7 @@ def test_descendants_of_tleg_train_and_continue_exactly(outcomes):
 
 
 @pytest.mark.parametrize("name", ["alone", "tleg-alone"])
-def test_descendants_alone_are_evaluated_by_the_largest(outcomes, name):
+def test_without_the_aux_net_the_largest_descendant_is_evaluated(outcomes, name):
     folder, _ = outcomes
     gene = models.load_learngene(folder / name / "learngene.safetensors")
     vit, (images, labels) = gene.descend("deit_nano_patch8_16_L3_H3").eval(), digits()
@@ -250,13 +250,13 @@ def test_descendants_alone_are_evaluated_by_the_largest(outcomes, name):
         ("none", "--descendants is missing"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(outcomes, name, found):
+def test_invalid_options_print_one_line(outcomes, name, found):
     result = outcomes[1][name]
     assert result.codes == [2]
     assert result.stderr.startswith(f"error: {found}")
     assert result.stderr.count("\n") == 1
 
 
-def test_sizes_are_checked():
+def test_more_descendants_than_sizes_are_refused():
     with pytest.raises(InputError, match="of 4 sizes: expected no more"):
         supernet(5)

@@ -174,7 +174,7 @@ def test_skipped_parts_and_no_others_stay_random(skipped):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rivals
+# Baselines
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -193,10 +193,10 @@ def test_weight_selection_takes_evenly_spaced_neurons_of_the_first_layers():
     assert torch.equal(small["head.weight"], large["head.weight"][:, ends])
 
 
-@pytest.mark.parametrize(("rival", "layers"), [("stacking", [0, 1, 2, 0, 1]), ("interpolation", [0, 0, 1, 1, 2])])
-def test_depth_growth_repeats_layers(rival, layers):
+@pytest.mark.parametrize(("baseline", "layers"), [("stacking", [0, 1, 2, 0, 1]), ("interpolation", [0, 0, 1, 1, 2])])
+def test_depth_growth_repeats_layers(baseline, layers):
     source = numbered(LARGE)
-    grown = BASELINES[rival](source, LARGE, replace(LARGE, depth=5))
+    grown = BASELINES[baseline](source, LARGE, replace(LARGE, depth=5))
     assert grown.keys() == models.create_vit(replace(LARGE, depth=5), num_classes=3).state_dict().keys()
     for l, layer in enumerate(layers):
         for name in ("norm1.bias", "attn.qkv.weight", "mlp.fc2.weight"):
@@ -204,23 +204,23 @@ def test_depth_growth_repeats_layers(rival, layers):
     assert torch.equal(grown["head.weight"], source["head.weight"])
 
 
-@pytest.mark.parametrize("rival", BASELINES)
-def test_rival_of_the_same_sizes_is_the_trained_vit(rival):
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baseline_of_the_same_sizes_is_the_trained_vit(baseline):
     source = numbered(SMALL)
-    found = BASELINES[rival](source, SMALL, SMALL)
+    found = BASELINES[baseline](source, SMALL, SMALL)
     assert found.keys() == source.keys()
     assert all(torch.equal(found[name], source[name]) for name in source)
 
 
-@pytest.mark.parametrize("rival", BASELINES)
-def test_rivals_on_the_command_line(tmp_path, capsys, rival):
-    arch = "deit_nano_patch4_16_L2_H1" if rival == "weight_selection" else "deit_nano_patch4_16_L5_H2"
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_on_the_command_line(tmp_path, capsys, baseline):
+    arch = "deit_nano_patch4_16_L2_H1" if baseline == "weight_selection" else "deit_nano_patch4_16_L5_H2"
     trained = models.create_model("deit_nano_patch4_16_L3", num_classes=7)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
-    options = f"{DIGITS} --model {arch} --epochs 0 --init {rival} --init-path {tmp_path / 'trained.pth'}"
+    options = f"{DIGITS} --model {arch} --epochs 0 --init {baseline} --init-path {tmp_path / 'trained.pth'}"
     run = set_up_run(options.split())
     sizes = models.parse_arch(arch), models.parse_arch("deit_nano_patch4_16_L3")
-    expected = BASELINES[rival](trained.state_dict(), *sizes[::-1])
+    expected = BASELINES[baseline](trained.state_dict(), *sizes[::-1])
     found = run.model.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected if not name.startswith("head."))
     said = capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_learngene_of_groups_is_saved_and_descends(tmp_path):
 
 
 @pytest.mark.parametrize("group_size", [0, 4, 7])
-def test_groups_that_cannot_be(group_size):
+def test_refused_groups(group_size):
     src, tgt = models.ViTArch(4, 6, 1, 4, 8), models.ViTArch(8, 4, 2, 4, 8)
     with pytest.raises(models.InputError, match=r"groups of|in groups"):
         models.create_aux_net(src, tgt, group_size=group_size, num_classes=3)
