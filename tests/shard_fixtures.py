@@ -44,7 +44,7 @@ def sharded(folder, tmp_path_factory) -> Path:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "320 images of 10 classes in " in done.stdout
-    assert "380 images written, 0 were there" in done.stdout
+    assert "380 images written, 0 existed" in done.stdout
     return path
 
 

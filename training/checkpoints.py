@@ -230,7 +230,7 @@ def find_checkpoint(config: Config) -> str | None:
     path = newest_checkpoint(Path(folder))
     if path is None and config.runtime.eval:
         raise InputError(f"--resume auto finds no checkpoint in --output-dir {folder} to evaluate")
-    print(f"continuing from {path}" if path else f"no checkpoint in {folder}: starting afresh", flush=True)
+    print(f"continuing from {path}" if path else f"no checkpoint in {folder}: starting from epoch 0", flush=True)
     return str(path) if path else None
 
 
@@ -240,7 +240,7 @@ def find_checkpoint(config: Config) -> str | None:
 
 
 def save_checkpoint(path: Path, content: dict, keep: int = 0) -> None:
-    """Write tensors and plain data, whole or not at all; the ``keep`` files before it stay, as ``checkpoint.1.pth``, ….
+    """Write tensors and plain data atomically; the ``keep`` files before it stay, as ``checkpoint.1.pth``, ….
 
     Raises:
         OSError: it cannot be written; ``path`` is then what it was before.

@@ -224,7 +224,7 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
 
     Where descendants are trained without their Aux-Net, it is that of the largest of them.
     """
-    utils.share_buffers(model)
+    utils.broadcast_buffers(model)
     if run.supernet is not None and run.supernet.alone:
         model = models.Learngene.of(model).descend(run.supernet.archs[-1]).eval()
     elif isinstance(model, models.AuxNet):

@@ -1,4 +1,4 @@
-"""Damaged and hostile files: each is read correctly or refused in one sentence, in little memory, and nothing runs.
+"""Damaged and hostile files: each is read correctly or refused with one line, in little memory, and nothing runs.
 
 Every format has readers and mutated files: cut off, bits flipped, blocks overwritten, and, where the format has names
 and shapes, tensors missing, added, reshaped, emptied, not finite, or declared far larger than the file. They are read

@@ -39,7 +39,7 @@ def poisoned_epoch(bad: Iterable[int], count: int = 8, half: bool = False, **kwa
 
 
 def test_the_step_of_a_loss_that_is_not_finite_is_named():
-    """Also where it lies between two looks at the loss."""
+    """Also in a step that is not logged."""
     with pytest.raises(utils.NotFiniteError, match=r"not finite in epoch 3 at step 6, after a loss of \d.*1\.00e-01"):
         poisoned_epoch({5})
 

@@ -80,7 +80,7 @@ def test_writing_goes_on_where_it_was_ended(folder, sharded, tmp_path, capsys):
     changed.write_bytes(changed.read_bytes()[:3000])
     assert make_shards.main([*options, str(tmp_path / "again")]) == 0
     count = shards_of(sharded, "train")[3].samples + shards_of(sharded, "val")[1].samples
-    assert f"{count} images written, {380 - count} were there" in capsys.readouterr().out
+    assert f"{count} images written, {380 - count} existed" in capsys.readouterr().out
     for path in sharded.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert make_shards.main([*options, str(tmp_path / "other"), "--seed", "1"]) == 0

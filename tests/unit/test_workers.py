@@ -97,7 +97,7 @@ def test_a_signal_interrupts_the_wait_for_workers_that_stay(monkeypatch):
         assert len([*batches]) == 2
         waits = []
         monkeypatch.setattr(type(batches.loader._iterator), "_reset", lambda *args: waits.append(signals.waiting))
-        iter(batches._started())
+        iter(batches._start())
     batches.close()
     assert waits == [True]
 
