@@ -219,8 +219,14 @@ def launched(argv: list[str]) -> list[str]:
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().parse_args(argv)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     return [options.training_script, *options.training_script_args]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def submitted(argv: list[str]) -> list[str]:
