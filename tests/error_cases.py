@@ -121,7 +121,9 @@ CASES = {
         f"{FOLDER} --data-set FOOD101 --data-path FILES/good", ("--data-path", "images and meta", "food-101/", "train/")
     ),
     "download": Case(
-        f"{FOLDER} --data-set CARS --data-path FILES/good --download", ("--download", "CARS", "no longer", "FOOD101"), BOTH
+        f"{FOLDER} --data-set CARS --data-path FILES/good --download",
+        ("--download", "CARS", "no longer", "FOOD101"),
+        BOTH,
     ),
     "class_names": Case(
         f"{FOLDER} --data-set FOLDER --data-path FILES/renamed", ("--data-path", "renamed", "train/", "val/", "cow")
