@@ -303,8 +303,8 @@ def costs_of(config: Config) -> tuple[int, int, int]:
     forward = macs_of(model.arch, size, classes)
     if model.descendants:  # alone or beside the Aux-Net
         forward = descendant_macs(model, size, classes) + forward * (model.descendant_weight < 1)
-    taught = macs_of(teacher.teacher_model, size, classes) if teacher.distillation_type != "none" else 0
-    macs = seen * (FORWARD_AND_BACKWARD * forward + taught)
+    teacher_macs = macs_of(teacher.teacher_model, size, classes) if teacher.distillation_type != "none" else 0
+    macs = seen * (FORWARD_AND_BACKWARD * forward + teacher_macs)
     return seen, macs, macs + EVALUATED * forward + START
 
 

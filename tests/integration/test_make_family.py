@@ -192,7 +192,7 @@ def test_the_best_is_named(family):
 def test_continuing_does_what_is_missing_and_nothing_else(gene, copy, run_here):
     record = json.loads((copy / "L4-H1" / "family.json").read_text())
     record["accuracy_before"] = 99.5
-    (copy / "L4-H1" / "family.json").write_text(json.dumps(record))  # what a second evaluation would put right
+    (copy / "L4-H1" / "family.json").write_text(json.dumps(record))  # a second evaluation would overwrite it
     (copy / "L2-H1" / "model.safetensors").unlink()
     (copy / "L1-H1" / "family.json").unlink()
     (copy / "family.csv").unlink()

@@ -58,7 +58,7 @@ class Recorded:
         pass
 
 
-class Watched(nn.Module):
+class RecordedLoss(nn.Module):
     """A criterion that records every loss, and the learning rate at which it was computed."""
 
     def __init__(self, criterion: nn.Module, optimizer: torch.optim.Optimizer):
@@ -133,7 +133,7 @@ def test_published_run_step_for_step(name, tmp_path):
     model, data = model_of(trajectory, tensors, tmp_path), Recorded(tensors, trajectory["steps_per_epoch"])
     optimizer, scheduler = build_optimizer(config.optim, config.schedule, config.data.batch_size, seed=0, model=model)
     mixup, base = build_mixup(config.augment, config.data.input_size, trajectory["num_classes"])
-    watched = Watched(build_criterion(base, config.teacher, config.model), optimizer)
+    recorded = RecordedLoss(build_criterion(base, config.teacher, config.model), optimizer)
     run = Run(
         config=config,
         output_dir=None,
@@ -146,7 +146,7 @@ def test_published_run_step_for_step(name, tmp_path):
         ema=build_ema(config.optim, model),
         mixup=mixup,
         teacher=None if config.teacher.distillation_type == "none" else data.teach,
-        criterion=watched,
+        criterion=recorded,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -156,9 +156,9 @@ def test_published_run_step_for_step(name, tmp_path):
     if trajectory["ema_starts_elsewhere"]:  # published: at random; here it starts as the model does
         run.ema.module.load_state_dict(own_names(part(tensors, "ema_start"), model, tmp_path))
     assert train(run) == 0
-    assert len(watched.losses) == trajectory["steps"]
-    for rates in zip(*watched.rates, strict=True):  # one for each group of parameters
+    assert len(recorded.losses) == trajectory["steps"]
+    for rates in zip(*recorded.rates, strict=True):  # one for each group of parameters
         assert rates == pytest.approx(tensors["lr"].tolist(), rel=1e-9)
-    assert_close({"losses": torch.stack(watched.losses)}, {"losses": tensors["loss"]}, name)
+    assert_close({"losses": torch.stack(recorded.losses)}, {"losses": tensors["loss"]}, name)
     assert_close(model.state_dict(), own_names(part(tensors, "end"), model, tmp_path), "end")
     assert_close(run.ema.module.state_dict(), own_names(part(tensors, "ema"), model, tmp_path), "average")
