@@ -19,15 +19,17 @@ import torch
 
 path = sys.argv[1]
 parameters = {}
+gene = torch.hub.load(path, "learngene", "gene.safetensors", source="local")
+assert path not in sys.path
+from models.aux_net import WeightsOnMeta  # timm 1.0.15 creates no model under torch.device("meta")
+
 torch.hub.set_dir("hub")  # torch.hub.list reads a clone of a GitHub repository alone, which the hub folder may hold
 for name in torch.hub.list("owner/learngenes:main", trust_repo=True):
     if name != "learngene":
-        with torch.device("meta"):
+        with WeightsOnMeta():
             model = torch.hub.load(path, name, source="local", num_classes=10)
         assert model.num_classes == 10, name
         parameters[name] = sum(p.numel() for p in model.parameters())
-gene = torch.hub.load(path, "learngene", "gene.safetensors", source="local")
-assert path not in sys.path
 try:
     torch.hub.load(path, "deit_tiny_patch16_224_L3", source="local", pretrained=True)
 except ValueError as error:
