@@ -25,6 +25,8 @@ from docs_sandbox import Rule, Sandbox
 from hub_stand_in import HubStandIn
 from PIL import Image
 
+pytestmark = pytest.mark.full  # it takes over a minute
+
 REPOSITORY = MAIN.parent
 FIRST = ("README.md", "docs/options.md", "docs/models_out.md")  # their runs leave what other pages start from
 PAGES = [*FIRST, *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]

@@ -20,6 +20,8 @@ from conftest import TESTS, Run, run_many, set_up_run
 from safetensors.torch import save_file
 from torch import nn
 
+pytestmark = pytest.mark.full  # its runs take minutes
+
 VIT = ["--data-set", "DIGITS", "--model", "deit_nano_patch16_32_L2_H1", "--train-images", "64", "--batch-size", "32"]
 VIT += ["--num-workers", "0"]
 SCHEDULE = [*VIT, "--unscale-lr", "--lr", "1e-3", "--min-lr", "1e-4", "--warmup-lr", "1e-5"]

@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from torchvision import datasets as tv
 
+pytestmark = pytest.mark.full  # its runs take minutes
+
 VIT = "deit_nano_patch8_16_L2_H1"
 COMMON = "--device cpu --num-workers 0 --batch-size 8 --input-size 16 --data-set FOLDER --warmup-epochs 0 --data-path"
 ABC, OTHERS = ("ant", "bat", "cow"), ("bat", "cow", "dog")

@@ -15,6 +15,8 @@ from conftest import MAIN, position_of
 from forked_cases import Case, Outcome, run_cases, texts
 from PIL import Image
 
+pytestmark = pytest.mark.full  # its runs take minutes
+
 TINY = "--model deit_nano_patch8_16_L2_H1 --warmup-epochs 0 --min-lr 0 --device cpu --log-interval 1 --epochs"
 DIGITS = f"--data-set DIGITS --batch-size 32 --train-images 64 --num-workers 0 {TINY}"
 PICTURES = f"--data-set FOLDER --input-size 16 --batch-size 6 --no-repeated-aug {TINY}"
