@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from state_dicts import NAME, WIDER, cast, equal, prefixed, without
 
+pytestmark = pytest.mark.full  # its runs take minutes
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 DIGITS = "--data-set DIGITS --batch-size 32 --num-workers 0 --warmup-epochs 0"
 TRAIN = f"{DIGITS} --train-images 64 --epochs 1 --lr 4e-2 --model-ema-decay 0.5"
