@@ -3,6 +3,7 @@
 ⟨A⟩ = [I; A] is the identity stacked on A: it keeps the old neurons of an axis and adds a new one for each row of A.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def widening(full_width: bool) -> tuple[Callable[[Tensor, Tensor], Tensor], Call
     return (torch.matmul, lambda w, A: w @ A.mT) if full_width else (widen_out, widen_in)
 
 
-class FactoredLinear(nn.Module):
+class FactoredLinear(nn.Module, ABC):
     """A linear layer whose weight is a product with ⟨E⟩, which is applied to the activations instead.
 
     All layers share ⟨E⟩, so only the other factor is computed per layer. The products are also smaller than those of a
@@ -47,8 +48,9 @@ class FactoredLinear(nn.Module):
         """x (batch, tokens, in) → (batch, tokens, out). Without an E, the weight is that of an ordinary layer."""
         return F.linear(x, self.weight, self.bias) if self.E.is_meta else self.apply_factors(x)
 
+    @abstractmethod
     def apply_factors(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """`forward` with an E."""
 
 
 class FactoredInLinear(FactoredLinear):

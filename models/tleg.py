@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 MODULES = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
-TIMM_NAMES = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+TIMM_MODULES = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+# the tensors of a layer: their names here, after A_ or B_ → in a timm block
+TIMM_NAMES = {
+    f"{module}_{kind}": f"{timm_module}.{kind}"
+    for module, timm_module in zip(MODULES, TIMM_MODULES, strict=True)
+    for kind in ("weight", "bias")
+}
 
 # The published Aux-Net: norm before the mean over patches, and torch's own epsilon.
 AUX_VIT = dict(fc_norm=False, norm_layer=nn.LayerNorm)
@@ -55,22 +61,41 @@ def expand(p: dict[str, Tensor], depth: int, norm: str = "norm") -> dict[str, Te
     Args:
         norm: the name of the ViT's final norm, ``norm`` (before the pooling) or ``fc_norm`` (after it).
     """
-    blocks = {
-        f"blocks.{l}.{timm_name}.{kind}": theta
-        for module, timm_name in zip(MODULES, TIMM_NAMES, strict=True)
-        for kind in ("weight", "bias")
-        for l, theta in enumerate(LinearExpansion.apply(p[f"A_{module}_{kind}"], p[f"B_{module}_{kind}"], depth))
-    }
-    return {
-        "pos_embed": p["pos_embed"],
-        "patch_embed.proj.weight": p["patch_embed_weight"],
-        "patch_embed.proj.bias": p["patch_embed_bias"],
-        **blocks,
-        f"{norm}.weight": p["norm_weight"],
-        f"{norm}.bias": p["norm_bias"],
-        "head.weight": p["head_weight"],
-        "head.bias": p["head_bias"],
-    }
+    layers = {name: LinearExpansion.apply(p[f"A_{name}"], p[f"B_{name}"], depth) for name in TIMM_NAMES}
+    return to_vit(p, layers, norm)
+
+
+def to_vit(p: dict[str, Tensor], layers: Mapping[str, Sequence[Tensor]], norm: str) -> dict[str, Tensor]:
+    """The state dict of a ViT with ``layers``, a tensor of each kind per layer; the rest is that of the learngene."""
+    vit = {"pos_embed": p["pos_embed"]}
+    for kind in ("weight", "bias"):
+        vit[f"patch_embed.proj.{kind}"] = p[f"patch_embed_{kind}"]
+        vit[f"{norm}.{kind}"] = p[f"norm_{kind}"]
+        vit[f"head.{kind}"] = p[f"head_{kind}"]
+    for name, timm_name in TIMM_NAMES.items():
+        vit |= {f"blocks.{l}.{timm_name}": tensor for l, tensor in enumerate(layers[name])}
+    return vit
+
+
+def from_vit(vit: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+    """The learngene whose A and B are the two layers of a ViT: the inverse of `to_vit`.
+
+    Its order is that of the parameters, by which checkpoints number the state of the optimiser.
+    """
+    p = {"pos_embed": vit["pos_embed"]}
+    for kind in ("weight", "bias"):
+        p[f"patch_embed_{kind}"] = vit[f"patch_embed.proj.{kind}"]
+        p[f"norm_{kind}"] = vit[f"{norm}.{kind}"]
+        p[f"head_{kind}"] = vit[f"head.{kind}"]
+        for name in (name for name in TIMM_NAMES if name.endswith(kind)):
+            p |= {f"{half}_{name}": vit[f"blocks.{l}.{TIMM_NAMES[name]}"] for l, half in enumerate("AB")}
+    return p
+
+
+def keep_first_neurons(p: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """The learngene of the first neurons of ``p``, which expands to the first neurons of every layer."""
+    vit = to_vit(p, {name: (p[f"A_{name}"], p[f"B_{name}"]) for name in TIMM_NAMES}, "fc_norm")
+    return from_vit(keep_neurons(vit, first_neurons(width, depth=2)), "fc_norm")
 
 
 def layout(config: Mapping) -> Layout:
@@ -80,10 +105,10 @@ def layout(config: Mapping) -> Layout:
         keys[f"patch_embed.proj.{kind}"] = (f"patch_embed_{kind}", ())
         keys[f"norm.{kind}"] = (f"norm_{kind}", ())
         keys[f"head.{kind}"] = (f"head_{kind}", ())
-        for module, timm_name in zip(MODULES, TIMM_NAMES, strict=True):
-            for half, published in (("A", "ilayer"), ("B", "base")):
-                key = f"blocks.block.{timm_name}.instances.0.{kind}_{published}"
-                keys[key] = (f"{half}_{module}_{kind}", ())
+    for name, timm_name in TIMM_NAMES.items():
+        for half, published in (("A", "ilayer"), ("B", "base")):
+            module, _, kind = timm_name.rpartition(".")
+            keys[f"blocks.block.{module}.instances.0.{kind}_{published}"] = (f"{half}_{name}", ())
     return keys
 
 
@@ -120,14 +145,7 @@ class TLEG(AuxNet):
         # A and B are drawn like the first layers of a ViT: linear weights truncated normal, biases 0, norm scales 1
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
         vit = random_vit_weights(replace(self.arch, depth=2), **AUX_VIT, **size)
-        p = {"pos_embed": vit["pos_embed"]}
-        for kind in ("weight", "bias"):
-            p[f"patch_embed_{kind}"] = vit[f"patch_embed.proj.{kind}"]
-            p[f"norm_{kind}"] = vit[f"norm.{kind}"]
-            p[f"head_{kind}"] = vit[f"head.{kind}"]
-            for module, timm_name in zip(MODULES, TIMM_NAMES, strict=True):
-                p[f"A_{module}_{kind}"] = vit[f"blocks.0.{timm_name}.{kind}"]
-                p[f"B_{module}_{kind}"] = vit[f"blocks.1.{timm_name}.{kind}"]
+        p = from_vit(vit, "norm")
         for name in ("A_norm1_weight", "A_norm2_weight"):
             p[name] = torch.zeros_like(p[name])
         self.add_parameters(p)
@@ -180,11 +198,11 @@ class TLEG(AuxNet):
                 f"the Des-Net has {arch.num_heads} heads of {arch.head_dim} neurons; this TLEG learngene makes "
                 f"Des-Nets of up to {aux.num_heads} heads of {aux.head_dim} neurons (width {aux.width}), of any depth"
             )
+        if arch.width < aux.width and width_select == "continuous":  # A and B are cut once, not every layer
+            return expand(keep_first_neurons(tensors, arch.width), arch.depth, norm="fc_norm")
         weights = expand(tensors, arch.depth, norm="fc_norm")
         if arch.width == aux.width:
             return weights
-        if width_select == "continuous":
-            return keep_neurons(weights, first_neurons(arch.width, arch.depth))
         return keep_neurons(weights, choose_neurons(weights, arch.width, aux.head_dim, width_select))
 
     def no_weight_decay(self) -> set[str]:

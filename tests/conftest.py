@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common.files import read_checkpoint
 
@@ -257,10 +257,16 @@ def become(run: Run, rank: int, port: int, output: Path | Connection, folder: st
             os.dup2(output.fileno(), stream)
     if not isinstance(output, Path):
         output.close()
-    sys.argv = [str(MAIN), *run.args]
+    run_and_exit(MAIN, run.args)
+
+
+def run_and_exit(program: Path, arguments: Sequence[str], before: Callable[[], object] = lambda: None) -> NoReturn:
+    """Run a program in this process, which was forked for it, and end the process with its exit status."""
     code = 0
     try:
-        runpy.run_path(str(MAIN), run_name="__main__")
+        before()
+        sys.argv = [str(program), *arguments]
+        runpy.run_path(str(program), run_name="__main__")
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import resource
-import runpy
 import selectors
 import signal
 import struct
@@ -16,12 +15,11 @@ import subprocess
 import sys
 import tempfile
 import termios
-import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import ENVIRONMENT, MAIN, PYTHONPATH, SECONDS
+from conftest import ENVIRONMENT, MAIN, PYTHONPATH, SECONDS, run_and_exit
 
 
 class Case(NamedTuple):
@@ -112,17 +110,7 @@ def become(case: Case, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     tempfile.tempdir = None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing a core dump can take longer than anybody waits for it
-    code = 1
-    try:
-        exec(case.code, {})
-        sys.argv = [str(MAIN), *case.args]
-        runpy.run_path(str(MAIN), run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
+    run_and_exit(MAIN, case.args, before=lambda: exec(case.code, {}))
 
 
 def texts(variables: dict[str, object]) -> dict[str, str]:

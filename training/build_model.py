@@ -150,7 +150,7 @@ def descendants_of(config: ModelConfig, input_size: int) -> list[models.ViTArch]
 
 
 def initialise_from(model: nn.Module, config: ModelConfig, input_size: int) -> None:
-    """Give ``model`` weights from a trained ViT of other sizes (`models.BASELINES`)."""
+    """Give ``model`` weights from a trained ViT of other sizes (`models.baselines.BASELINES`)."""
     arch, path = replace(models.parse_arch(config.model), img_size=input_size), config.init_path
     with error_context(f"--init-path {path}"):
         weights = read_foreign_weights(path, model)

@@ -7,14 +7,12 @@ one that has imported the libraries; how it forks stands at the end of this file
 import hashlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trustme
 import yaml
-from conftest import PYTHONPATH
+from conftest import PYTHONPATH, run_and_exit
 from hub_stand_in import HubStandIn
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -425,16 +423,7 @@ def become_script(folder: str, arguments: list[str], environment: dict[str, str]
     os.environ.update(environment)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv = [str(SCRIPT), *arguments]
-    code = 1
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)  # an orderly end would spend a second on taking down what was imported
+    run_and_exit(SCRIPT, arguments)
 
 
 if __name__ == "__main__":

@@ -311,3 +311,16 @@ def test_tleg_starts_as_described():
         assert not getattr(aux_net, f"A_{norm}_bias").any()
         assert not getattr(aux_net, f"B_{norm}_bias").any()
     assert tleg.MODULES == ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+
+
+def test_parameters_keep_the_order_of_earlier_checkpoints():
+    """An optimiser's state is numbered by it."""
+    tleg = list(models.create_model("aux_deit_nano_patch8_16_L4", num_classes=10).state_dict())
+    assert tleg[:6] == [
+        *("pos_embed", "patch_embed_weight", "norm_weight", "head_weight"),
+        *("A_norm1_weight", "B_norm1_weight"),
+    ]
+    assert tleg[16:21] == ["patch_embed_bias", "norm_bias", "head_bias", "A_norm1_bias", "B_norm1_bias"]
+    lets = list(models.create_aux_net("deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2").state_dict())
+    assert lets[:3] == ["pos_embed", "norm1_weight", "proj_weight"]
+    assert lets[-8:] == [*"ECQKVM", "g", "h"]
