@@ -27,8 +27,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import free_port
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOT_COPIED = (".*", "__pycache__", "output", "learngenes", "runs", "*.tar*", "fixtures")
 SECONDS = 300  # a block of commands that takes longer hangs, and is killed
@@ -223,6 +221,12 @@ def launched(argv: list[str]) -> list[str]:
     options = get_args_parser().parse_args(argv)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     return [options.training_script, *options.training_script_args]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def submitted(argv: list[str]) -> list[str]:
