@@ -250,6 +250,7 @@ def test_processes_of_a_run_download_once(outcomes):
     assert server.asked.count(None) == 4  # once for this run, and once for each of the other answers
 
 
+@pytest.mark.full
 def test_hub_file_is_there_when_the_hub_is_not(tmp_path, monkeypatch):
     """In processes of their own: huggingface_hub reads its address once, when it is imported."""
     code = "import sys, common.download as d; print(d.fetch(sys.argv[1]).read_bytes().decode())"

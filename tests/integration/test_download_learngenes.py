@@ -112,6 +112,7 @@ def test_list_of_what_is_known(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_list_of_a_registry_of_ones_own(run):
     lets = dict(method="lets", architectures=["deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12"])
     registry = [entry("hf-hub:me/mine") | lets, entry("http://h/x") | dict(name="other", sha256=DIGEST, note="to try")]

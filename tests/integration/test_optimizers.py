@@ -320,7 +320,8 @@ SHORT = f"{DIGITS} --batch-size 16 --lr 1e-2 --warmup-epochs 0 --sched step --de
 FEW = f"{DIGITS} --batch-size 8 --epochs 1"
 
 
-@pytest.mark.parametrize("opt", ["lookahead_adamw", pytest.param("adafactorbv", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("opt", ["lookahead_adamw", "adafactorbv"])
 def test_from_the_command_line_too(opt, tmp_path):
     """Four steps in an epoch: Lookahead averages two steps before and four after the run is resumed."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -237,7 +237,7 @@ def command_line(case: Case, imagenet: Path, folder: Path, teacher: Path, gene: 
     return launcher + program
 
 
-FIRST = ("tleg-aux-ti", "tleg-des-ti")  # under two launchers, each in two processes
+FIRST = ("tleg-aux-ti",)  # in two processes
 
 
 @pytest.mark.parametrize(

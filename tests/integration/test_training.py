@@ -206,7 +206,8 @@ def test_eval(runs, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
 def test_resuming_gives_the_run_that_was_never_interrupted(runs, processes):
     name = f"parts{processes}"
     arguments = runs.arguments(name, RESUMED)

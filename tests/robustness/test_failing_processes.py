@@ -64,6 +64,7 @@ with utils.failures_reported_once():
 """
 
 
+@pytest.mark.full
 def test_a_failing_process_brings_the_others_down_with_its_traceback_said_once(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -75,7 +76,8 @@ def test_a_failing_process_brings_the_others_down_with_its_traceback_said_once(t
     assert "lost its connection" not in done.stderr
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_left_alone_says_so(rank):
     """As long as --dist-timeout, it waits for the others."""
     world = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -58,6 +58,7 @@ def test_a_signal_saves_within_a_step_and_ends_with_its_status(tmp_path, name, s
     assert (epoch, images) == (0, 16 * seen.count("training "))  # a line per step: the last one is in the checkpoint
 
 
+@pytest.mark.full
 def test_a_signal_during_evaluation_saves_too(tmp_path):
     """What has been trained is kept although the epoch is not finished, and the evaluation is made again."""
     common = f"{DIGITS} --model {TINY} --batch-size 16 --epochs 1 --output-dir".split()
@@ -192,7 +193,8 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_processes_goes_on_with_the_epoch(tmp_path, alone, before, after):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(before)) * (before > 1)
     with started(*options_of(tmp_path, before), "--save-every-steps", "5", launcher=launcher) as process:

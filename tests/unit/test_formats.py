@@ -104,7 +104,7 @@ def test_averaged_weights(tmp_path, method):
         models.load_learngene(tmp_path / "learngene.safetensors", use_ema=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lets", pytest.param("tleg", marks=pytest.mark.full)])
 def test_conversion_to_and_from_the_published_format_is_exact(tmp_path, method):
     source = FIXTURES / f"{method}_learngene.pth"
     steps = [
@@ -129,6 +129,7 @@ def test_published_file_of_a_learngene_trained_here_has_the_published_keys_and_s
         assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in keys.items()}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -131,6 +131,7 @@ def test_some_classes_alone(root, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_two_processes(root, tmp_path):
     """Each keeps its own; a run of one process has other images."""
     common = options(root, LETS, "--batch-size 4 --output-dir")
