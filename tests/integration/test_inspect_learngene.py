@@ -228,6 +228,7 @@ def check_picture(path: Path, picture_format: str) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.full
 def test_picture_of_a_published_learngene_in_a_process_of_its_own(tmp_path):
     picture = tmp_path / "learngene.png"
     command = [sys.executable, SCRIPT, FIXTURES["lets"], "--head-dim", "4", "--plot", picture]

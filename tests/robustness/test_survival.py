@@ -103,6 +103,7 @@ def test_a_killed_worker_is_restarted_by_torchrun(tmp_path, undisturbed):
     assert_same_result(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.full
 def test_time_and_number_of_checkpoints(tmp_path):
     """One after every step, as time is always up; two old ones are kept, and the best by accuracy."""
     options = f"{DIGITS} --model {TINY} --batch-size 128 --epochs 3 --lr 2e-2 --no-model-ema --save-every-minutes 1e-9"

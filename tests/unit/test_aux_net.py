@@ -138,7 +138,8 @@ def test_autocast(method):
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
 
 
-@pytest.mark.parametrize("method", ["lets", pytest.param("tleg", marks=pytest.mark.full)])
+@pytest.mark.full
+@both
 def test_compile_without_graph_break(method):
     aux_net = aux_net_of(method)
     compiled = torch.compile(aux_net, backend="aot_eager", fullgraph=True)

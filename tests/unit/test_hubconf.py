@@ -8,6 +8,7 @@ from pathlib import Path
 import models
 from models.vit import PUBLISHED_NAMES
 
+import pytest
 import torch
 from conftest import ENVIRONMENT, MAIN
 
@@ -15,6 +16,7 @@ REPOSITORY = MAIN.parent
 SRC, TGT = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2"
 PROGRAM = """\
 import json, sys
+import pytest
 import torch
 
 path = sys.argv[1]
@@ -65,6 +67,7 @@ def test_every_entry_point_loads_from_another_folder(tmp_path: Path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
+@pytest.mark.full
 def test_another_package_of_the_same_name_is_reported(tmp_path: Path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("")
