@@ -20,6 +20,8 @@ from hub_stand_in import HubStandIn
 from safetensors.torch import load_file
 from state_dicts import equal
 
+pytestmark = pytest.mark.full  # its runs take most of a minute
+
 TESTS = Path(__file__).resolve().parents[1]
 FIXTURES = TESTS / "fixtures"
 VIT = "deit_nano_patch4_16_L3"

@@ -16,7 +16,6 @@ REPOSITORY = MAIN.parent
 SRC, TGT = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L4_H2"
 PROGRAM = """\
 import json, sys
-import pytest
 import torch
 
 path = sys.argv[1]
