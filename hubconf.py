@@ -13,7 +13,7 @@ import os
 import pathlib
 
 import models
-import models.vit
+import models.names
 
 import timm
 from torch import nn
@@ -50,4 +50,4 @@ def _entry_point(name: str) -> collections.abc.Callable[..., nn.Module]:
     return create
 
 
-globals().update({name: _entry_point(name) for name in models.vit.PUBLISHED_NAMES})
+globals().update({name: _entry_point(name) for name in models.names.PUBLISHED_NAMES})

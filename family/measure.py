@@ -15,7 +15,7 @@ from engine import evaluate
 from family.plan import Family, Member
 from family.records import write_record
 from models.formats.timm_folder import save_model
-from models.vit import name_of
+from models.names import name_of
 from training.logs import Progress
 
 import torch

@@ -15,7 +15,7 @@ from common.errors import InputError, error_context
 from common.files import sha256
 from family.records import read_record
 from models import ViTArch
-from models.vit import name_of
+from models.names import name_of
 from training.build import autocast_of, device_of
 from training.build_data import build_loaders
 from training.build_model import CHANNELS

@@ -17,7 +17,8 @@ from models.lets import LeTs
 from models.registry import register_method
 from models.supernet import Supernet
 from models.tleg import TLEG
-from models.vit import GRAMMAR, PUBLISHED_NAMES, ViTArch, create_vit, follows_grammar, is_aux_name, parse_arch
+from models.names import GRAMMAR, PUBLISHED_NAMES, follows_grammar, is_aux_name, parse_arch
+from models.vit import ViTArch, create_vit
 
 __all__ = [
     "TLEG",

@@ -1,56 +1,18 @@
 """The Aux-Net of every method: a ViT whose weights are computed from a learngene in each forward pass."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from models.figures import Figures, Points, root_mean_square
 from models.formats.layout import PublishedFormat
-from models.vit import ViTArch, create_vit, parse_arch
+from models.names import parse_arch
+from models.stateless import move_buffers, recompute_activations, vit_from_weights, vit_without_weights
+from models.vit import ViTArch
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
-
-
-class WeightsOnMeta(TorchFunctionMode):
-    """Context in which new weights are created on the meta device: shapes without memory, and no initialisation.
-
-    ``with torch.device("meta")`` would do, but for `torch.linspace`, whose numbers timm ≤ 1.0.15 reads as drop-path
-    rates.
-    """
-
-    CONSTRUCTORS = (torch.empty, torch.ones, torch.zeros, torch.rand, torch.randn, torch.randint)
-
-    INITIALISERS = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        tensor = args[0] if args else kwargs.get("tensor")
-        if func.__name__ in self.INITIALISERS and isinstance(tensor, Tensor) and tensor.is_meta:
-            return tensor
-        if func in self.CONSTRUCTORS and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-class AuxBlock(Block):
-    """timm's block with activation checkpointing for computed weights.
-
-    When the backward pass recomputes the block, the ViT no longer holds the weights of the forward pass. They are
-    arguments of the checkpointed function, which keeps them.
-    """
-
-    recompute = False
-
-    def forward(self, x: Tensor, recomputing: bool = False) -> Tensor:
-        if not self.recompute or recomputing or not torch.is_grad_enabled():
-            return super().forward(x)
-        weights = dict(self.named_parameters(remove_duplicate=False))
-        return checkpoint(functional_call, self, weights, (x,), {"recomputing": True}, use_reentrant=False)
 
 
 class AuxNet(nn.Module, ABC):
@@ -88,7 +50,7 @@ class AuxNet(nn.Module, ABC):
         Args:
             arch: the sizes of the ViT.
             vit_options: how the Aux-Net of this method differs from the ViT of `create_vit`.
-            kwargs: passed on to timm's ``VisionTransformer``; ``img_size`` and ``patch_size`` replace ``arch``'s.
+            kwargs: passed on to timm's class; ``img_size`` and ``patch_size`` replace ``arch``'s.
         """
         super().__init__()
         sizes = {key: kwargs.pop(key) for key in ("img_size", "patch_size") if key in kwargs}
@@ -107,7 +69,7 @@ class AuxNet(nn.Module, ABC):
 
         Args:
             config: an object whose attributes are the options of main.py, as in `training.config.ModelConfig`.
-            vit: passed on to timm's ``VisionTransformer``.
+            vit: passed on to timm's class.
 
         Raises:
             InputError: the options describe no Aux-Net.
@@ -120,7 +82,7 @@ class AuxNet(nn.Module, ABC):
 
         Args:
             header: the sizes that the file states, as in `config`.
-            vit: passed on to timm's ``VisionTransformer``.
+            vit: passed on to timm's class.
         """
 
     @abstractmethod
@@ -202,9 +164,11 @@ class AuxNet(nn.Module, ABC):
         """Single numbers of the learngene to log after each epoch, each under a name."""
         return {}
 
-    def des_vit(self, arch: ViTArch) -> VisionTransformer:
+    def des_vit(self, arch: ViTArch) -> nn.Module:
         """A Des-Net of ``arch`` without weights, to be run with `des_weights` in stage 1."""
-        return vit_without_weights(arch, **self._des_options)
+        vit = vit_without_weights(arch, **self._des_options)
+        move_buffers(vit, next(self.parameters()).device)
+        return vit
 
     def des_weights(self, arch: ViTArch) -> dict[str, Tensor]:
         """The weights for `des_vit`, with gradients."""
@@ -223,7 +187,7 @@ class AuxNet(nn.Module, ABC):
     @property
     def config(self) -> dict:
         """The sizes that the learngene file states besides the tensors, as plain data."""
-        return {"tgt_arch": asdict(self.arch), "num_classes": self.num_classes, "in_chans": self.in_chans}
+        return {"tgt_arch": self.arch.as_dict(), "num_classes": self.num_classes, "in_chans": self.in_chans}
 
     @property
     def in_chans(self) -> int:
@@ -241,43 +205,20 @@ class AuxNet(nn.Module, ABC):
         self.vit.train(mode)
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AuxNet":
+        super()._apply(fn, recurse)
+        move_buffers(self.vit, next(self.parameters()).device)
+        return self
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass instead of keeping them."""
         recompute_activations(self.vit, enable)
 
     @torch.no_grad()
-    def to_vit(self) -> VisionTransformer:
+    def to_vit(self) -> nn.Module:
         """The same function as a plain ViT with weights of its own, in evaluation mode."""
         return vit_from_weights(self.arch, self.expand(), **self._vit_options).eval()
 
     def add_parameters(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
-
-
-def vit_without_weights(arch: ViTArch, **kwargs: object) -> VisionTransformer:
-    """A ViT whose weights are on the meta device, to be run with computed ones."""
-    with WeightsOnMeta():
-        return create_vit(arch, block_fn=AuxBlock, weight_init="skip", **kwargs)
-
-
-def recompute_activations(vit: VisionTransformer, enable: bool) -> None:
-    """Activation checkpointing of a `vit_without_weights`."""
-    for block in vit.blocks:
-        block.recompute = enable
-
-
-def vit_from_weights(arch: ViTArch, weights: dict[str, Tensor], **kwargs) -> VisionTransformer:
-    """A ViT with a copy of ``weights``, created without a random initialisation.
-
-    Layers that share a tensor in ``weights`` get one copy each.
-    """
-    with WeightsOnMeta():
-        vit = create_vit(arch, weight_init="skip", **kwargs)
-    vit.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, strict=True, assign=True)
-    return vit
-
-
-def random_vit_weights(arch: ViTArch, **kwargs) -> dict[str, Tensor]:
-    """The state dict of a ViT as timm initialises it."""
-    return create_vit(arch, **kwargs).state_dict()

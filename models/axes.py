@@ -1,14 +1,224 @@
-"""Width expansion along one axis of a weight, or of the activations.
+"""Which axis of which parameter of a ViT counts what, and how an axis is widened.
 
-⟨A⟩ = [I; A] is the identity stacked on A: it keeps the old neurons of an axis and adds a new one for each row of A.
+    letter     the axis counts                            widened by           shared by
+    E          embedding neurons                          ⟨E⟩                  the whole network
+    Q, K, V    neurons of the heads                       ⟨Q_j⟩, ⟨K_j⟩, ⟨V_j⟩  layer j
+    M          hidden neurons of the MLP                  ⟨M_j⟩                layer j
+    q, k, v, m the same four of a pooling block           matrices of its own  that block
+    C          embedding neurons, as the head reads them  ⟨C⟩                  the head
+    .          classes, tokens, channels, pixels, or the neurons of one head: never widened
+
+⟨A⟩ = [I; A] is the identity stacked on A: it keeps the old neurons of an axis and adds a new one for each row of A. So
+``mlp.fc1.weight``, whose axes are M and E, becomes ⟨M_j⟩ w ⟨E⟩ᵀ, and its bias ⟨M_j⟩ b.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from common.errors import InputError
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+
+# The axes of a weight, scale, gamma or token. A bias has the first axis of its weight. Names are those of timm, but for
+# tensors that it stores as one (`STORED_AS_ONE`) or under two names (`RENAMED`). The modules of a layer are in the
+# order of the depth coefficients in learngene files.
+AXES = {
+    "pos_embed": "..E",
+    "cls_token": "..E",
+    "reg_token": "..E",
+    "dist_token": "..E",
+    "patch_embed.proj": "E...",
+    "patch_embed.norm": "E",
+    "norm_pre": "E",
+    "blocks.*.norm1": "E",
+    "blocks.*.attn.q": "QE",
+    "blocks.*.attn.k": "KE",
+    "blocks.*.attn.v": "VE",
+    "blocks.*.attn.q_norm": ".",
+    "blocks.*.attn.k_norm": ".",
+    "blocks.*.attn.norm": "V",
+    "blocks.*.attn.proj": "EV",
+    "blocks.*.ls1": "E",
+    "blocks.*.norm2": "E",
+    "blocks.*.mlp.fc1": "ME",
+    "blocks.*.mlp.fc1_g": "ME",  # the gate of a SwiGLU
+    "blocks.*.mlp.fc1_x": "ME",  # its value
+    "blocks.*.mlp.norm": "M",
+    "blocks.*.mlp.fc2": "EM",
+    "blocks.*.ls2": "E",
+    "norm": "E",
+    "attn_pool.latent": "..E",
+    "attn_pool.q": "qE",
+    "attn_pool.k": "kE",
+    "attn_pool.v": "vE",
+    "attn_pool.proj": "Ev",
+    "attn_pool.norm": "E",
+    "attn_pool.mlp.fc1": "mE",
+    "attn_pool.mlp.fc2": "Em",
+    "fc_norm": "E",
+    "head": ".C",
+    "head_dist": ".C",
+}
+ORDER = {module: number for number, module in enumerate(AXES)}
+
+STORED_AS_ONE = {
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "attn_pool.kv": ("attn_pool.k", "attn_pool.v"),
+    "mlp.fc1": ("mlp.fc1_g", "mlp.fc1_x"),  # of a packed SwiGLU alone
+}
+RENAMED = {
+    "attn.q_proj": "attn.q",
+    "attn.k_proj": "attn.k",
+    "attn.v_proj": "attn.v",
+    "attn.q_bias": "attn.q.bias",
+    "attn.v_bias": "attn.v.bias",
+    "gamma_1": "ls1.gamma",
+    "gamma_2": "ls2.gamma",
+}
+_LAYER = re.compile(r"^blocks\.\d+\.")
+_KINDS = ("weight", "bias", "gamma")
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """How the parameters of a ViT are made of those of `AXES`; the number of a layer is ``*``.
+
+    Attributes:
+        stored: timm's name → the parameters that are stored in it, in order.
+    """
+
+    stored: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The parameters, in the order of the table."""
+        names = [name for names in self.stored.values() for name in names]
+        return sorted(names, key=lambda name: ORDER[module_of(name)])
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The modules of a layer that have parameters, in the order of the table."""
+        return [*dict.fromkeys(module_of(name) for name in self.names if name.startswith("blocks."))]
+
+    @cached_property
+    def owner(self) -> dict[str, str]:
+        """The first of the parameters that are stored as one → timm's name."""
+        return {names[0]: name for name, names in self.stored.items()}
+
+
+def any_layer(name: str) -> str:
+    """``blocks.3.attn.q.weight`` as ``blocks.*.attn.q.weight``; other names as they are."""
+    return _LAYER.sub("blocks.*.", name)
+
+
+def module_of(name: str) -> str:
+    """The module of a parameter, a key of `AXES`: ``blocks.*.attn.q`` of ``blocks.3.attn.q.weight``."""
+    module, _, kind = any_layer(name).rpartition(".")
+    return module if kind in _KINDS else any_layer(name)
+
+
+def axes_of(name: str) -> str:
+    """The axes of a parameter under its name here, a letter for each.
+
+    Raises:
+        InputError: the table does not know the parameter, so a ViT that has it cannot be changed in size.
+    """
+    axes = AXES.get(module_of(name))
+    if axes is None:
+        raise InputError(f"no size of {name} can be changed: it is no parameter of a plain transformer block or head")
+    return axes[0] if name.endswith(".bias") else axes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters that timm stores as one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def structure_of(shapes: Mapping[str, tuple[int, ...]]) -> Structure:
+    """How the parameters of a ViT are made of those of `AXES`, from the names and shapes in its state dict.
+
+    Raises:
+        InputError: it has a parameter that the table does not know.
+    """
+    shapes = {any_layer(name): shape for name, shape in shapes.items()}
+    stored = {}
+    for name, shape in shapes.items():
+        stem = "blocks.*." * name.startswith("blocks.*.")
+        module, _, kind = name.removeprefix(stem).rpartition(".")
+        parts = STORED_AS_ONE.get(module, ())
+        if module == "mlp.fc1" and shape[0] != 2 * shapes[f"{stem}mlp.fc2.weight"][1]:
+            parts = ()  # no gate
+        if parts:
+            stored[name] = tuple(f"{stem}{part}.{kind}" for part in parts)
+        elif module in RENAMED:
+            stored[name] = (f"{stem}{RENAMED[module]}.{kind}",)
+        else:
+            stored[name] = (stem + RENAMED.get(name.removeprefix(stem), name.removeprefix(stem)),)
+        for part in stored[name]:
+            axes_of(part)
+    return Structure(stored)
+
+
+def split(vit: Mapping[str, Tensor], structure: Structure | None = None) -> dict[str, Tensor]:
+    """The parameters of `AXES` in the state dict of a ViT: q, k and v apart, gate and value of a SwiGLU apart.
+
+    Args:
+        structure: of the ViT, if it is at hand.
+
+    Raises:
+        InputError: it has a parameter that the table does not know.
+    """
+    if structure is None:
+        structure = structure_of({name: tuple(tensor.shape) for name, tensor in vit.items()})
+    parts = {}
+    for name, tensor in vit.items():
+        names, prefix = structure.stored[any_layer(name)], layer_prefix(name)
+        for part, piece in zip(names, tensor.chunk(len(names)) if len(names) > 1 else (tensor,), strict=True):
+            parts[name_in(prefix, part)] = piece
+    return parts
+
+
+def fuse(parts: Mapping[str, Tensor], structure: Structure) -> dict[str, Tensor]:
+    """The state dict of a ViT from parameters of `AXES`: the inverse of `split`.
+
+    Args:
+        parts: of single layers, ``blocks.3.…``; or of all layers, ``blocks.*.…``, stacked along a leading axis.
+        structure: of the ViT.
+    """
+    vit = {}
+    for first in parts:
+        name = structure.owner.get(any_layer(first))
+        if name is None:  # stored after another
+            continue
+        stem = layer_prefix(first)
+        pieces = [parts[name_in(stem, part)] for part in structure.stored[name]]
+        axis = int(stem == "blocks.*.")
+        vit[name_in(stem, name)] = torch.cat(pieces, dim=axis) if len(pieces) > 1 else pieces[0]
+    return vit
+
+
+def layer_prefix(name: str) -> str:
+    """``blocks.3.`` of ``blocks.3.attn.q.weight``; nothing of a parameter outside the layers."""
+    return name[: name.index(".", len("blocks.")) + 1] if name.startswith("blocks.") else ""
+
+
+def name_in(prefix: str, name: str) -> str:
+    """``blocks.*.attn.q.weight`` in the layer ``prefix``."""
+    return prefix + name.removeprefix("blocks.*.") if prefix else name
+
+
+def tensor_name(name: str) -> str:
+    """The name in a learngene, where the layers are stacked: ``q_weight`` of ``blocks.*.attn.q.weight``."""
+    name = name.removeprefix("blocks.*.").replace("patch_embed.proj", "patch_embed")
+    return re.sub(r"^(attn|mlp)\.(?!norm)", "", name).replace(".", "_")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Widening
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def widen_out(A: Tensor, w: Tensor) -> Tensor:
@@ -21,52 +231,28 @@ def widen_in(w: Tensor, A: Tensor) -> Tensor:
     return torch.cat([w, w @ A.mT], dim=-1)
 
 
-def widening(full_width: bool) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """`widen_out` and `widen_in`; for LiGO's full width matrices, where ⟨A⟩ is A itself, the plain products."""
-    return (torch.matmul, lambda w, A: w @ A.mT) if full_width else (widen_out, widen_in)
+def widen(w: Tensor, axis: int, A: Tensor, full_width: bool = False) -> Tensor:
+    """Widen one axis of ``w`` by ⟨A⟩.
 
-
-class FactoredLinear(nn.Module, ABC):
-    """A linear layer whose weight is a product with ⟨E⟩, which is applied to the activations instead.
-
-    All layers share ⟨E⟩, so only the other factor is computed per layer. The products are also smaller than those of a
-    plain ViT: for T tokens, a layer from D neurons to K computes T·((D−s)·s + s·K) multiplications instead of T·D·K,
-    where s is the width of the learngene.
+    Args:
+        w: a weight (…, out, in, kernel …) or a vector (…, out).
+        axis: counted from the end of ``w`` without a kernel: -1 or -2.
+        A: (…, new, old); of each layer its own, or the same for all.
+        full_width: ⟨A⟩ is A itself, as the full width matrices of LiGO are.
     """
-
-    def __init__(self, linear: nn.Linear, full_width: bool):
-        """
-        Args:
-            linear: the layer to replace. Its weights are on the meta device, as all weights of an Aux-Net's ViT.
-            full_width: ⟨E⟩ is E itself (LiGO), instead of [I; E].
-        """
-        super().__init__()
-        self.weight, self.bias, self.full_width = linear.weight, linear.bias, full_width
-        self.E = nn.Parameter(torch.empty(0, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, tokens, in) → (batch, tokens, out). Without an E, the weight is that of an ordinary layer."""
-        return F.linear(x, self.weight, self.bias) if self.E.is_meta else self.apply_factors(x)
-
-    @abstractmethod
-    def apply_factors(self, x: Tensor) -> Tensor:
-        """`forward` with an E."""
+    if axis == -2:
+        return A @ w if full_width else widen_out(A, w)
+    row = w.ndim < A.ndim  # a vector of each layer, and a matrix of each layer
+    w = w.unsqueeze(-2) if row else w
+    w = w @ A.mT if full_width else widen_in(w, A)
+    return w.squeeze(-2) if row else w
 
 
-class FactoredInLinear(FactoredLinear):
-    """Input axis widened by E: x (w ⟨E⟩ᵀ)ᵀ + b = (x ⟨E⟩) wᵀ + b with w (out, s)."""
-
-    def apply_factors(self, x: Tensor) -> Tensor:
-        if self.full_width:
-            return F.linear(x @ self.E, self.weight, self.bias)
-        old, new = x.flatten(0, 1).split([x.shape[-1] - self.E.shape[0], self.E.shape[0]], dim=-1)
-        narrow = torch.addmm(old, new, self.E).unflatten(0, x.shape[:2])
-        return F.linear(narrow, self.weight, self.bias)
+# ---------------------------------------------------------------------------------------------------------------------
+# Narrowing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-class FactoredOutLinear(FactoredLinear):
-    """Output axis widened by E: x (⟨E⟩ w)ᵀ + ⟨E⟩ b = (x wᵀ + b) ⟨E⟩ᵀ with w (s, in)."""
-
-    def apply_factors(self, x: Tensor) -> Tensor:
-        narrow = F.linear(x, self.weight, self.bias)
-        return narrow @ self.E.mT if self.full_width else widen_in(narrow, self.E)
+def take(tensor: Tensor, axis: int, kept: Tensor | slice) -> Tensor:
+    """The elements ``kept`` of one axis; a view if they are a slice."""
+    return tensor[(slice(None),) * axis + (kept,)]

@@ -56,7 +56,9 @@ def weight_selection(vit: dict[str, Tensor], source: ViTArch, arch: ViTArch) -> 
     neurons = Neurons(
         embedding=evenly(arch.width, source.width),
         heads=evenly(arch.width, source.width),
-        hidden=[evenly(4 * arch.width, 4 * source.width)] * arch.depth,
+        hidden=[evenly(arch.hidden, source.hidden)] * arch.depth,
+        pool_heads=evenly(arch.width, source.width),
+        pool_hidden=evenly(arch.pool_hidden, source.pool_hidden),
     )
     return keep_neurons(take_layers(vit, range(arch.depth)), neurons)
 

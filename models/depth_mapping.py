@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from common.errors import InputError
-from models.vit import ViTArch
+from models.initialisation import Row
+from models.vit import ViTArch, check_kind
 
 import torch
 from torch import Tensor
@@ -28,6 +29,49 @@ def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int
     return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
 
 
+def groups_of_layers(depth: int, aux_depth: int, group_size: int, layers_per_row: int) -> list[int]:
+    """The group (published: pair) of learngene layers that each Aux layer is a mixture of.
+
+    Where the groups divide the Aux layers, each has as many consecutive ones. Else the groups follow the coefficient
+    rows, row k of K having that of learngene layer round(k·(n−1)/(K−1)).
+
+    Args:
+        depth: of the learngene, n. If ``group_size`` does not divide it, the last group is smaller.
+    """
+    groups = -(-depth // group_size)
+    if aux_depth % groups == 0:
+        return [i * groups // aux_depth for i in range(aux_depth)]
+    nearest = nearest_layers(depth, -(-aux_depth // layers_per_row))
+    return [nearest[i // layers_per_row] // group_size for i in range(aux_depth)]
+
+
+def nearest_layers(depth: int, num_rows: int) -> list[int]:
+    """For each of K coefficient rows the learngene layer round(k·(n−1)/(K−1)): the same relative position."""
+    return [round(k * (depth - 1) / max(1, num_rows - 1)) for k in range(num_rows)]
+
+
+def rows_of_coefficients(groups: Sequence[int], depth: int, group_size: int, layers_per_row: int) -> list[Row]:
+    """What the coefficient rows belong to.
+
+    Args:
+        groups: as `groups_of_layers` gives them, for each Aux layer.
+        depth: of the learngene.
+    """
+    numbers = range(0, len(groups), layers_per_row)
+    rows = []
+    for number, nearest in zip(numbers, nearest_layers(depth, len(numbers)), strict=True):
+        first = groups[number] * group_size
+        layers = min(group_size, depth - first)
+        rows.append(Row(number, layers, min(max(nearest - first, 0), layers - 1)))
+    return rows
+
+
+def groups_of(config: Mapping) -> list[int]:
+    """`groups_of_layers` of a learngene with the sizes in ``config`` (`LeTs.config`)."""
+    depths = config["src_arch"]["depth"], config["tgt_arch"]["depth"]
+    return groups_of_layers(*depths, config["group_size"], config["layers_per_row"])
+
+
 def des_plan(
     header: Mapping, arch: ViTArch, num_rows: int, *mapping: object, device: torch.device | str = "cpu"
 ) -> DepthPlan:
@@ -38,7 +82,7 @@ def des_plan(
         num_rows: the number of coefficient rows.
         mapping: as in `layers_of`.
     """
-    num_groups = header["src_arch"]["depth"] // header["group_size"]
+    num_groups = -(-header["src_arch"]["depth"] // header["group_size"])
     return depth_plan(layers_of(header, arch, *mapping), num_rows, num_groups, device)
 
 
@@ -65,13 +109,14 @@ def layers_of(
             f"the Des-Net has width {arch.width}; the widest that this learngene can make is {tgt.width} "
             f"({tgt.num_heads} heads)"
         )
+    check_kind(arch, tgt)
     if arch.head_dim != src.head_dim:
         raise InputError(
             f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
         )
-    layers_per_group = tgt.depth // (src.depth // config["group_size"])
+    groups = groups_of(config)
     mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
-    return [(a // layers_per_group, r // layers_per_row) for a, r in zip(*mapping, strict=True)]
+    return [(groups[a], r // layers_per_row) for a, r in zip(*mapping, strict=True)]
 
 
 def mapping_or_default(
@@ -80,8 +125,7 @@ def mapping_or_default(
     """Both mapping lists of a Des-Net of ``depth`` layers, checked; without them, those of ``depth_select``."""
     aux_depth, layers_per_row = config["tgt_arch"]["depth"], config["layers_per_row"]
     if layer is None and coeff is None:
-        layers_per_pair = aux_depth // (config["src_arch"]["depth"] // config["group_size"])
-        return select_depth(depth, aux_depth, layers_per_pair, layers_per_row, depth_select)
+        return select_depth(depth, groups_of(config), layers_per_row, depth_select)
     if depth_select != "default":
         raise InputError(f"depth_select {depth_select} and mapping lists both say which layers to take: give one")
     check_mapping(layer, coeff, depth, aux_depth)
@@ -89,11 +133,12 @@ def mapping_or_default(
 
 
 def select_depth(
-    depth: int, aux_depth: int, layers_per_pair: int, layers_per_row: int, how: str = "default"
+    depth: int, groups: Sequence[int], layers_per_row: int, how: str = "default"
 ) -> tuple[list[int], list[int]]:
     """``mapping_layer`` and ``mapping_layer_coeff`` for a Des-Net of ``depth`` layers.
 
     Args:
+        groups: as `groups_of_layers` gives them, for each Aux layer.
         how: which of the K coefficient rows the layers take. ``default``: up to K layers, rows evenly spaced, first and
             last among them; more, every row equally often, and those in the middle once more for the remainder, which
             for 12 of 16 layers are the published lists. ``even``: layer l of d takes row ⌊l·K/d⌋. ``first``, ``last``:
@@ -103,9 +148,9 @@ def select_depth(
     Raises:
         InputError: ``how`` is unknown, or names a pair that there is not.
     """
-    rows = list(range(0, aux_depth, layers_per_row))
+    rows = list(range(0, len(groups), layers_per_row))
     if how.startswith("pairs:"):
-        rows = [row for row in rows if row // layers_per_pair in pairs_of(how, aux_depth // layers_per_pair)]
+        rows = [row for row in rows if groups[row] in pairs_of(how, max(groups) + 1)]
     elif how not in DEPTH_STRATEGIES:
         expected = ", ".join(DEPTH_STRATEGIES)
         raise InputError(
@@ -121,8 +166,8 @@ def select_depth(
         first = {"first": 0, "last": len(rows) - rest}.get(how, (len(rows) - rest) // 2)
         coeff = [row for i, row in enumerate(rows) for _ in range(times + (first <= i < first + rest))]
     # Aux layers of one pair are counted up from its first, as in the published lists
-    pairs = [row // layers_per_pair for row in coeff]
-    layer = [p * layers_per_pair + pairs[:i].count(p) % layers_per_pair for i, p in enumerate(pairs)]
+    pairs = [groups[row] for row in coeff]
+    layer = [groups.index(p) + pairs[:i].count(p) % groups.count(p) for i, p in enumerate(pairs)]
     return layer, coeff
 
 

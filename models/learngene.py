@@ -12,17 +12,20 @@ from dataclasses import dataclass, field, replace
 from common.download import fetch
 from common.errors import InputError, one_line, shown
 from common.files import atomic_write, read_checkpoint
-from models.aux_net import AuxNet, WeightsOnMeta, random_vit_weights, vit_from_weights
+from models.aux_net import AuxNet
 from models.formats import layout, published
 from models.formats.class_names import class_names
 from models.formats.foreign import without_prefix
 from models.formats.weights import find_weights, found_in, weights_of
+from models.meta import WeightsOnMeta
+from models.names import parse_arch
 from models.registry import METHODS, choices_of_methods, method_class
-from models.vit import ViTArch, adapt_to_images, parse_arch
+from models.resize import adapt_to_images
+from models.stateless import random_vit_weights, vit_from_weights
+from models.vit import ViTArch, described
 
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 DEFAULT_CHOICES = {"width_select": "continuous", "depth_select": "default"}
@@ -121,8 +124,8 @@ class Learngene:
         skip_init: Sequence[str] = (),
         num_classes: int | None = None,
         **vit_kwargs,
-    ) -> VisionTransformer:
-        """A Des-Net: a plain timm ViT of ``arch`` sizes, initialised from this learngene.
+    ) -> nn.Module:
+        """A Des-Net: a timm ViT of ``arch`` sizes and of the kind of this learngene, initialised from it.
 
         The method refuses choices that it does not have (`AuxNet.choices`). Choices of other methods than the ones
         below are given by name, too.
@@ -143,7 +146,7 @@ class Learngene:
         Raises:
             InputError: the learngene cannot make this Des-Net; the message says what it can.
         """
-        arch = parse_arch(arch) if isinstance(arch, str) else arch
+        arch = parse_arch(arch, self.arch) if isinstance(arch, str) else arch
         arch = replace(
             arch, **{size: vit_kwargs.pop(size) for size in ("img_size", "patch_size") if size in vit_kwargs}
         )
@@ -152,18 +155,17 @@ class Learngene:
         given |= {"width_select": width_select, "depth_select": depth_select}
         given |= {name: vit_kwargs.pop(name) for name in choices_of_methods() if name in vit_kwargs}
         weights = self.method_class.descend(self.tensors, self.config, arch, **self.own_choices(given))
-        if num_classes not in (None, self.num_classes):
-            head = weights["head.weight"]
-            weights["head.weight"] = nn.init.trunc_normal_(head.new_empty(num_classes, arch.width), std=0.02)
-            weights["head.bias"] = head.new_zeros(num_classes)
-        weights = adapt_to_images(weights, arch, in_chans)
+        num_classes = self.num_classes if num_classes is None else num_classes
+        weights = adapt_to_images(weights, self.arch, arch, in_chans)
         if unknown := set(skip_init) - PARTS.keys():
             raise InputError(f"skip_init names {min(unknown)}: expected {', '.join(PARTS)}")
+        shape = dict(num_classes=num_classes, in_chans=in_chans)
+        if num_classes != self.num_classes:
+            weights = {name: w for name, w in weights.items() if not name.startswith("head")} | new_heads(arch, **shape)
         if skip_init:
-            fresh = random_vit_weights(arch, num_classes=len(weights["head.bias"]), in_chans=in_chans)
-            skipped = tuple(PARTS[part] for part in skip_init)
+            fresh, skipped = random_vit_weights(arch, **shape), tuple(PARTS[part] for part in skip_init)
             weights |= {name: tensor for name, tensor in fresh.items() if any(key in name for key in skipped)}
-        return vit_from_weights(arch, weights, num_classes=len(weights["head.bias"]), in_chans=in_chans, **vit_kwargs)
+        return vit_from_weights(arch, weights, **shape, **vit_kwargs)
 
     def own_choices(self, given: Mapping[str, object]) -> dict[str, object]:
         """The choices of a Des-Net that are ``given``: neither None nor a default.
@@ -193,6 +195,13 @@ class Learngene:
             metadata["classes"] = json.dumps(self.classes)  # beside the header, which holds sizes for all readers
         with atomic_write(path) as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
+
+
+def new_heads(arch: ViTArch, num_classes: int, in_chans: int) -> dict[str, Tensor]:
+    """The heads of a ViT as timm initialises them; none for 0 classes."""
+    shapes = described(arch, num_classes, in_chans).shapes
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith("head")}
+    return {name: nn.init.trunc_normal_(w, std=0.02) if w.ndim > 1 else w for name, w in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,11 +281,17 @@ def _check_config(config: Mapping, flags: Sequence[str] = ()) -> None:
     """
     for key, value in config.items():
         for name, size in (value if isinstance(value, Mapping) else {key: value}).items():
-            if type(size) is not (bool if name in flags else int):
-                expected = "true or false" if name in flags else "a whole number"
+            expected, kept = "a whole number", type(size) is int
+            if name in flags:
+                expected, kept = "true or false", isinstance(size, bool)
+            elif name == "kind":
+                expected, kept = "a name", isinstance(size, str)
+            elif name in ("img_size", "patch_size") and isinstance(size, (list, tuple)):
+                expected, kept = "two whole numbers", [type(s) for s in size] == [int, int]
+            if not kept:
                 raise InputError(f"{name} is {shown(size)!r}, expected {expected}")
         if isinstance(value, Mapping):
-            ViTArch(**value)
+            described(ViTArch(**value))  # timm has the kind, in these sizes
 
 
 def _check_tensors(gene: Learngene) -> None:

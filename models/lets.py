@@ -17,36 +17,60 @@ leading axis over the layers, so that a step expands all of them in a handful of
     patch_embed_*, fc_norm_*, head_*                    the rest of the learngene
     pos_embed                       (1, patches, D)     the Aux-Net's own
 
+Which matrix widens which axis of which parameter is in `models.axes`, for the plain ViT and for all other kinds, whose
+learngenes have more tensors: ``q_norm_weight``, ``ls1_gamma``, ``cls_token``, a pooling block with matrices of its own.
+M has as many rows as the Aux-Net has more hidden neurons.
+
 With ``full_width`` the width matrices are those of LiGO (Wang et al., ICLR 2023): ⟨A⟩ is A itself, with a row for every
 neuron of the Aux-Net, D instead of D−s, so that the old neurons are transformed too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from typing import ClassVar
 
 from common.errors import InputError
-from models.aux_net import AuxNet, random_vit_weights
-from models.axes import FactoredInLinear, FactoredOutLinear, widen_out, widening
-from models.depth_mapping import DepthPlan, depth_plan, des_plan, mapping_or_default
+from models.aux_net import AuxNet
+from models.axes import (
+    AXES,
+    Structure,
+    axes_of,
+    fuse,
+    layer_prefix,
+    module_of,
+    name_in,
+    split,
+    tensor_name,
+    widen,
+    widen_out,
+)
+from models.depth_mapping import (
+    DepthPlan,
+    depth_plan,
+    des_plan,
+    groups_of,
+    mapping_or_default,
+    rows_of_coefficients,
+)
+from models.factored import FactoredInLinear, FactoredOutLinear
 from models.figures import Curves, Figures, HeatMaps, sorted_norms
 from models.formats import published_lets
 from models.formats.layout import PublishedFormat
-from models.initialisation import DEPTH_SCHEMES, WIDTH_SCHEMES, init_depth, init_width
+from models.initialisation import DEPTH_SCHEMES, WIDTH_SCHEMES, Row, init_depth, init_width
+from models.names import is_aux_name, parse_arch
 from models.registry import register_method
-from models.selection import is_full_width, select_width
-from models.vit import ViTArch, is_aux_name, parse_arch
+from models.selection import POOL, matrix_of, select_width
+from models.stateless import random_vit_weights
+from models.vit import ViTArch, check_kind, described
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # the first axis of g and h
+MATRICES = (*"ECQKVMgh", *POOL.values(), "pos_embed")  # what is no tensor of the learngene's own ViT
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
-# linear layers whose input axis, or whose output axis, is the embedding
-FROM_EMBEDDING, TO_EMBEDDING = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
+# linear layers of a block whose input axis is the embedding; of all others it is the output axis
+FROM_EMBEDDING = ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,10 +78,10 @@ FROM_EMBEDDING, TO_EMBEDDING = ("attn.qkv", "mlp.fc1"), ("attn.proj", "mlp.fc2")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def depth_matrices(g: Tensor, plan: DepthPlan) -> dict[str, Tensor]:
+def depth_matrices(g: Tensor, plan: DepthPlan, modules: Sequence[str], n: int) -> dict[str, Tensor]:
     """G of each module, (distinct layers, n): the coefficients of a layer in the columns of its group, else 0."""
-    G = torch.einsum("mrc,urp->mupc", g, plan.select).flatten(2)
-    return dict(zip(MODULES, G, strict=True))
+    G = torch.einsum("mrc,urp->mupc", g, plan.select).flatten(2)[..., :n]
+    return dict(zip(modules, G, strict=True))
 
 
 def mix(G: Tensor, w: Tensor) -> Tensor:
@@ -65,101 +89,63 @@ def mix(G: Tensor, w: Tensor) -> Tensor:
     return (G @ w.flatten(1)).view(G.shape[0], *w.shape[1:])
 
 
-def expand(p: dict[str, Tensor], plan: DepthPlan, widen_embedding: bool = True) -> dict[str, Tensor]:
+def expand(
+    p: dict[str, Tensor], plan: DepthPlan, structure: Structure, full_width: bool, factored: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
 
     Args:
-        widen_embedding: or keep linear layers at width s on the axis of the embedding, as in `expand_factors`.
+        structure: of the ViT.
+        full_width: ⟨A⟩ is A itself.
+        factored: linear layers of a block that stay at width s on the axis of the embedding, with E beside them.
     """
-    out, into = widening(is_full_width(p))
-    matrices = expand_matrices(p, plan)
-    if widen_embedding:
-        matrices.update({name: into(matrices[name], p["E"]) for name in keys(FROM_EMBEDDING, "weight")})
-        matrices.update({name: out(p["E"], matrices[name]) for name in keys(TO_EMBEDDING, "weight")})
+    n = len(p["norm1_weight"])
+    G, H = (depth_matrices(p[name], plan, structure.modules, n) for name in "gh")
+
+    def mixed(name: str) -> Tensor:
+        """A parameter at full width but on the embedding's axis, for all distinct layers of the ViT.
+
+        The matrices of a single layer come before the sum over layers. E is the same in all, so it moves out of the
+        sum.
+        """
+        w = p[tensor_name(name)]
+        for number, axis in enumerate(reversed(axes_of(name)), start=1):
+            if axis not in ".EC":
+                w = widen(w, -number, p[matrix_of(axis)], full_width)
+        if not name.startswith("blocks."):
+            return w
+        return mix((H if name.endswith(".bias") else G)[module_of(name)], w)
+
+    def widened(name: str, w: Tensor) -> Tensor:
+        """``w``, stored by timm under ``name``, at full width."""
+        part = structure.stored[name][0]
+        if name == "pos_embed" or module_of(name).removeprefix("blocks.*.") in factored:
+            return w
+        if name == "patch_embed.proj.weight":
+            return widen(w.flatten(1), -2, p["E"], full_width).view(-1, *w.shape[1:])
+        for number, axis in enumerate(reversed(axes_of(part)), start=1):
+            if axis in "EC":
+                w = widen(w, -number, p[axis], full_width)
+        return w
+
+    def of(names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: widened(name, w) for name, w in fuse({name: mixed(name) for name in names}, structure).items()}
+
+    vit = of([name for name in structure.names if not is_vector(name)])
     device = "cpu" if p["E"].is_meta else p["E"].device.type
     with torch.autocast(device, enabled=False):  # norms want float32, and vectors cost nothing
-        vectors = expand_vectors(p, plan)
-        if widen_embedding:
-            vectors.update({name: into(vectors[name], p["E"]) for name in keys(TO_EMBEDDING, "bias")})
-    patch = p["patch_embed_weight"]
-    stacked = {**matrices, **vectors}
-    layers = {name: tensor.unbind() for name, tensor in stacked.items() if name.startswith("blocks.")}
-    return {
-        "pos_embed": p["pos_embed"],
-        "patch_embed.proj.weight": out(p["E"], patch.flatten(1)).view(-1, *patch.shape[1:]),
-        "patch_embed.proj.bias": vectors["patch_embed.proj.bias"],
-        **{name.replace("*", str(l)): layer[u] for l, u in enumerate(plan.layers) for name, layer in layers.items()},
-        "fc_norm.weight": vectors["fc_norm.weight"],
-        "fc_norm.bias": vectors["fc_norm.bias"],
-        "head.weight": into(p["head_weight"], p["C"]),
-        "head.bias": p["head_bias"],
-    }
+        vit |= of([name for name in structure.names if is_vector(name)])
+    layers = {name: tensor.unbind() for name, tensor in vit.items() if name.startswith("blocks.")}
+    vit = {name: tensor for name, tensor in vit.items() if name not in layers}
+    for l, u in enumerate(plan.layers):  # torch 2.6 does not compile |=
+        vit.update({name.replace("*", str(l)): layer[u] for name, layer in layers.items()})
+        vit.update({f"blocks.{l}.{module}.E": p["E"] for module in factored})
+    return vit
 
 
-def expand_factors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """`expand` for a ViT with `FactoredInLinear` and `FactoredOutLinear`: matrices of width s, and E beside them."""
-    weights = expand(p, plan, widen_embedding=False)
-    for l in range(len(plan.layers)):  # torch 2.6 does not compile |=
-        weights.update(dict.fromkeys(keys(FROM_EMBEDDING + TO_EMBEDDING, "E", layer=l), p["E"]))
-    return weights
-
-
-def keys(modules: Sequence[str], kind: str, layer: int | str = "*") -> list[str]:
-    """The state dict keys of the ``kind`` of these modules, in one layer or, with ``*``, in the stack of all layers."""
-    return [f"blocks.{layer}.{module}.{kind}" for module in modules]
-
-
-def expand_matrices(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """The weight matrices of all distinct layers, stacked, at width s on the axis of the embedding.
-
-    The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
-    the sum.
-    """
-    out, into = widening(is_full_width(p))
-    Q, K, V, M = (p[name] for name in "QKVM")
-    G = depth_matrices(p["g"], plan)
-    own = {  # the axis with a matrix of its own in each learngene layer
-        "q": out(Q, p["q_weight"]),
-        "k": out(K, p["k_weight"]),
-        "v": out(V, p["v_weight"]),
-        "proj": into(p["proj_weight"], V),
-        "fc1": out(M, p["fc1_weight"]),
-        "fc2": into(p["fc2_weight"], M),
-    }
-    W = {name: mix(G[name], weight) for name, weight in own.items()}
-    return {
-        "blocks.*.attn.qkv.weight": torch.cat([W["q"], W["k"], W["v"]], dim=1),
-        "blocks.*.attn.proj.weight": W["proj"],
-        "blocks.*.mlp.fc1.weight": W["fc1"],
-        "blocks.*.mlp.fc2.weight": W["fc2"],
-    }
-
-
-def expand_vectors(p: dict[str, Tensor], plan: DepthPlan) -> dict[str, Tensor]:
-    """The norms and biases: those of all distinct layers, stacked, and those outside the layers.
-
-    The biases that are added to the embedding are at width s, as the matrices beside them.
-    """
-    _, into = widening(is_full_width(p))
-    E = p["E"]
-    G, H = depth_matrices(p["g"], plan), depth_matrices(p["h"], plan)
-    own = {name: p[f"{name}_bias"] for name in MODULES}
-    for name, A in (("q", p["Q"]), ("k", p["K"]), ("v", p["V"]), ("fc1", p["M"])):
-        own[name] = into(own[name].unsqueeze(1), A).squeeze(1)
-    b = {name: mix(H[name], bias) for name, bias in own.items()}
-    return {
-        "blocks.*.norm1.weight": into(mix(G["norm1"], p["norm1_weight"]), E),
-        "blocks.*.norm1.bias": into(b["norm1"], E),
-        "blocks.*.attn.qkv.bias": torch.cat([b["q"], b["k"], b["v"]], dim=1),
-        "blocks.*.attn.proj.bias": b["proj"],
-        "blocks.*.norm2.weight": into(mix(G["norm2"], p["norm2_weight"]), E),
-        "blocks.*.norm2.bias": into(b["norm2"], E),
-        "blocks.*.mlp.fc1.bias": b["fc1"],
-        "blocks.*.mlp.fc2.bias": b["fc2"],
-        "patch_embed.proj.bias": into(p["patch_embed_bias"], E),
-        "fc_norm.weight": into(p["fc_norm_weight"], E),
-        "fc_norm.bias": into(p["fc_norm_bias"], E),
-    }
+def is_vector(name: str) -> bool:
+    """Whether a parameter is a vector, or a token, rather than a matrix of products."""
+    return len(axes_of(name)) == 1 or axes_of(name) == "..E"
 
 
 @register_method("lets")
@@ -169,9 +155,12 @@ class LeTs(AuxNet):
     title = "LeTs"
     choices = ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select")
     parts: ClassVar = {
-        "layers of the learngene": MODULES,
+        "layers of the learngene": [tensor_name(module) for module in AXES if module.startswith("blocks.")],
         "patch embedding of the learngene": ("patch_embed",),
-        "final norm of the learngene": ("fc_norm",),
+        "tokens of the learngene": ("cls_token", "reg_token", "dist_token"),
+        "first norm of the learngene": ("norm_pre",),
+        "final norm of the learngene": ("fc_norm", "norm_weight", "norm_bias"),
+        "pooling block of the learngene": ("attn_pool",),
         "head of the learngene": ("head",),
         "E, width of the embedding": ("E",),
         "C, width of the head's input": ("C",),
@@ -179,11 +168,12 @@ class LeTs(AuxNet):
         "K, width of the keys": ("K",),
         "V, width of the values": ("V",),
         "M, width of the hidden layers": ("M",),
+        "matrices of the pooling block": ("pool",),
         "g, depth coefficients of weights": ("g",),
         "h, depth coefficients of biases": ("h",),
         "position embedding of the Aux-Net": ("pos_embed",),
     }
-    published = PublishedFormat(published_lets.KEY, partial(published_lets.layout, MODULES), published_lets.config_of)
+    published = PublishedFormat(published_lets.KEY, published_lets.layout, published_lets.config_of)
     flags = ("full_width",)
     arch_options: ClassVar = {"src_arch": "learngene", "tgt_arch": "Aux-Net"}
     options = (*EXPANSION, "src_path", "freeze_src", "trans_init_scheme", "trans_init_noise")
@@ -193,92 +183,114 @@ class LeTs(AuxNet):
         self,
         src: ViTArch,
         tgt: ViTArch,
-        layers_per_row: int = 2,
+        layers_per_row: int | None = None,
         group_size: int = 2,
         full_width: bool = False,
-        init_scheme: Sequence[str] = ("stackbert_noisy", "rand"),
+        init_scheme: Sequence[str] | None = None,
         init_noise: Sequence[float] = (0.03, 0.03),
         **kwargs,
     ):
         """
         Args:
-            src: sizes of the learngene, an even number of layers.
-            tgt: sizes of the Aux-Net.
-            layers_per_row: how many consecutive Aux layers share a coefficient row; 1 is no sharing.
+            src: sizes of the learngene.
+            tgt: sizes of the Aux-Net, which is of the same kind.
+            layers_per_row: how many consecutive Aux layers share a coefficient row; 1 is no sharing. Default: 2, as
+                published, of plain ViTs, and 1 of other kinds.
             group_size: how many learngene layers each Aux layer is a mixture of: 2 in LeTs, taken in pairs. All of
                 them, with ``layers_per_row`` 1, is the depth expansion of LiGO (Wang et al., ICLR 2023).
             full_width: LiGO's width matrices, which transform the old neurons too and start by keeping them.
-            init_scheme: initialisation of depth coefficients and of width matrices.
+            init_scheme: initialisation of depth coefficients and of width matrices. Default: ``stackbert_noisy`` and
+                ``rand``, as published, of plain ViTs; ``copy`` and ``rand`` of other kinds, so that the Des-Net of the
+                learngene's own sizes is the learngene.
             init_noise: upper end of the uniform noise of the ``…_noisy`` schemes, for depth and for width.
-            kwargs: passed on to timm's ``VisionTransformer``.
+            kwargs: passed on to timm's class.
 
         Raises:
             InputError: the sizes do not fit each other.
         """
         super().__init__(tgt, {}, **kwargs)
         tgt = self.arch
-        src = replace(src, img_size=tgt.img_size)  # the learngene has no position embedding of its own
+        sizes = {"img_size"} | (kwargs.keys() & {"patch_size"})
+        src = replace(src, **{size: getattr(tgt, size) for size in sizes})  # its position embedding is not used
+        plain = src.kind is None
+        layers_per_row = (2 if plain else 1) if layers_per_row is None else layers_per_row
         check_sizes(src, tgt, layers_per_row, group_size)
         self.src, self.layers_per_row, self.group_size, self.full_width = src, layers_per_row, group_size, full_width
-        new, s, n = tgt.width - src.width, src.width, src.depth
-        size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
-        depth_scheme, width_scheme = init_scheme
-        depth_noise, width_noise = init_noise
-
-        def width_matrix(*shape: int) -> Tensor:
-            A = init_width(shape, width_scheme, width_noise)
-            return widen_out(A, torch.eye(shape[-1], device=A.device).expand(*shape[:-2], -1, -1)) if full_width else A
-
-        rows = range(0, tgt.depth, layers_per_row)
-        self.add_parameters(
-            {
-                "pos_embed": nn.init.trunc_normal_(torch.empty(1, tgt.num_patches, tgt.width), std=0.02),
-                **stack_layers(random_vit_weights(src, **size), n),
-                **{a: width_matrix(new, s) for a in "EC"},
-                **{a: width_matrix(n, new, s) for a in "QKV"},
-                "M": width_matrix(n, 4 * new, 4 * s),
-                **{a: init_depth(len(MODULES), rows, depth_scheme, depth_noise, group_size) for a in "gh"},
-            }
-        )
-        layers_per_group = tgt.depth // (n // group_size)
-        layers = [(i // layers_per_group, i // layers_per_row) for i in range(tgt.depth)]  # group and row of each
-        plan = depth_plan(layers, len(rows), n // group_size)
+        self.structure = described(src, self.num_classes, self.in_chans).structure
+        groups = groups_of(self.config)
+        rows = rows_of_coefficients(groups, src.depth, group_size, layers_per_row)
+        schemes = init_scheme or ("stackbert_noisy" if plain else "copy", "rand")
+        self.add_parameters(self._initial(rows, schemes, init_noise))
+        plan = depth_plan([(groups[i], i // layers_per_row) for i in range(tgt.depth)], len(rows), max(groups) + 1)
         self.register_buffer("_select", plan.select, persistent=False)
         self._plan_layers = plan.layers
         self._des_plans: dict[int, DepthPlan] = {}  # by depth
-        self._factor(self.vit)
+        self.factored = self._factor(self.vit)
 
-    def _factor(self, vit: VisionTransformer) -> VisionTransformer:
-        """``vit`` with linear layers that apply E to the activations."""
+    def _initial(self, rows: Sequence[Row], schemes: Sequence[str], noise: Sequence[float]) -> dict[str, Tensor]:
+        """The parameters at the start: the learngene as timm initialises it, and random matrices."""
+        src, tgt, n, modules = self.src, self.arch, self.src.depth, self.structure.modules
+        depth_scheme, width_scheme = schemes
+        depth_noise, width_noise = noise
+
+        def width_matrix(axis: str, *layers: int) -> Tensor:
+            new, old = tgt.neurons(axis) - src.neurons(axis), src.neurons(axis)
+            A = init_width((*layers, new, old), width_scheme, width_noise)
+            return widen_out(A, torch.eye(old, device=A.device).expand(*layers, -1, -1)) if self.full_width else A
+
+        positions = {}
+        if "pos_embed" in self.structure.stored:
+            shape = described(tgt, self.num_classes, self.in_chans).shapes["pos_embed"]
+            positions["pos_embed"] = nn.init.trunc_normal_(torch.empty(shape), std=0.02)
+        size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
+        return {
+            **positions,
+            **stack_layers(random_vit_weights(src, **size), self.structure),
+            **{axis: width_matrix(axis) for axis in "EC" if axis == "E" or self.num_classes},
+            **{axis: width_matrix(axis, n) for axis in "QKVM"},
+            **{matrix_of(axis): width_matrix(axis) for axis in ("qkvm" if src.pool_hidden else "")},
+            **{a: init_depth(len(modules), rows, depth_scheme, depth_noise, self.group_size) for a in "gh"},
+        }
+
+    def _factor(self, vit: nn.Module) -> list[str]:
+        """Give ``vit`` linear layers that apply E to the activations, and return their names in a block."""
+        factored = []
+        for name, module in vit.blocks[0].named_modules():
+            # EVA's attention takes the weight of its qkv and leaves the layer out
+            if type(module) is nn.Linear and not (name == "attn.qkv" and hasattr(vit.blocks[0].attn, "q_bias")):
+                factored.append(name)
         for block in vit.blocks:
-            for kind, names in ((FactoredInLinear, FROM_EMBEDDING), (FactoredOutLinear, TO_EMBEDDING)):
-                for name in names:
-                    block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
-        return vit
+            for name in factored:
+                kind = FactoredInLinear if name in FROM_EMBEDDING else FactoredOutLinear
+                block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
+        return factored
 
     @property
     def config(self) -> dict:
         expansion = {name: getattr(self, name) for name in EXPANSION}
-        return {**super().config, "src_arch": asdict(self.src), **expansion}
+        return {**super().config, "src_arch": self.src.as_dict(), **expansion}
 
-    def expand(self) -> dict[str, Tensor]:
-        return expand(dict(self.named_parameters()), DepthPlan(self._select, self._plan_layers))
+    def expand(self, factored: Sequence[str] = ()) -> dict[str, Tensor]:
+        plan = DepthPlan(self._select, self._plan_layers)
+        return expand(dict(self.named_parameters()), plan, self.structure, self.full_width, factored)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes). In training E is applied to the activations, which takes fewer multiplications."""
         if not self.training:  # the very weights of a Des-Net of these sizes
             return super().forward(images)
-        plan = DepthPlan(self._select, self._plan_layers)
-        return functional_call(self.vit, expand_factors(dict(self.named_parameters()), plan), (images,))
+        return functional_call(self.vit, self.expand(self.factored), (images,))
 
-    def des_vit(self, arch: ViTArch) -> VisionTransformer:
-        return self._factor(super().des_vit(arch))
+    def des_vit(self, arch: ViTArch) -> nn.Module:
+        vit = super().des_vit(arch)
+        self._factor(vit)
+        return vit
 
     def des_weights(self, arch: ViTArch) -> dict[str, Tensor]:
         plan = self._des_plans.get(arch.depth)
         if plan is None or plan.select.device != self.g.device:  # made once, as it is copied to the device
             plan = self._des_plans[arch.depth] = des_plan(self.config, arch, self.g.shape[1], device=self.g.device)
-        return expand_factors(select_width(dict(self.named_parameters()), arch.width, self.src.head_dim), plan)
+        cut = select_width(dict(self.named_parameters()), self.structure, self.src, arch, self.full_width)
+        return expand(cut, plan, self.structure, self.full_width, self.factored)
 
     @classmethod
     def is_meant_by(cls, config: object) -> bool:
@@ -341,10 +353,13 @@ class LeTs(AuxNet):
             width_select: which rows of the width matrices a Des-Net narrower than the Aux-Net keeps.
             depth_select: without mapping lists, how they are made, as in `select_depth`.
         """
-        g, head_dim = tensors["g"], cls.archs(header)["learngene"].head_dim
+        g, src, full_width = tensors["g"], ViTArch(**header["src_arch"]), header["full_width"]
         mapping = mapping_layer, mapping_layer_coeff, depth_select
         plan = des_plan(header, arch, g.shape[1], *mapping, device=g.device)
-        return expand(select_width(tensors, arch.width, head_dim, width_select), plan)
+        structure = described(src, header["num_classes"], header["in_chans"]).structure
+        return expand(
+            select_width(tensors, structure, src, arch, full_width, width_select), plan, structure, full_width
+        )
 
     @classmethod
     def remarks(cls, header: Mapping) -> list[str]:
@@ -362,12 +377,13 @@ class LeTs(AuxNet):
     def figures(cls, tensors: Mapping[str, Tensor], header: Mapping) -> Figures:
         """The depth coefficients, and the norms of the rows of the width matrices: each row makes one new neuron."""
         depth, shared, size = header["tgt_arch"]["depth"], header["layers_per_row"], header["group_size"]
+        modules = described(ViTArch(**header["tgt_arch"])).structure.modules
         rows = [range(first, min(first + shared, depth)) for first in range(0, depth, shared)]
         kinds = {"depth coefficients g, of weights": "g", "depth coefficients h, of biases": "h"}
         layers = "first and second learngene layer of the pair" if size == 2 else "the learngene layers of the group"
         coefficients = HeatMaps(
             {title: tensors[name].flatten(1) for title, name in kinds.items()},
-            rows=MODULES,
+            rows=[tensor_name(module) for module in modules],
             columns=[f"{row[0]}–{row[-1]}" if len(row) > 1 else f"{row[0]}" for row in rows],
             xlabel=f"Aux layers that share a row; its {size} columns: {layers}",
             ylabel="module",
@@ -383,7 +399,7 @@ class LeTs(AuxNet):
         """The depth coefficients of the weights, g."""
         return {
             f"g/{module}/row {r}, layer {c} of its group": value
-            for module, rows in zip(MODULES, self.g.tolist(), strict=True)
+            for module, rows in zip(map(tensor_name, self.structure.modules), self.g.tolist(), strict=True)
             for r, row in enumerate(rows)
             for c, value in enumerate(row)
         }
@@ -395,32 +411,31 @@ class LeTs(AuxNet):
         Args:
             vit: its state dict.
         """
-        _, into = widening(self.full_width)
-        start = {**stack_layers(vit, self.src.depth), "pos_embed": into(vit["pos_embed"], self.E)}
+        start = stack_layers(vit, self.structure)
+        if "pos_embed" in vit:
+            start["pos_embed"] = widen(vit["pos_embed"], -1, self.E, self.full_width)
         for name, tensor in start.items():
             self.get_parameter(name).copy_(tensor)
 
     def freeze_learngene(self) -> None:
         """Train the width matrices, depth coefficients and position embedding alone, as LiGO does."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not name.endswith(("_weight", "_bias")))
+            parameter.requires_grad_(name in MATRICES)
 
     def no_weight_decay(self) -> set[str]:
         # vectors before they were stacked: the published recipe leaves them out
-        names = {name for name, _ in self.named_parameters()}
-        return {name for name in names if name.endswith("_bias") or "norm" in name} | {"g", "h", "pos_embed"}
+        vectors = {tensor_name(name) for name in self.structure.names if is_vector(name)}
+        return {name for name, _ in self.named_parameters() if name in vectors} | {"g", "h", "pos_embed"}
 
 
 def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int, group_size: int = 2) -> None:
     """Raises InputError where no Aux-Net of ``tgt`` sizes can be expanded from a learngene of ``src`` sizes."""
     if not 1 <= group_size <= src.depth:
         raise InputError(f"groups of {group_size} learngene layers cannot be made: expected 1 to {src.depth}")
-    if src.depth % group_size:
-        taken = "in pairs and needs an even number" if group_size == 2 else f"in groups of {group_size}"
-        raise InputError(f"the learngene has {src.depth} layers; LeTs takes them {taken}")
-    if tgt.depth % (src.depth // group_size):
-        groups = f"{src.depth // group_size} {'pairs' if group_size == 2 else 'groups'}"
-        raise InputError(f"the Aux-Net has {tgt.depth} layers, which the {groups} of learngene layers do not divide")
+    if tgt.depth < -(-src.depth // group_size):
+        groups = "pairs" if group_size == 2 else "groups"
+        raise InputError(f"the Aux-Net has {tgt.depth} layers, fewer than the {groups} of the {src.depth} to mix")
+    check_kind(tgt, src)
     if tgt.width < src.width:
         raise InputError(f"the Aux-Net (width {tgt.width}) is narrower than the learngene (width {src.width})")
     if tgt.head_dim != src.head_dim:
@@ -433,16 +448,24 @@ def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int, group_size: int
         raise InputError(f"{layers_per_row} layers cannot share a coefficient row: at least 1")
 
 
-def stack_layers(vit: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The learngene's tensors from a ViT state dict: layers stacked, qkv taken apart, without position embedding."""
-    layer = {"norm1": "norm1", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    p = {}
-    for kind in ("weight", "bias"):
-        for name, key in layer.items():
-            p[f"{name}_{kind}"] = torch.stack([vit[f"blocks.{j}.{key}.{kind}"] for j in range(depth)])
-        qkv = torch.stack([vit[f"blocks.{j}.attn.qkv.{kind}"] for j in range(depth)])
-        p[f"q_{kind}"], p[f"k_{kind}"], p[f"v_{kind}"] = (t.clone() for t in qkv.chunk(3, dim=1))
-        p[f"patch_embed_{kind}"] = vit[f"patch_embed.proj.{kind}"]
-        p[f"fc_norm_{kind}"] = vit[f"fc_norm.{kind}"]
-        p[f"head_{kind}"] = vit[f"head.{kind}"]
-    return p
+def stack_layers(vit: dict[str, Tensor], structure: Structure) -> dict[str, Tensor]:
+    """The learngene's tensors from a ViT state dict: layers stacked, qkv taken apart, without position embedding.
+
+    Their order is that of the parameters, by which checkpoints number the state of the optimiser: weights, biases, the
+    rest; in each the layers first, q, k and v at their end.
+    """
+
+    def order(name: str) -> tuple:
+        kind = name.rpartition(".")[2]
+        last = module_of(name).endswith(("attn.q", "attn.k", "attn.v"))
+        return ("weight", "bias", kind).index(kind), not name.startswith("blocks."), last
+
+    parts = split(vit, structure)
+    depth = len({layer_prefix(name) for name in parts if name.startswith("blocks.")})
+    stacked = {}
+    for name in sorted((name for name in structure.names if name != "pos_embed"), key=order):
+        if name.startswith("blocks."):
+            stacked[tensor_name(name)] = torch.stack([parts[name_in(f"blocks.{j}.", name)] for j in range(depth)])
+        else:
+            stacked[tensor_name(name)] = parts[name].clone()
+    return stacked

@@ -8,19 +8,34 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.errors import InputError
+from models.axes import Structure, axes_of, fuse, split, structure_of, take, tensor_name
+from models.vit import ViTArch
 
 import torch
 from torch import Tensor
 
+FC1 = ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")  # of an MLP, or of a SwiGLU
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 
 
 class Neurons(NamedTuple):
-    """Indices of the neurons of a ViT that are kept."""
+    """Indices of the neurons of a ViT that are kept; ``heads`` for the rows of q, k and v and the columns of proj."""
 
-    embedding: Tensor | slice  # (width,)
-    heads: Tensor | slice  # (width,): the rows of q, k and v, and the columns of proj
-    hidden: Sequence[Tensor | slice]  # (4·width,) for each layer
+    embedding: Tensor | slice
+    heads: Tensor | slice
+    hidden: Sequence[Tensor | slice]  # for each layer
+    pool_heads: Tensor | slice = slice(None)
+    pool_hidden: Tensor | slice = slice(None)
+
+    def along(self, axis: str, layer: int | None) -> Tensor | slice:
+        """Those of an axis of `models.axes`."""
+        if axis in "EC":
+            return self.embedding
+        if axis in "QKV":
+            return self.heads
+        if axis in "qkv":
+            return self.pool_heads
+        return self.hidden[layer] if axis == "M" else self.pool_hidden
 
 
 def choose_rows(matrix: Tensor, count: int, how: str) -> Tensor:
@@ -43,111 +58,134 @@ def rows_of_heads(heads: Tensor, head_dim: int) -> Tensor:
     return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
 
 
-def first_neurons(width: int, depth: int) -> Neurons:
+def first_neurons(arch: ViTArch) -> Neurons:
     """The ``continuous`` choice, as slices: views need no index arithmetic in the backward pass of stage 1."""
-    return Neurons(slice(width), slice(width), [slice(4 * width)] * depth)
+    width, pool_hidden = slice(arch.width), slice(arch.pool_hidden)
+    return Neurons(width, width, [slice(arch.hidden)] * arch.depth, width, pool_hidden)
 
 
-def choose_neurons(vit: dict[str, Tensor], width: int, head_dim: int, how: str) -> Neurons:
-    """The neurons that a ViT of ``width`` keeps of a wider one with the state dict ``vit``.
+def choose_neurons(vit: dict[str, Tensor], arch: ViTArch, how: str) -> Neurons:
+    """The neurons that a ViT of ``arch`` keeps of a wider one with the state dict ``vit``.
 
     Embedding neurons by their rows of the patch embedding, heads by their rows of q, k and v in all layers together,
-    hidden neurons by their rows of fc1.
+    hidden neurons by their rows of fc1 (of a SwiGLU, of gate and value together).
     """
-    qkv, fc1 = (layers_of(vit, name) for name in ("attn.qkv.weight", "mlp.fc1.weight"))
-    per_head = torch.stack(qkv).unflatten(1, (3, -1, head_dim)).movedim(2, 0).flatten(1)
-    heads = choose_rows(per_head, width // head_dim, how)
-    return Neurons(
-        embedding=choose_rows(vit["patch_embed.proj.weight"].flatten(1), width, how),
-        heads=rows_of_heads(heads, head_dim),
-        hidden=[choose_rows(weight, 4 * width, how) for weight in fc1],
+    parts = split(vit)
+
+    def rows(prefix: str, modules: Sequence[str]) -> Tensor:
+        return torch.cat([parts[f"{prefix}{m}.weight"] for m in modules if f"{prefix}{m}.weight" in parts], dim=1)
+
+    def heads_of(matrices: Sequence[Tensor], head_dim: int) -> Tensor:
+        """Of rows (width, columns), those of the heads that are kept."""
+        per_head = torch.stack(list(matrices)).unflatten(1, (-1, head_dim)).movedim(1, 0).flatten(1)
+        return rows_of_heads(choose_rows(per_head, arch.width // head_dim, how), head_dim)
+
+    layers = [f"blocks.{l}." for l in range(arch.depth)]
+    neurons = Neurons(
+        embedding=choose_rows(vit["patch_embed.proj.weight"].flatten(1), arch.width, how),
+        heads=heads_of([rows(layer, ("attn.q", "attn.k", "attn.v")) for layer in layers], arch.head_dim),
+        hidden=[choose_rows(rows(layer, FC1), arch.hidden, how) for layer in layers],
     )
-
-
-def layers_of(vit: dict[str, Tensor], name: str) -> list[Tensor]:
-    """The tensor ``name`` of every block, in order."""
-    depth = sum(key.endswith(f".{name}") for key in vit)
-    return [vit[f"blocks.{l}.{name}"] for l in range(depth)]
+    if not arch.pool_hidden:
+        return neurons
+    pool = [rows("attn_pool.", ("q", "k", "v"))]
+    return neurons._replace(
+        pool_heads=heads_of(pool, arch.pool_head_dim),
+        pool_hidden=choose_rows(rows("attn_pool.", FC1), arch.pool_hidden, how),
+    )
 
 
 def keep_neurons(vit: dict[str, Tensor], neurons: Neurons) -> dict[str, Tensor]:
     """The state dict of the ViT that keeps only ``neurons`` of the one with the state dict ``vit``."""
-    emb, heads, _ = neurons
-    kept = {
-        "pos_embed": vit["pos_embed"][..., emb],
-        **{f"patch_embed.proj.{kind}": vit[f"patch_embed.proj.{kind}"][emb] for kind in ("weight", "bias")},
-        **{f"fc_norm.{kind}": vit[f"fc_norm.{kind}"][emb] for kind in ("weight", "bias")},
-    }
-    if "head.weight" in vit and "head.bias" in vit:
-        kept |= {"head.weight": vit["head.weight"][:, emb], "head.bias": vit["head.bias"]}
-    for l, hidden in enumerate(neurons.hidden):
-        block = {name.removeprefix(f"blocks.{l}."): w for name, w in vit.items() if name.startswith(f"blocks.{l}.")}
-        qkv_weight, qkv_bias = (block[f"attn.qkv.{kind}"].unflatten(0, (3, -1)) for kind in ("weight", "bias"))
-        narrow = {
-            **{
-                f"{norm}.{kind}": block[f"{norm}.{kind}"][emb]
-                for norm in ("norm1", "norm2")
-                for kind in ("weight", "bias")
-            },
-            "attn.qkv.weight": qkv_weight[:, heads][..., emb].flatten(0, 1),
-            "attn.qkv.bias": qkv_bias[:, heads].flatten(),
-            "attn.proj.weight": block["attn.proj.weight"][emb][:, heads],
-            "attn.proj.bias": block["attn.proj.bias"][emb],
-            "mlp.fc1.weight": block["mlp.fc1.weight"][hidden][:, emb],
-            "mlp.fc1.bias": block["mlp.fc1.bias"][hidden],
-            "mlp.fc2.weight": block["mlp.fc2.weight"][emb][:, hidden],
-            "mlp.fc2.bias": block["mlp.fc2.bias"][emb],
-        }
-        kept |= {f"blocks.{l}.{name}": tensor for name, tensor in narrow.items()}
-    return kept
+    structure = structure_of({name: tuple(tensor.shape) for name, tensor in vit.items()})
+    kept = {}
+    for name, tensor in split(vit, structure).items():
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        for number, axis in enumerate(axes_of(name)):
+            if axis != ".":
+                tensor = take(tensor, number, neurons.along(axis, layer))
+        kept[name] = tensor
+    return fuse(kept, structure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Of the matrices of LeTs
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def is_full_width(p: dict[str, Tensor]) -> bool:
-    """Whether the width matrices have a row for every neuron of the Aux-Net, rather than for the new ones alone."""
-    return p["E"].shape[0] == p["pos_embed"].shape[-1]
+POOL = {"q": "pool_Q", "k": "pool_K", "v": "pool_V", "m": "pool_M"}  # axis → its matrix; of other axes their letter
 
 
-def select_width(p: dict[str, Tensor], width: int, head_dim: int, how: str = "continuous") -> dict[str, Tensor]:
-    """The learngene cut down so that it expands to ``width``.
+def matrix_of(axis: str) -> str:
+    """The width matrix of an axis of `models.axes`, as a learngene names it."""
+    return POOL.get(axis, axis)
+
+
+def old_neurons(src: ViTArch, arch: ViTArch, axis: str) -> int:
+    """How many neurons of a learngene of ``src`` sizes a ViT of ``arch`` sizes keeps on an axis."""
+    return min(src.neurons(axis), arch.neurons(axis))
+
+
+def select_width(
+    p: dict[str, Tensor], structure: Structure, src: ViTArch, arch: ViTArch, full_width: bool, how: str = "continuous"
+) -> dict[str, Tensor]:
+    """The learngene cut down so that it expands to the width of ``arch``.
 
     Of full width matrices some rows are kept. Else, a width above the learngene's keeps some rows of the width
     matrices, and a width below it the first neurons of the learngene itself. One choice per axis: embedding neurons by
     E's rows for the whole network (C and the position embedding follow), heads by their rows in Q, K and V together
-    for the whole network, hidden neurons by M's rows in each layer.
+    for the whole network, hidden neurons by M's rows in each layer; and so in a pooling block.
 
     Args:
+        structure: of the ViT.
+        src: the sizes of the learngene.
         how: as in `choose_rows`.
     """
-    s, full = p["E"].shape[1], is_full_width(p)
-    if width == p["pos_embed"].shape[-1]:  # every row is kept
+
+    def old(axis: str) -> int:
+        return src.neurons(axis) if full_width else old_neurons(src, arch, axis)
+
+    def new(axis: str) -> int:
+        return arch.neurons(axis) if full_width else arch.neurons(axis) - old(axis)
+
+    if new("E") == len(p["E"]):  # every row is kept
         return p
-    old, new = (s, width) if full else (min(width, s), max(width - s, 0))
-    emb = choose_rows(p["E"], new, how)
-    per_head = torch.stack([p["Q"], p["K"], p["V"]]).unflatten(2, (-1, head_dim)).movedim(2, 0)
-    heads = choose_rows(per_head.flatten(1), new // head_dim, how)
-    head_rows = rows_of_heads(heads, head_dim)
-    pos_embed = p["pos_embed"]
-    hidden = choose_rows(p["M"], 4 * new, how)
-    return {
-        **p,
-        "pos_embed": pos_embed[..., emb]
-        if full
-        else torch.cat([pos_embed[..., :old], pos_embed[..., s + emb]], dim=-1),
-        "E": p["E"][emb, :old],
-        "C": p["C"][emb, :old],
-        **{a: p[a][:, head_rows, :old] for a in "QKV"},
-        "M": p["M"].gather(1, hidden[..., None].expand(-1, -1, 4 * s))[:, :, : 4 * old],
-        **{f"{m}_weight": p[f"{m}_weight"][:, :old, :old] for m in ("q", "k", "v", "proj")},
-        **{f"{m}_bias": p[f"{m}_bias"][:, :old] for m in ("q", "k", "v", "proj", "norm1", "norm2", "fc2")},
-        **{f"{m}_weight": p[f"{m}_weight"][:, :old] for m in ("norm1", "norm2")},
-        "fc1_weight": p["fc1_weight"][:, : 4 * old, :old],
-        "fc1_bias": p["fc1_bias"][:, : 4 * old],
-        "fc2_weight": p["fc2_weight"][:, :old, : 4 * old],
-        **{f"{m}_{kind}": p[f"{m}_{kind}"][:old] for m in ("patch_embed", "fc_norm") for kind in ("weight", "bias")},
-        "head_weight": p["head_weight"][:, :old],
-    }
+    kept: dict[str, Tensor | slice] = {}
+    for axes, head_dim in (("E", 0), ("QKV", src.head_dim), ("M", 0), ("qkv", src.pool_head_dim), ("m", 0)):
+        matrices = [p[matrix_of(axis)] for axis in axes if matrix_of(axis) in p]
+        if not matrices:
+            continue
+        if how == "continuous":
+            rows = slice(new(axes[0]))
+        elif head_dim:
+            per_head = torch.stack(matrices).unflatten(-2, (-1, head_dim)).movedim(-3, 0)
+            rows = rows_of_heads(choose_rows(per_head.flatten(1), new(axes[0]) // head_dim, how), head_dim)
+        else:
+            rows = choose_rows(matrices[0], new(axes[0]), how)
+        kept |= dict.fromkeys(axes, rows)
+    kept["C"] = kept["E"]
+
+    cut = {**p}
+    for axis, rows in kept.items():
+        if (matrix := p.get(matrix_of(axis))) is not None:
+            cut[matrix_of(axis)] = keep_rows(matrix, rows)[..., : old(axis)]
+    for name in structure.names:
+        if (tensor := tensor_name(name)) not in p or name == "pos_embed":
+            continue
+        for number, axis in enumerate(axes_of(name)):
+            if axis != ".":
+                stacked = int(name.startswith("blocks."))
+                cut[tensor] = take(cut[tensor], number + stacked, slice(old(axis)))
+    if (positions := p.get("pos_embed")) is not None:
+        if full_width or how == "continuous":
+            first = slice(arch.width) if how == "continuous" else kept["E"]
+            cut["pos_embed"] = positions[..., first]
+        else:
+            cut["pos_embed"] = torch.cat([positions[..., : old("E")], positions[..., src.width + kept["E"]]], dim=-1)
+    return cut
+
+
+def keep_rows(matrix: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows of a matrix (…, rows, columns), the same of all layers or, with indices (layers, count), of each its own."""
+    if isinstance(rows, Tensor) and rows.ndim > 1:
+        return matrix.gather(1, rows[..., None].expand(-1, -1, matrix.shape[-1]))
+    return matrix[..., rows, :]

@@ -7,7 +7,8 @@ import random
 from collections.abc import Sequence
 
 from common.errors import InputError
-from models.aux_net import AuxNet, recompute_activations
+from models.aux_net import AuxNet
+from models.stateless import recompute_activations
 from models.vit import ViTArch
 
 import torch

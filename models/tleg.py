@@ -6,29 +6,24 @@ Notation. A and B are two full sets of layer weights; layer l of L has the weigh
 position embedding, final norm and head are ordinary parameters.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from common.errors import InputError
-from models.aux_net import AuxNet, random_vit_weights
+from models.aux_net import AuxNet
+from models.axes import tensor_name
 from models.figures import Figures, Points, root_mean_square
 from models.formats.layout import Layout, PublishedFormat, arch_from_weights, config_from_weights
+from models.names import AUX_DEPTH, PUBLISHED_NAMES, is_aux_name, parse_arch, register
 from models.registry import register_method
 from models.selection import choose_neurons, first_neurons, keep_neurons
-from models.vit import AUX_DEPTH, PUBLISHED_NAMES, ViTArch, is_aux_name, parse_arch, register
+from models.stateless import random_vit_weights
+from models.vit import ViTArch, check_kind, described
 
 import torch
 from torch import Tensor, nn
-
-MODULES = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
-TIMM_MODULES = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-# the tensors of a layer: their names here, after A_ or B_ → in a timm block
-TIMM_NAMES = {
-    f"{module}_{kind}": f"{timm_module}.{kind}"
-    for module, timm_module in zip(MODULES, TIMM_MODULES, strict=True)
-    for kind in ("weight", "bias")
-}
 
 # The published Aux-Net: norm before the mean over patches, and torch's own epsilon.
 AUX_VIT = dict(fc_norm=False, norm_layer=nn.LayerNorm)
@@ -55,59 +50,80 @@ class LinearExpansion(torch.autograd.Function):
         return of_A, of_B, None
 
 
-def expand(p: dict[str, Tensor], depth: int, norm: str = "norm") -> dict[str, Tensor]:
-    """The state dict of a ViT of ``depth`` layers from the learngene ``p`` (TLEG, equation 5).
+class Names(NamedTuple):
+    """The parameters of a ViT, name in a learngene → timm's.
 
-    Args:
-        norm: the name of the ViT's final norm, ``norm`` (before the pooling) or ``fc_norm`` (after it).
+    Attributes:
+        layers: of a layer, there after ``A_`` or ``B_``, here after ``blocks.{l}.``.
+        others: those outside the layers.
     """
-    layers = {name: LinearExpansion.apply(p[f"A_{name}"], p[f"B_{name}"], depth) for name in TIMM_NAMES}
-    return to_vit(p, layers, norm)
+
+    layers: dict[str, str]
+    others: dict[str, str]
 
 
-def to_vit(p: dict[str, Tensor], layers: Mapping[str, Sequence[Tensor]], norm: str) -> dict[str, Tensor]:
+def names_of(arch: ViTArch, num_classes: int) -> Names:
+    """The parameters of the ViTs of a kind. Of plain ones the final norm is called ``norm``, wherever it is."""
+    layers, others = {}, {}
+    for name in described(arch, num_classes).shapes:
+        if name.startswith("blocks.*."):
+            layers[tensor_name(name)] = name.removeprefix("blocks.*.")
+        else:
+            others[tensor_name(name if arch.kind else name.replace("fc_norm", "norm"))] = name
+    return Names(layers, others)
+
+
+def expand(p: dict[str, Tensor], names: Names, depth: int) -> dict[str, Tensor]:
+    """The state dict of a ViT of ``depth`` layers from the learngene ``p`` (TLEG, equation 5)."""
+    layers = {name: LinearExpansion.apply(p[f"A_{name}"], p[f"B_{name}"], depth) for name in names.layers}
+    return to_vit(p, names, layers)
+
+
+def to_vit(p: dict[str, Tensor], names: Names, layers: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """The state dict of a ViT with ``layers``, a tensor of each kind per layer; the rest is that of the learngene."""
-    vit = {"pos_embed": p["pos_embed"]}
-    for kind in ("weight", "bias"):
-        vit[f"patch_embed.proj.{kind}"] = p[f"patch_embed_{kind}"]
-        vit[f"{norm}.{kind}"] = p[f"norm_{kind}"]
-        vit[f"head.{kind}"] = p[f"head_{kind}"]
-    for name, timm_name in TIMM_NAMES.items():
+    vit = {timm_name: p[name] for name, timm_name in names.others.items()}
+    for name, timm_name in names.layers.items():
         vit |= {f"blocks.{l}.{timm_name}": tensor for l, tensor in enumerate(layers[name])}
     return vit
 
 
-def from_vit(vit: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+def from_vit(vit: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     """The learngene whose A and B are the two layers of a ViT: the inverse of `to_vit`.
 
-    Its order is that of the parameters, by which checkpoints number the state of the optimiser.
+    Its order is that of the parameters, by which checkpoints number the state of the optimiser: tokens and positions,
+    weights, biases, the rest.
     """
-    p = {"pos_embed": vit["pos_embed"]}
-    for kind in ("weight", "bias"):
-        p[f"patch_embed_{kind}"] = vit[f"patch_embed.proj.{kind}"]
-        p[f"norm_{kind}"] = vit[f"{norm}.{kind}"]
-        p[f"head_{kind}"] = vit[f"head.{kind}"]
-        for name in (name for name in TIMM_NAMES if name.endswith(kind)):
-            p |= {f"{half}_{name}": vit[f"blocks.{l}.{TIMM_NAMES[name]}"] for l, half in enumerate("AB")}
+    p = {name: vit[timm_name] for name, timm_name in names.others.items() if "." not in timm_name}
+    for kinds in (("weight",), ("bias",), ("gamma", "gamma_1", "gamma_2", "q_bias", "v_bias", "latent")):
+        for name, timm_name in names.others.items():
+            if timm_name.endswith(tuple(f".{kind}" for kind in kinds)):
+                p[name] = vit[timm_name]
+        for name, timm_name in names.layers.items():
+            if f".{timm_name}".endswith(tuple(f".{kind}" for kind in kinds)):
+                p |= {f"{half}_{name}": vit[f"blocks.{l}.{timm_name}"] for l, half in enumerate("AB")}
     return p
 
 
-def keep_first_neurons(p: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+def keep_first_neurons(p: dict[str, Tensor], names: Names, arch: ViTArch) -> dict[str, Tensor]:
     """The learngene of the first neurons of ``p``, which expands to the first neurons of every layer."""
-    vit = to_vit(p, {name: (p[f"A_{name}"], p[f"B_{name}"]) for name in TIMM_NAMES}, "fc_norm")
-    return from_vit(keep_neurons(vit, first_neurons(width, depth=2)), "fc_norm")
+    vit = to_vit(p, names, {name: (p[f"A_{name}"], p[f"B_{name}"]) for name in names.layers})
+    return from_vit(keep_neurons(vit, first_neurons(replace(arch, depth=2))), names)
 
 
 def layout(config: Mapping) -> Layout:
-    """The published layout, which is the same for all sizes."""
-    keys: Layout = {"pos_embed": ("pos_embed", ())}
-    for kind in ("weight", "bias"):
-        keys[f"patch_embed.proj.{kind}"] = (f"patch_embed_{kind}", ())
-        keys[f"norm.{kind}"] = (f"norm_{kind}", ())
-        keys[f"head.{kind}"] = (f"head_{kind}", ())
-    for name, timm_name in TIMM_NAMES.items():
+    """The published layout, which is the same for all sizes.
+
+    Raises:
+        InputError: the learngene is of another kind than the plain ViT.
+    """
+    arch = ViTArch(**config["tgt_arch"])
+    if arch.kind is not None:
+        raise InputError(f"the published format is for plain ViTs, this learngene is of the kind {arch.kind}")
+    names = names_of(arch, config["num_classes"])
+    keys: Layout = {timm_name.replace("fc_norm", "norm"): (name, ()) for name, timm_name in names.others.items()}
+    for name, timm_name in names.layers.items():
+        module, _, kind = timm_name.rpartition(".")
         for half, published in (("A", "ilayer"), ("B", "base")):
-            module, _, kind = timm_name.rpartition(".")
             keys[f"blocks.block.{module}.instances.0.{kind}_{published}"] = (f"{half}_{name}", ())
     return keys
 
@@ -141,14 +157,24 @@ class TLEG(AuxNet):
             arch: sizes of the Aux-Net; the learngene has the same width.
             kwargs: passed on to timm's ``VisionTransformer``.
         """
-        super().__init__(arch, AUX_VIT, **kwargs)
+        aux_vit = AUX_VIT if arch.kind is None else {}
+        super().__init__(arch, aux_vit, **kwargs)
         # A and B are drawn like the first layers of a ViT: linear weights truncated normal, biases 0, norm scales 1
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
-        vit = random_vit_weights(replace(self.arch, depth=2), **AUX_VIT, **size)
-        p = from_vit(vit, "norm")
-        for name in ("A_norm1_weight", "A_norm2_weight"):
-            p[name] = torch.zeros_like(p[name])
+        vit = random_vit_weights(replace(self.arch, depth=2), **aux_vit, **size)
+        p = from_vit(vit, self.names)
+        for name, tensor in p.items():
+            if name.startswith("A_") and tensor.ndim == 1:  # scales of norms; biases are 0
+                p[name] = torch.zeros_like(tensor)
         self.add_parameters(p)
+
+    @property
+    def names(self) -> Names:
+        """Those of the Aux-Net."""
+        names = names_of(self.arch, self.num_classes)
+        if self.arch.kind is None:
+            names = names._replace(others={name: n.replace("fc_norm", "norm") for name, n in names.others.items()})
+        return names
 
     @classmethod
     def is_meant_by(cls, config: object) -> bool:
@@ -178,7 +204,7 @@ class TLEG(AuxNet):
         return cls(ViTArch(**header["tgt_arch"]), **vit)
 
     def expand(self) -> dict[str, Tensor]:
-        return expand(dict(self.named_parameters()), self.arch.depth)
+        return expand(dict(self.named_parameters()), self.names, self.arch.depth)
 
     @classmethod
     def descend(
@@ -193,29 +219,38 @@ class TLEG(AuxNet):
             InputError: the Des-Net is wider than the learngene, or has heads of another size.
         """
         aux = ViTArch(**header["tgt_arch"])
+        check_kind(arch, aux)
         if arch.width > aux.width or arch.head_dim != aux.head_dim:
             raise InputError(
                 f"the Des-Net has {arch.num_heads} heads of {arch.head_dim} neurons; this TLEG learngene makes "
                 f"Des-Nets of up to {aux.num_heads} heads of {aux.head_dim} neurons (width {aux.width}), of any depth"
             )
+        names = names_of(arch, header["num_classes"])
         if arch.width < aux.width and width_select == "continuous":  # A and B are cut once, not every layer
-            return expand(keep_first_neurons(tensors, arch.width), arch.depth, norm="fc_norm")
-        weights = expand(tensors, arch.depth, norm="fc_norm")
+            return expand(keep_first_neurons(tensors, names, arch), names, arch.depth)
+        weights = expand(tensors, names, arch.depth)
         if arch.width == aux.width:
             return weights
-        return keep_neurons(weights, choose_neurons(weights, arch.width, aux.head_dim, width_select))
+        return keep_neurons(weights, choose_neurons(weights, arch, width_select))
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed"}  # norms and biases have one axis
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"}  # norms and biases have one axis
 
     @classmethod
     def figures(cls, tensors: Mapping[str, Tensor], header: Mapping) -> Figures:
         """The sizes of A and B, per module."""
-        panels = {
-            title: {half: [root_mean_square(tensors[f"{half}_{module}_{kind}"]) for module in MODULES] for half in "AB"}
-            for title, kind in (("weights", "weight"), ("biases", "bias"))
-        }
-        return [Points(panels, MODULES, "module", "root mean square of a tensor's elements")]
+        names = names_of(ViTArch(**header["tgt_arch"]), header["num_classes"]).layers
+        biases = [name for name in names if name.endswith("bias")]
+        modules = [name.rpartition("_")[0] for name in names if name not in biases]
+
+        def sizes(half: str, of: Sequence[str]) -> list[float]:
+            """Of each module; not a number where it has no such parameter."""
+            found = {name.rpartition("_")[0]: root_mean_square(tensors[f"{half}_{name}"]) for name in of}
+            return [found.get(module, math.nan) for module in modules]
+
+        parameters = {"weights": [name for name in names if name not in biases], "biases": biases}
+        panels = {title: {half: sizes(half, of) for half in "AB"} for title, of in parameters.items()}
+        return [Points(panels, modules, "module", "root mean square of a tensor's elements")]
 
 
 for _name in PUBLISHED_NAMES:

@@ -1,64 +1,54 @@
-"""Architecture names, the plain ViT that all methods expand, and its entries in timm's registry.
-
-deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}]      a plain ViT
-aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
-"""
+"""The ViTs that all methods expand, by their sizes."""
 
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache, partial
 
-from common.errors import InputError, nearest
+from common.errors import InputError
+from models.axes import Structure, any_layer, structure_of
+from models.kinds import Size, kind_args, plain_size, sizes_of
+from models.meta import WeightsOnMeta
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models import adapt_input_conv, build_model_with_cfg
+from timm.models import build_model_with_cfg
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-# width and number of heads of each size; nano and micro are for small images
-SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 MAX_DEPTH = 256  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
-AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a depth
 FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass: backward computes two products for each of its own
-
-GRAMMAR = (
-    "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}[_L{depth}][_H{heads}], "
-    f"with size one of {', '.join(SIZES)}"
-)
-_NUMBER = r"([1-9]\d{0,5})"
-_STEM = rf"deit_({'|'.join(SIZES)})_patch{_NUMBER}_{_NUMBER}"
-_PLAIN = re.compile(rf"{_STEM}_L{_NUMBER}(?:_H{_NUMBER})?")
-_AUX = re.compile(rf"aux_{_STEM}(?:_L{_NUMBER})?(?:_H{_NUMBER})?")
-
-PUBLISHED_NAMES = (
-    *(f"deit_{size}_patch16_224_L{depth}" for size in ("tiny", "small", "base") for depth in range(3, 13)),
-    "deit_base_patch16_224_L16_H12",
-    *(f"aux_deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
-)
+PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a plain ViT, given its sizes
 
 
 @dataclass(frozen=True)
 class ViTArch:
-    """The sizes of a ViT. ``width`` is in neurons, ``patch_size`` and ``img_size`` in pixels."""
+    """The sizes of a ViT.
+
+    Attributes:
+        width: in neurons.
+        patch_size, img_size: in pixels; height and width, where they differ.
+        kind: the architecture of timm whose sizes these replace (`models.kinds`); None for the plain ViT.
+    """
 
     width: int
     depth: int
     num_heads: int
-    patch_size: int
-    img_size: int
+    patch_size: Size
+    img_size: Size
+    kind: str | None = None
 
     def __post_init__(self):
-        if min(self.width, self.depth, self.num_heads, self.patch_size, self.img_size) < 1:
+        for name in ("patch_size", "img_size"):
+            object.__setattr__(self, name, plain_size(getattr(self, name)))
+        if min(self.width, self.depth, self.num_heads, *pair(self.patch_size), *pair(self.img_size)) < 1:
             raise InputError(f"every size of an architecture is at least 1, not as in {self}")
         if self.depth > MAX_DEPTH:
             raise InputError(f"{self.depth} layers are too many: at most {MAX_DEPTH}")
         if self.width % self.num_heads:
             raise InputError(f"width {self.width} cannot be divided among {self.num_heads} heads")
-        if self.img_size < self.patch_size:
+        if min(self.grid) < 1:
             raise InputError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
 
     @property
@@ -66,74 +56,142 @@ class ViTArch:
         return self.width // self.num_heads
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        (height, width), (patch_height, patch_width) = pair(self.img_size), pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
     def num_patches(self) -> int:
-        return (self.img_size // self.patch_size) ** 2
+        return math.prod(self.grid)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden neurons of a layer."""
+        return 4 * self.width if self.kind is None else described(self).shapes["blocks.*.mlp.fc2.weight"][1]
+
+    @property
+    def pool_hidden(self) -> int:
+        """Hidden neurons of a pooling block; 0 without one."""
+        if self.kind is None:
+            return 0
+        return described(self).shapes.get("attn_pool.mlp.fc2.weight", (0, 0))[1]
+
+    def neurons(self, axis: str) -> int:
+        """How many neurons an axis of `models.axes` counts."""
+        return {"M": self.hidden, "m": self.pool_hidden}[axis] if axis in "Mm" else self.width
+
+    @property
+    def pool_head_dim(self) -> int:
+        """Neurons of a head of a pooling block; 0 without one."""
+        return sizes_of(self.kind)["pool_head_dim"] if self.kind is not None else 0
+
+    def as_dict(self) -> dict:
+        """The fields as plain data, for headers of files; without the kind of the plain ViT."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def num_params(self, num_classes: int, in_chans: int = 3) -> int:
         """The parameters of `create_vit`'s model of these sizes, counted from shapes."""
-        d, hidden = self.width, 4 * self.width
-        patches = (in_chans * self.patch_size**2 + 1) * d + self.num_patches * d
-        attention = (d + 1) * 3 * d + (d + 1) * d
-        mlp = (d + 1) * hidden + (hidden + 1) * d
-        norms = 2 * 2 * d
-        return patches + self.depth * (norms + attention + mlp) + 2 * d + (d + 1) * num_classes
+        shapes = described(self, num_classes, in_chans).shapes
+        return sum(math.prod(shape) * self.layers_with(name) for name, shape in shapes.items())
 
     def macs(self, num_classes: int, in_chans: int = 3) -> int:
         """Multiply-accumulate operations of one image's forward pass: its products of matrices, counted from shapes."""
-        n, d, hidden = self.num_patches, self.width, 4 * self.width
-        patches = n * in_chans * self.patch_size**2 * d
-        linear = n * (3 * d * d + d * d + 2 * d * hidden)  # qkv, proj, fc1 and fc2
-        attention = 2 * n * n * d  # q·kᵀ, and the mean of v
-        return patches + self.depth * (linear + attention) + d * num_classes
+        vit = described(self, num_classes, in_chans)
+        attention = 2 * (self.depth * vit.tokens**2 + vit.pooled_tokens) * self.width  # q·kᵀ, and the mean of v
+        return attention + sum(
+            math.prod(shape) * vit.rows_through(name) * self.layers_with(name) for name, shape in vit.shapes.items()
+        )
+
+    def layers_with(self, name: str) -> int:
+        """How many times the ViT has a parameter of `described`."""
+        return self.depth if name.startswith("blocks.*.") else 1
 
     def __str__(self) -> str:
-        return f"L{self.depth}-H{self.num_heads} (width {self.width}), patch {self.patch_size}, image {self.img_size}"
+        kind = f"{self.kind}, " if self.kind else ""
+        return (
+            f"{kind}L{self.depth}-H{self.num_heads} (width {self.width}), "
+            f"patch {shown_size(self.patch_size)}, image {shown_size(self.img_size)}"
+        )
 
 
-def is_aux_name(name: str) -> bool:
-    """Whether ``name`` follows the grammar of a TLEG Aux-Net."""
-    return _AUX.fullmatch(name) is not None
+def check_kind(arch: ViTArch, learngene: ViTArch) -> None:
+    """Raises InputError unless a Des-Net of ``arch`` is of the kind of the learngene."""
+    if arch.kind != learngene.kind:
+        des, gene = (a.kind or "plain deit_…_L{depth}" for a in (arch, learngene))
+        raise InputError(f"the Des-Net is a ViT of the kind {des}; this learngene makes ViTs of the kind {gene}")
 
 
-def follows_grammar(name: str) -> bool:
-    """Whether ``name`` is an architecture name of this project rather than one of timm's."""
-    return _PLAIN.fullmatch(name) is not None or is_aux_name(name)
+def pair(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
-def parse_arch(name: str) -> ViTArch:
-    """The sizes that an architecture name stands for.
+def shown_size(size: Size) -> str:
+    return "×".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
-    Raises:
-        InputError: ``name`` does not parse; the message shows the grammar and the nearest names.
+
+@dataclass(frozen=True)
+class Description:
+    """What the sizes of a ViT do not say.
+
+    Attributes:
+        shapes: of the parameters, under timm's names; those of a layer once, with ``*`` for its number.
+        patches: of an image.
+        tokens: of an image in the blocks, the class token and others among them.
+        pooled_tokens: those that a pooling block reads; 0 without one.
     """
-    match = _PLAIN.fullmatch(name) or _AUX.fullmatch(name)
-    if match is None:
-        raise InputError(f"unknown architecture {name!r}: expected {GRAMMAR}{nearest(name, PUBLISHED_NAMES)}")
-    size, patch, img, depth, heads = match.groups()
-    width, num_heads = SIZES[size]
-    if heads is not None:  # heads × head_dim of the size
-        width, num_heads = int(heads) * (width // num_heads), int(heads)
-    return ViTArch(width, int(depth or AUX_DEPTH), num_heads, int(patch), int(img))
+
+    shapes: Mapping[str, tuple[int, ...]]
+    patches: int
+    tokens: int
+    pooled_tokens: int
+
+    @cached_property
+    def structure(self) -> Structure:
+        """How the parameters are made of those of `models.axes.AXES`."""
+        return structure_of(self.shapes)
+
+    def rows_through(self, name: str) -> int:
+        """How many vectors of an image a parameter is multiplied with, as a matrix."""
+        if not name.endswith(".weight") or len(self.shapes[name]) < 2:
+            return 0
+        if name.startswith("blocks.*."):
+            return self.tokens
+        if name.startswith("patch_embed."):
+            return self.patches
+        return self.pooled_tokens if name == "attn_pool.kv.weight" else 1
 
 
-def name_of(arch: ViTArch) -> str:
-    """The name of ``arch`` in the grammar, the shortest there is; without one, how to write it in Python."""
-    for suffix in ("", f"_H{arch.num_heads}"):
-        for size in reversed(SIZES):
-            name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"
-            if parse_arch(name) == arch:
-                return name
-    return f"models.{arch!r}, which has no name"
+def described(arch: ViTArch, num_classes: int = 0, in_chans: int = 3) -> Description:
+    """Shapes and tokens of `create_vit`'s model."""
+    return _described(replace(arch, depth=1), num_classes, in_chans)
 
 
-def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
-    """A plain timm ViT without class token: patches → blocks → mean over patches → ``fc_norm`` → head.
+@lru_cache(1024)
+def _described(arch: ViTArch, num_classes: int, in_chans: int) -> Description:
+    with WeightsOnMeta():
+        vit = create_vit(arch, num_classes=num_classes, in_chans=in_chans)
+    pooled, tokens = 0, arch.num_patches + vit.num_prefix_tokens
+    if getattr(vit, "attn_pool", None) is not None:
+        pooled = tokens if getattr(vit, "pool_include_prefix", True) else arch.num_patches
+    shapes = {any_layer(name): tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+    return Description(shapes, arch.num_patches, tokens, pooled)
+
+
+def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer | Eva:
+    """A timm ViT of the kind and sizes of ``arch``.
+
+    The plain kind has no class token: patches → blocks → mean over patches → ``fc_norm`` → head.
 
     Args:
-        kwargs: passed on to timm's ``VisionTransformer``, where ``num_classes``, ``in_chans``, ``drop_path_rate``,
+        kwargs: passed on to timm's class, where ``num_classes``, ``in_chans``, ``drop_path_rate``,
             ``img_size`` and ``patch_size`` are the usual ones. ``drop_rate`` has the meaning of the published programs
             (`dropout_rates`).
     """
+    kwargs = dropout_rates(kwargs.pop("drop_rate", 0.0)) | kwargs
+    if arch.kind is not None:
+        return timm.create_model(arch.kind, **timm_kwargs(arch) | kwargs)
     sizes = dict(
         img_size=arch.img_size,
         patch_size=arch.patch_size,
@@ -144,9 +202,9 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
         global_pool="avg",
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    sizes.update(dropout_rates(kwargs.pop("drop_rate", 0.0)) | kwargs)
+    sizes.update(kwargs)
     pretrained_cfg = dict(
-        input_size=(sizes.get("in_chans", 3), sizes["img_size"], sizes["img_size"]),
+        input_size=(sizes.get("in_chans", 3), *pair(sizes["img_size"])),
         num_classes=1000,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
@@ -156,7 +214,7 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer:
     )
     return build_model_with_cfg(
         VisionTransformer,
-        "vit_base_patch16_224",  # the entry of timm's registry whose sizes are replaced
+        PLAIN_VIT,
         pretrained=False,
         pretrained_cfg=pretrained_cfg,
         feature_cfg=dict(out_indices=3, feature_cls="getter"),
@@ -172,43 +230,17 @@ def dropout_rates(drop_rate: float) -> dict[str, float]:
     return dict(pos_drop_rate=drop_rate, proj_drop_rate=drop_rate)
 
 
-def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
-    """The kernel (out, in, height, width) of a first convolution for images of ``in_chans`` channels.
-
-    timm's rule: summed for one channel, else repeated and rescaled. A kernel of one channel is first spread evenly over
-    three, which changes nothing for grey images.
-
-    Raises:
-        InputError: the kernel has another number of channels than 1, 3 or ``in_chans``.
-    """
-    found = kernel.shape[1]
-    if found == in_chans:
-        return kernel
-    if found not in (1, 3):
-        raise InputError(f"weights for images of {found} channels cannot be used for {in_chans}: expected 1 or 3")
-    return adapt_input_conv(in_chans, kernel if found == 3 else kernel.repeat(1, 3, 1, 1) / 3)
-
-
-def adapt_to_images(weights: dict[str, Tensor], arch: ViTArch, in_chans: int) -> dict[str, Tensor]:
-    """The state dict of a ViT for images, patches and channels other than those that it was trained with.
-
-    Patch embedding and position embedding are resampled with timm's functions; ``arch`` says to what.
-    """
-    patch, position = weights["patch_embed.proj.weight"], weights["pos_embed"]
-    if patch.shape[-1] != arch.patch_size:
-        patch = resample_patch_embed(patch, [arch.patch_size, arch.patch_size])
-    if position.shape[1] != arch.num_patches:
-        grid = math.isqrt(arch.num_patches)
-        position = resample_abs_pos_embed(position, [grid, grid], num_prefix_tokens=0)
-    return {**weights, "patch_embed.proj.weight": adapt_channels(patch, in_chans), "pos_embed": position}
-
-
 def timm_kwargs(arch: ViTArch) -> dict:
-    """What ``timm.create_model('vit_base_patch16_224', **timm_kwargs(arch))`` needs to make the same ViT.
+    """What timm's entry for the kind of ``arch`` (`PLAIN_VIT` for the plain kind) needs to make the same ViT.
 
     Plain data, so that it can stand in a ``config.json`` that timm alone reads. timm's own default for the
-    epsilon of its layer norms is the 1e-6 that is needed here.
+    epsilon of its layer norms is the 1e-6 that the plain kind needs.
+
+    Raises:
+        InputError: the kind cannot have these sizes.
     """
+    if arch.kind is not None:
+        return kind_args(**asdict(arch))
     return dict(
         img_size=arch.img_size,
         patch_size=arch.patch_size,
@@ -218,21 +250,3 @@ def timm_kwargs(arch: ViTArch) -> dict:
         class_token=False,
         global_pool="avg",
     )
-
-
-def register(name: str, create: Callable[..., nn.Module]) -> None:
-    """Make ``timm.create_model(name, **kwargs)`` return ``create(parse_arch(name), **kwargs)``."""
-
-    def entrypoint(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-        if pretrained:
-            raise InputError(f"{name} has no pretrained weights of its own: initialise it from a learngene")
-        return create(parse_arch(name), **kwargs)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"{parse_arch(name)}"
-    timm.models.register_model(entrypoint)
-
-
-for _name in PUBLISHED_NAMES:
-    if not is_aux_name(_name):
-        register(_name, create_vit)

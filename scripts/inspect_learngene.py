@@ -18,7 +18,7 @@ import models
 from common import console
 from common.files import atomic_write
 from models.figures import Curves, HeatMaps, Points
-from models.vit import name_of
+from models.names import name_of
 from options import local_path, place
 
 from matplotlib.axes import Axes

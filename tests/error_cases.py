@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from models.vit import GRAMMAR
+from models.names import GRAMMAR
 
 from conftest import TESTS
 

@@ -12,7 +12,7 @@ from models.formats.foreign import fit_names, shapes_in, without_training_parts
 from models.formats.levit import rename_levit
 from models.formats.published import fuse_qkv
 from models.formats.weights import find_weights, found_in, load_weights
-from models.vit import adapt_channels
+from models.resize import adapt_channels
 from utils import print_main
 
 import torch

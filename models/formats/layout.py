@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from common.errors import InputError
 from models.vit import ViTArch
@@ -83,4 +83,4 @@ def config_from_weights(arch: ViTArch, head: Tensor, patch: Tensor) -> dict:
         head: the weight of the head, (classes, embedding).
         patch: the kernel of the patch embedding, (embedding, channels, patch, patch).
     """
-    return {"tgt_arch": asdict(arch), "num_classes": head.shape[0], "in_chans": patch.shape[1]}
+    return {"tgt_arch": arch.as_dict(), "num_classes": head.shape[0], "in_chans": patch.shape[1]}

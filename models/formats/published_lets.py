@@ -4,13 +4,14 @@ A coefficient row is numbered by the first Aux layer that uses it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 
 from common.errors import InputError
+from models.axes import tensor_name
 from models.formats.layout import Layout, arch_from_weights, config_from_weights
-from models.vit import parse_arch
+from models.names import parse_arch
+from models.vit import ViTArch, described
 
 from torch import Tensor
 
@@ -19,11 +20,8 @@ KEY = "patch_embed.trans_width_emb.trans_weight"
 MODULE_NAMES = dict(q="attn_q", k="attn_k", v="attn_v", proj="attn_proj", fc1="mlp_fc1", fc2="mlp_fc2")
 
 
-def layout(modules: Sequence[str], config: Mapping) -> Layout:
+def layout(config: Mapping) -> Layout:
     """The layout for a learngene of the sizes in ``config``.
-
-    Args:
-        modules: in the order of the first axis of g and h.
 
     Raises:
         InputError: the published format cannot express the expansion.
@@ -32,6 +30,10 @@ def layout(modules: Sequence[str], config: Mapping) -> Layout:
         raise InputError(f"the published format mixes pairs of layers, this learngene groups of {config['group_size']}")
     if config["full_width"]:
         raise InputError("the published format keeps the old neurons, this learngene transforms them (full width)")
+    src = ViTArch(**config["src_arch"])
+    if src.kind is not None:
+        raise InputError(f"the published format is for plain ViTs, this learngene is of the kind {src.kind}")
+    modules = [tensor_name(module) for module in described(src).structure.modules]
     depth, rows = config["src_arch"]["depth"], range(0, config["tgt_arch"]["depth"], config["layers_per_row"])
     keys: Layout = {"pos_embed": ("pos_embed", ())}
     for kind in ("weight", "bias"):
@@ -78,7 +80,7 @@ def config_of(weights: Mapping[str, Tensor], head_dim: int, args: object) -> dic
     tgt = arch_from_weights(s + new, aux_depth, head_dim, patch, pos_embed)
     return {
         **config_from_weights(tgt, weights["__sm_head_weight"], patch),
-        "src_arch": asdict(src),
+        "src_arch": src.as_dict(),
         "layers_per_row": layers_per_row,
         "group_size": 2,
         "full_width": False,

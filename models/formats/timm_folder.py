@@ -10,8 +10,9 @@ from pathlib import Path
 
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_checkpoint, read_json
-from models.aux_net import WeightsOnMeta, vit_from_weights
 from models.formats.weights import weights_of
+from models.meta import WeightsOnMeta
+from models.stateless import vit_from_weights
 from models.vit import ViTArch, timm_kwargs
 
 import timm

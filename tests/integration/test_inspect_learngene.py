@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 
 import models
-from models.aux_net import WeightsOnMeta
 from models.learngene import to_published
+from models.meta import WeightsOnMeta
 from models.vit import timm_kwargs
 
 import pytest

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import models
-from models.aux_net import WeightsOnMeta
+from models.meta import WeightsOnMeta
 from training.checks import kind_of_run
 from training.command_line import parse_options
 from training.config import options_of, resolve

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import models
-from models.vit import PUBLISHED_NAMES
+from models.names import PUBLISHED_NAMES
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ path = sys.argv[1]
 parameters = {}
 gene = torch.hub.load(path, "learngene", "gene.safetensors", source="local")
 assert path not in sys.path
-from models.aux_net import WeightsOnMeta  # timm 1.0.15 creates no model under torch.device("meta")
+from models.meta import WeightsOnMeta  # timm 1.0.15 creates no model under torch.device("meta")
 
 torch.hub.set_dir("hub")  # torch.hub.list reads a clone of a GitHub repository alone, which the hub folder may hold
 for name in torch.hub.list("owner/learngenes:main", trust_repo=True):

@@ -12,10 +12,12 @@ from pathlib import Path
 import main
 import models
 from common.errors import InputError
-from models.aux_net import AuxNet, random_vit_weights
+from models.aux_net import AuxNet
 from models.learngene import save_published
+from models.names import parse_arch
 from models.registry import METHODS, method_class
-from models.vit import ViTArch, parse_arch
+from models.stateless import random_vit_weights
+from models.vit import ViTArch
 from scripts import inspect_learngene, make_family
 
 import pytest

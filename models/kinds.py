@@ -1,0 +1,91 @@
+"""Kinds of ViT: the architectures of timm that can have another width and depth.
+
+A kind is the name of an architecture of timm, without the tag of its weights. A ViT of a kind differs from timm's in
+the sizes that `ViTArch` lists, and in nothing else: tokens, pooling, norms, activations, position embedding and the
+ratio of hidden neurons to the width are those of the architecture.
+"""
+
+from functools import cache
+
+from common.errors import InputError, one_line
+from models.axes import structure_of
+from models.meta import WeightsOnMeta
+
+import timm
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+Size = int | tuple[int, int]
+
+
+def without_tag(name: str) -> str:
+    """The architecture in a name of timm's: ``vit_small_patch14_dinov2`` of ``vit_small_patch14_dinov2.lvd142m``."""
+    return name.partition(".")[0]
+
+
+def plain_size(size: object) -> Size:
+    """Height and width in pixels as one number if they are equal."""
+    if isinstance(size, (list, tuple)):
+        height, width = size
+        return height if height == width else (height, width)
+    return size
+
+
+@cache
+def sizes_of(kind: str) -> dict[str, Size]:
+    """Sizes of the architecture as timm has it: the fields of `ViTArch` but ``kind``, and ``pool_head_dim``.
+
+    Raises:
+        InputError: timm does not know the architecture, or it is no ViT that can have other sizes.
+    """
+    vit = _without_weights(kind)
+    pool = getattr(vit, "attn_pool", None)
+    sizes = {
+        "width": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "patch_size": plain_size(vit.patch_embed.patch_size),
+        "img_size": plain_size(vit.patch_embed.img_size),
+        "pool_head_dim": 0 if pool is None else pool.head_dim,
+    }
+    try:  # whether the sizes of all layers are given at once
+        _without_weights(kind, depth=1)
+    except AssertionError as error:
+        raise InputError(f"{kind} cannot have another depth: {one_line(error)}") from error
+    return sizes
+
+
+def _without_weights(kind: str, **kwargs: object) -> nn.Module:
+    """The architecture on the meta device, checked.
+
+    Raises:
+        InputError: as `sizes_of`.
+    """
+    if not timm.is_model(kind):
+        raise InputError(f"timm has no architecture {kind!r}")
+    with WeightsOnMeta():
+        vit = timm.create_model(kind, **kwargs)
+    try:
+        structure_of({name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()})
+    except InputError as error:
+        raise InputError(f"{kind} cannot be changed in size: {error}") from None
+    if not isinstance(vit, (VisionTransformer, Eva)):
+        raise InputError(f"{kind} cannot be changed in size: it is a {type(vit).__name__}, expected a ViT")
+    return vit
+
+
+def kind_args(kind: str, width: int, depth: int, num_heads: int, patch_size: Size, img_size: Size) -> dict:
+    """What ``timm.create_model(kind, **kind_args(kind, …))`` needs to make a ViT of these sizes; plain data.
+
+    Raises:
+        InputError: as `sizes_of`; or the heads of a pooling block do not fit the width.
+    """
+    sizes = sizes_of(kind)
+    args = dict(embed_dim=width, depth=depth, num_heads=num_heads, patch_size=patch_size, img_size=img_size)
+    pool = sizes["pool_head_dim"]
+    if pool and pool != sizes["width"] // sizes["num_heads"]:
+        if width % pool:
+            raise InputError(f"attn_pool of {kind} has heads of {pool} neurons, of which width {width} is no multiple")
+        args["attn_pool_num_heads"] = width // pool
+    return args

@@ -1,0 +1,117 @@
+"""Architecture names, and the entries of this project in timm's registry.
+
+deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}]      a plain ViT
+aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
+NAME[.tag][@L{depth}-H{heads}]                      a ViT of the kind NAME, an architecture of timm
+@L{depth}-H{heads}                                  a ViT of the kind at hand, that of a learngene or of a source
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from common.errors import InputError, nearest
+from models.kinds import sizes_of, without_tag
+from models.vit import ViTArch, create_vit
+
+import timm
+from torch import nn
+
+# width and number of heads of each size; nano and micro are for small images
+SIZES = {"nano": (64, 2), "micro": (128, 4), "tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a depth
+
+GRAMMAR = (
+    "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}[_L{depth}][_H{heads}], "
+    f"with size one of {', '.join(SIZES)}; or a ViT of timm's, NAME[.tag][@L{{depth}}-H{{heads}}]"
+)
+_NUMBER = r"([1-9]\d{0,5})"
+_STEM = rf"deit_({'|'.join(SIZES)})_patch{_NUMBER}_{_NUMBER}"
+_PLAIN = re.compile(rf"{_STEM}_L{_NUMBER}(?:_H{_NUMBER})?")
+_AUX = re.compile(rf"aux_{_STEM}(?:_L{_NUMBER})?(?:_H{_NUMBER})?")
+_SIZED = re.compile(rf"([^@]*)@L{_NUMBER}-H{_NUMBER}")
+
+PUBLISHED_NAMES = (
+    *(f"deit_{size}_patch16_224_L{depth}" for size in ("tiny", "small", "base") for depth in range(3, 13)),
+    "deit_base_patch16_224_L16_H12",
+    *(f"aux_deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+)
+
+
+def is_aux_name(name: str) -> bool:
+    """Whether ``name`` follows the grammar of a TLEG Aux-Net."""
+    return _AUX.fullmatch(name) is not None
+
+
+def follows_grammar(name: str) -> bool:
+    """Whether ``name`` is an architecture name of this project rather than one of timm's."""
+    return _PLAIN.fullmatch(name) is not None or is_aux_name(name)
+
+
+def parse_arch(name: str, base: ViTArch | None = None) -> ViTArch:
+    """The sizes, and the kind, that an architecture name stands for.
+
+    Args:
+        base: the ViT at hand, of a learngene or of a source, whose kind ``@L6-H3`` alone has.
+
+    Raises:
+        InputError: ``name`` does not parse, or is no ViT that can have other sizes; the message shows the grammar and
+            the nearest names.
+    """
+    if match := _SIZED.fullmatch(name):
+        of, depth, heads = match.groups()
+        if not of and base is None:
+            raise InputError(f"{name} alone is of the kind of a learngene or source, and there is none: add its name")
+        base = parse_arch(of) if of else base
+        return replace(base, depth=int(depth), num_heads=int(heads), width=int(heads) * base.head_dim)
+    match = _PLAIN.fullmatch(name) or _AUX.fullmatch(name)
+    if match is None and timm.is_model(without_tag(name)):
+        sizes = dict(sizes_of(without_tag(name)))
+        del sizes["pool_head_dim"]
+        return ViTArch(**sizes, kind=without_tag(name))
+    if match is None:
+        raise InputError(f"unknown architecture {name!r}: expected {GRAMMAR}{nearest(name, known_names())}")
+    size, patch, img, depth, heads = match.groups()
+    width, num_heads = SIZES[size]
+    if heads is not None:  # heads × head_dim of the size
+        width, num_heads = int(heads) * (width // num_heads), int(heads)
+    return ViTArch(width, int(depth or AUX_DEPTH), num_heads, int(patch), int(img))
+
+
+def known_names() -> list[str]:
+    """Names of this project and of timm, to find the nearest of."""
+    return [*PUBLISHED_NAMES, *timm.list_models()]
+
+
+def name_of(arch: ViTArch) -> str:
+    """The name of ``arch`` in the grammar, the shortest there is; without one, how to write it in Python.
+
+    The name of a kind does not say the size of the images, which ``--input-size`` does.
+    """
+    if arch.kind is not None:
+        name = f"{arch.kind}@L{arch.depth}-H{arch.num_heads}"
+        return name if replace(parse_arch(name), img_size=arch.img_size) == arch else f"models.{arch!r}"
+    for suffix in ("", f"_H{arch.num_heads}"):
+        for size in reversed(SIZES):
+            name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"
+            if _PLAIN.fullmatch(name) and parse_arch(name) == arch:
+                return name
+    return f"models.{arch!r}, which has no name"
+
+
+def register(name: str, create: Callable[..., nn.Module]) -> None:
+    """Make ``timm.create_model(name, **kwargs)`` return ``create(parse_arch(name), **kwargs)``."""
+
+    def entrypoint(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+        if pretrained:
+            raise InputError(f"{name} has no pretrained weights of its own: initialise it from a learngene")
+        return create(parse_arch(name), **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"{parse_arch(name)}"
+    timm.models.register_model(entrypoint)
+
+
+for _name in PUBLISHED_NAMES:
+    if not is_aux_name(_name):
+        register(_name, create_vit)
