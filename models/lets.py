@@ -126,7 +126,7 @@ def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion
     the sum.
     """
     n, modules, full = len(p["norm1_weight"]), how.structure.modules, how.full_width
-    G, H = (depth_matrices(p[name], how.plan, modules, n) for name in "gh")
+    G, H = (depth_matrices(p[name], how.plan, modules, n) if name in p else {} for name in "gh")
     of_layers = {axis: p[matrix_of(axis)] for axis in "QKVMqkvm" if matrix_of(axis) in p}
     of_network = {axis: p[axis] for axis in "EC" if axis in p}
     mixed = {}
@@ -228,7 +228,8 @@ class LeTs(AuxNet):
 
     def _initial(self, rows: Sequence[Row], schemes: Sequence[str], noise: Sequence[float]) -> dict[str, Tensor]:
         """The parameters at the start: the learngene as timm initialises it, and random matrices."""
-        src, tgt, n, modules = self.src, self.arch, self.src.depth, self.structure.modules
+        src, tgt, n = self.src, self.arch, self.src.depth
+        modules, names = self.structure.modules, self.structure.names
         depth_scheme, width_scheme = schemes
         depth_noise, width_noise = noise
 
@@ -242,13 +243,14 @@ class LeTs(AuxNet):
             shape = described(tgt, self.num_classes, self.in_chans).shapes["pos_embed"]
             positions["pos_embed"] = nn.init.trunc_normal_(torch.empty(shape), std=0.02)
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
+        coefficients = "gh" if any(name.startswith("blocks.") and name.endswith(".bias") for name in names) else "g"
         return {
             **positions,
             **stack_layers(random_vit_weights(src, **size), self.structure),
             **{axis: width_matrix(axis) for axis in "EC" if axis == "E" or self.num_classes},
             **{axis: width_matrix(axis, n) for axis in "QKVM"},
             **{matrix_of(axis): width_matrix(axis) for axis in ("qkvm" if src.pool_hidden else "")},
-            **{a: init_depth(len(modules), rows, depth_scheme, depth_noise, self.group_size) for a in "gh"},
+            **{a: init_depth(len(modules), rows, depth_scheme, depth_noise, self.group_size) for a in coefficients},
         }
 
     def _factor(self, vit: nn.Module) -> list[str]:
@@ -378,6 +380,7 @@ class LeTs(AuxNet):
         modules = described(ViTArch(**header["tgt_arch"])).structure.modules
         rows = [range(first, min(first + shared, depth)) for first in range(0, depth, shared)]
         kinds = {"depth coefficients g, of weights": "g", "depth coefficients h, of biases": "h"}
+        kinds = {title: name for title, name in kinds.items() if name in tensors}
         layers = "first and second learngene layer of the pair" if size == 2 else "the learngene layers of the group"
         coefficients = HeatMaps(
             {title: tensors[name].flatten(1) for title, name in kinds.items()},
