@@ -128,7 +128,7 @@ def axes_of(name: str) -> str:
     """
     axes = AXES.get(module_of(name))
     if axes is None:
-        raise InputError(f"no size of {name} can be changed: it is no parameter of a plain transformer block or head")
+        raise InputError(f"there is no rule for its parameter {name} (models/axes.py)")
     return axes[0] if name.endswith(".bias") else axes
 
 

@@ -52,7 +52,7 @@ def sizes_of(kind: str) -> dict[str, Size]:
         "patch_size": plain_size(vit.patch_embed.patch_size),
         "img_size": plain_size(vit.patch_embed.img_size),
         "pool_head_dim": 0 if pool is None else pool.head_dim,
-        "packed": _packed_rows(vit),
+        "packed": _packed_rows(vit) if isinstance(vit, VisionTransformer) else 0,  # of Eva always even
     }
     try:  # whether the sizes of all layers are given at once
         _without_weights(kind, depth=1)
