@@ -36,22 +36,14 @@ from models.axes import (
     Structure,
     axes_of,
     fuse,
-    layer_prefix,
+    is_vector,
     module_of,
-    name_in,
-    split,
+    stack_layers,
     tensor_name,
     widen,
     widen_out,
 )
-from models.depth_mapping import (
-    DepthPlan,
-    depth_plan,
-    des_plan,
-    groups_of,
-    mapping_or_default,
-    rows_of_coefficients,
-)
+from models.depth_mapping import DepthPlan, depth_plan, des_plan, groups_of, mapping_or_default, rows_of_coefficients
 from models.factored import FactoredInLinear, FactoredOutLinear
 from models.figures import Curves, Figures, HeatMaps, sorted_norms
 from models.formats import published_lets
@@ -69,8 +61,6 @@ from torch.func import functional_call
 
 MATRICES = (*"ECQKVMgh", *POOL.values(), "pos_embed")  # what is no tensor of the learngene's own ViT
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
-# linear layers of a block whose input axis is the embedding; of all others it is the output axis
-FROM_EMBEDDING = ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,11 +130,6 @@ def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion
         if name != "pos_embed" and module_of(name).removeprefix("blocks.*.") not in how.factored:
             vit[name] = widen(w, axes_of(how.structure.stored[name][0]), of_network, full)
     return vit
-
-
-def is_vector(name: str) -> bool:
-    """Whether a parameter is a vector, or a token, rather than a matrix of products."""
-    return len(axes_of(name)) == 1 or axes_of(name) == "..E"
 
 
 @register_method("lets")
@@ -260,9 +245,10 @@ class LeTs(AuxNet):
             # EVA's attention takes the weight of its qkv and leaves the layer out
             if type(module) is nn.Linear and not (name == "attn.qkv" and hasattr(vit.blocks[0].attn, "q_bias")):
                 factored.append(name)
-        for block in vit.blocks:
-            for name in factored:
-                kind = FactoredInLinear if name in FROM_EMBEDDING else FactoredOutLinear
+        for name in factored:
+            axes = axes_of(self.structure.stored[f"blocks.*.{name}.weight"][0])
+            kind = FactoredInLinear if axes.endswith("E") else FactoredOutLinear
+            for block in vit.blocks:
                 block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
         return factored
 
@@ -447,26 +433,3 @@ def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int, group_size: int
         raise InputError(f"the patches of learngene and Aux-Net differ, {src.patch_size} and {tgt.patch_size} pixels")
     if layers_per_row < 1:
         raise InputError(f"{layers_per_row} layers cannot share a coefficient row: at least 1")
-
-
-def stack_layers(vit: dict[str, Tensor], structure: Structure) -> dict[str, Tensor]:
-    """The learngene's tensors from a ViT state dict: layers stacked, qkv taken apart, without position embedding.
-
-    Their order is that of the parameters, by which checkpoints number the state of the optimiser: weights, biases, the
-    rest; in each the layers first, q, k and v at their end.
-    """
-
-    def order(name: str) -> tuple:
-        kind = name.rpartition(".")[2]
-        last = module_of(name).endswith(("attn.q", "attn.k", "attn.v"))
-        return ("weight", "bias", kind).index(kind), not name.startswith("blocks."), last
-
-    parts = split(vit, structure)
-    depth = len({layer_prefix(name) for name in parts if name.startswith("blocks.")})
-    stacked = {}
-    for name in sorted((name for name in structure.names if name != "pos_embed"), key=order):
-        if name.startswith("blocks."):
-            stacked[tensor_name(name)] = torch.stack([parts[name_in(f"blocks.{j}.", name)] for j in range(depth)])
-        else:
-            stacked[tensor_name(name)] = parts[name].clone()
-    return stacked
