@@ -231,21 +231,27 @@ def widen_in(w: Tensor, A: Tensor) -> Tensor:
     return torch.cat([w, w @ A.mT], dim=-1)
 
 
-def widen(w: Tensor, axis: int, A: Tensor, full_width: bool = False) -> Tensor:
-    """Widen one axis of ``w`` by ⟨A⟩.
+def widen(w: Tensor, axes: str, matrices: Mapping[str, Tensor], full_width: bool = False) -> Tensor:
+    """Widen the axes of a parameter for which there is a matrix.
 
     Args:
-        w: a weight (…, out, in, kernel …) or a vector (…, out).
-        axis: counted from the end of ``w`` without a kernel: -1 or -2.
-        A: (…, new, old); of each layer its own, or the same for all.
+        w: the parameter, or those of all layers, stacked along a leading axis.
+        axes: of the parameter, as in `AXES`.
+        matrices: axis → A (new, old), or those of all layers (n, new, old).
         full_width: ⟨A⟩ is A itself, as the full width matrices of LiGO are.
     """
-    if axis == -2:
-        return A @ w if full_width else widen_out(A, w)
-    row = w.ndim < A.ndim  # a vector of each layer, and a matrix of each layer
-    w = w.unsqueeze(-2) if row else w
-    w = w @ A.mT if full_width else widen_in(w, A)
-    return w.squeeze(-2) if row else w
+    for number, axis in enumerate(axes):
+        A = matrices.get(axis)
+        if A is None:
+            continue
+        if number == len(axes) - 1:
+            row = w.unsqueeze(-2) if w.ndim < A.ndim else w  # a vector of each layer, a matrix of each layer
+            w = (row @ A.mT if full_width else widen_in(row, A)).reshape(*w.shape[:-1], -1)
+        else:  # of a matrix (out, in); a kernel (out, channels, height, width) is one, too
+            matrix = w.flatten(number - len(axes) + 1)
+            wide = A @ matrix if full_width else widen_out(A, matrix)
+            w = wide.unflatten(-1, w.shape[number - len(axes) + 1 :])
+    return w
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ neuron of the Aux-Net, D instead of D−s, so that the old neurons are transform
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from common.errors import InputError
 from models.aux_net import AuxNet
@@ -89,57 +89,56 @@ def mix(G: Tensor, w: Tensor) -> Tensor:
     return (G @ w.flatten(1)).view(G.shape[0], *w.shape[1:])
 
 
-def expand(
-    p: dict[str, Tensor], plan: DepthPlan, structure: Structure, full_width: bool, factored: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2).
+class Expansion(NamedTuple):
+    """What the expansion of a learngene depends on besides its tensors.
 
-    Args:
+    Attributes:
+        plan: which learngene layers make which layer of the ViT.
         structure: of the ViT.
         full_width: ⟨A⟩ is A itself.
         factored: linear layers of a block that stay at width s on the axis of the embedding, with E beside them.
     """
-    n = len(p["norm1_weight"])
-    G, H = (depth_matrices(p[name], plan, structure.modules, n) for name in "gh")
 
-    def mixed(name: str) -> Tensor:
-        """A parameter at full width but on the embedding's axis, for all distinct layers of the ViT.
+    plan: DepthPlan
+    structure: Structure
+    full_width: bool
+    factored: Sequence[str] = ()
 
-        The matrices of a single layer come before the sum over layers. E is the same in all, so it moves out of the
-        sum.
-        """
-        w = p[tensor_name(name)]
-        for number, axis in enumerate(reversed(axes_of(name)), start=1):
-            if axis not in ".EC":
-                w = widen(w, -number, p[matrix_of(axis)], full_width)
-        if not name.startswith("blocks."):
-            return w
-        return mix((H if name.endswith(".bias") else G)[module_of(name)], w)
 
-    def widened(name: str, w: Tensor) -> Tensor:
-        """``w``, stored by timm under ``name``, at full width."""
-        part = structure.stored[name][0]
-        if name == "pos_embed" or module_of(name).removeprefix("blocks.*.") in factored:
-            return w
-        if name == "patch_embed.proj.weight":
-            return widen(w.flatten(1), -2, p["E"], full_width).view(-1, *w.shape[1:])
-        for number, axis in enumerate(reversed(axes_of(part)), start=1):
-            if axis in "EC":
-                w = widen(w, -number, p[axis], full_width)
-        return w
-
-    def of(names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: widened(name, w) for name, w in fuse({name: mixed(name) for name in names}, structure).items()}
-
-    vit = of([name for name in structure.names if not is_vector(name)])
+def expand(p: dict[str, Tensor], how: Expansion) -> dict[str, Tensor]:
+    """The state dict of a ViT, of width s + rows of E, from the learngene ``p`` (LeTs, section 3.2)."""
+    vit = expand_parameters(p, [name for name in how.structure.names if not is_vector(name)], how)
     device = "cpu" if p["E"].is_meta else p["E"].device.type
     with torch.autocast(device, enabled=False):  # norms want float32, and vectors cost nothing
-        vit |= of([name for name in structure.names if is_vector(name)])
+        vit.update(expand_parameters(p, [name for name in how.structure.names if is_vector(name)], how))
     layers = {name: tensor.unbind() for name, tensor in vit.items() if name.startswith("blocks.")}
     vit = {name: tensor for name, tensor in vit.items() if name not in layers}
-    for l, u in enumerate(plan.layers):  # torch 2.6 does not compile |=
+    for l, u in enumerate(how.plan.layers):  # torch 2.6 does not compile |=
         vit.update({name.replace("*", str(l)): layer[u] for name, layer in layers.items()})
-        vit.update({f"blocks.{l}.{module}.E": p["E"] for module in factored})
+        vit.update({f"blocks.{l}.{module}.E": p["E"] for module in how.factored})
+    return vit
+
+
+def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion) -> dict[str, Tensor]:
+    """Some parameters of a ViT under timm's names, those of all distinct layers stacked.
+
+    The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
+    the sum.
+    """
+    n, modules, full = len(p["norm1_weight"]), how.structure.modules, how.full_width
+    G, H = (depth_matrices(p[name], how.plan, modules, n) for name in "gh")
+    of_layers = {axis: p[matrix_of(axis)] for axis in "QKVMqkvm" if matrix_of(axis) in p}
+    of_network = {axis: p[axis] for axis in "EC" if axis in p}
+    mixed = {}
+    for name in names:
+        w = widen(p[tensor_name(name)], axes_of(name), of_layers, full)
+        if name.startswith("blocks."):
+            w = mix((H if name.endswith(".bias") else G)[module_of(name)], w)
+        mixed[name] = w
+    vit = fuse(mixed, how.structure)
+    for name, w in vit.items():
+        if name != "pos_embed" and module_of(name).removeprefix("blocks.*.") not in how.factored:
+            vit[name] = widen(w, axes_of(how.structure.stored[name][0]), of_network, full)
     return vit
 
 
@@ -272,7 +271,7 @@ class LeTs(AuxNet):
 
     def expand(self, factored: Sequence[str] = ()) -> dict[str, Tensor]:
         plan = DepthPlan(self._select, self._plan_layers)
-        return expand(dict(self.named_parameters()), plan, self.structure, self.full_width, factored)
+        return expand(dict(self.named_parameters()), Expansion(plan, self.structure, self.full_width, factored))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes). In training E is applied to the activations, which takes fewer multiplications."""
@@ -290,7 +289,7 @@ class LeTs(AuxNet):
         if plan is None or plan.select.device != self.g.device:  # made once, as it is copied to the device
             plan = self._des_plans[arch.depth] = des_plan(self.config, arch, self.g.shape[1], device=self.g.device)
         cut = select_width(dict(self.named_parameters()), self.structure, self.src, arch, self.full_width)
-        return expand(cut, plan, self.structure, self.full_width, self.factored)
+        return expand(cut, Expansion(plan, self.structure, self.full_width, self.factored))
 
     @classmethod
     def is_meant_by(cls, config: object) -> bool:
@@ -358,9 +357,8 @@ class LeTs(AuxNet):
         mapping = mapping_layer, mapping_layer_coeff, depth_select
         plan = des_plan(header, arch, g.shape[1], *mapping, device=g.device)
         structure = described(src, header["num_classes"], header["in_chans"]).structure
-        return expand(
-            select_width(tensors, structure, src, arch, full_width, width_select), plan, structure, full_width
-        )
+        cut = select_width(tensors, structure, src, arch, full_width, width_select)
+        return expand(cut, Expansion(plan, structure, full_width))
 
     @classmethod
     def remarks(cls, header: Mapping) -> list[str]:
@@ -414,7 +412,7 @@ class LeTs(AuxNet):
         """
         start = stack_layers(vit, self.structure)
         if "pos_embed" in vit:
-            start["pos_embed"] = widen(vit["pos_embed"], -1, self.E, self.full_width)
+            start["pos_embed"] = widen(vit["pos_embed"], "..E", {"E": self.E}, self.full_width)
         for name, tensor in start.items():
             self.get_parameter(name).copy_(tensor)
 

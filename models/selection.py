@@ -147,7 +147,7 @@ def select_width(
     def new(axis: str) -> int:
         return arch.neurons(axis) if full_width else arch.neurons(axis) - old(axis)
 
-    if new("E") == len(p["E"]):  # every row is kept
+    if (old("E"), new("E")) == (src.width, len(p["E"])):  # every row is kept
         return p
     kept: dict[str, Tensor | slice] = {}
     for axes, head_dim in (("E", 0), ("QKV", src.head_dim), ("M", 0), ("qkv", src.pool_head_dim), ("m", 0)):

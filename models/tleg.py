@@ -157,8 +157,12 @@ class TLEG(AuxNet):
             arch: sizes of the Aux-Net; the learngene has the same width.
             kwargs: passed on to timm's ``VisionTransformer``.
         """
-        aux_vit = AUX_VIT if arch.kind is None else {}
+        plain = arch.kind is None
+        aux_vit = AUX_VIT if plain else {}
         super().__init__(arch, aux_vit, **kwargs)
+        names = names_of(self.arch, self.num_classes)
+        others = {name: timm_name.replace("fc_norm", "norm") for name, timm_name in names.others.items()}
+        self.names = names._replace(others=others) if plain else names
         # A and B are drawn like the first layers of a ViT: linear weights truncated normal, biases 0, norm scales 1
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
         vit = random_vit_weights(replace(self.arch, depth=2), **aux_vit, **size)
@@ -167,14 +171,6 @@ class TLEG(AuxNet):
             if name.startswith("A_") and tensor.ndim == 1:  # scales of norms; biases are 0
                 p[name] = torch.zeros_like(tensor)
         self.add_parameters(p)
-
-    @property
-    def names(self) -> Names:
-        """Those of the Aux-Net."""
-        names = names_of(self.arch, self.num_classes)
-        if self.arch.kind is None:
-            names = names._replace(others={name: n.replace("fc_norm", "norm") for name, n in names.others.items()})
-        return names
 
     @classmethod
     def is_meant_by(cls, config: object) -> bool:

@@ -3,15 +3,16 @@
 from dataclasses import replace
 
 import models
-from models import lets, tleg
-from models.depth_mapping import select_depth
-from models.initialisation import DEPTH_SCHEMES, WIDTH_SCHEMES
+from models import lets
+from models.depth_mapping import groups_of_layers, rows_of_coefficients, select_depth
+from models.initialisation import DEPTH_SCHEMES, WIDTH_SCHEMES, init_depth, init_width
 from models.selection import WIDTH_SELECTIONS
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 AUX = models.ViTArch(width=24, depth=8, num_heads=6, patch_size=8, img_size=16)
 SRC = models.ViTArch(width=8, depth=4, num_heads=2, patch_size=8, img_size=16)
@@ -32,6 +33,12 @@ def lets_aux(src: models.ViTArch = SRC, tgt: models.ViTArch = AUX, **kwargs) -> 
 
 def tleg_aux(arch: models.ViTArch = AUX) -> models.TLEG:
     return randomised(models.TLEG(arch, num_classes=5))
+
+
+def select(aux_net: models.LeTs, how: str = "continuous") -> dict[str, torch.Tensor]:
+    """The learngene of 8 of 16 new neurons, 2 of 4 new heads."""
+    arch = replace(AUX, width=16, num_heads=4)
+    return lets.select_width(dict(aux_net.named_parameters()), aux_net.structure, SRC, arch, False, how)
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -97,7 +104,7 @@ def test_expansion_against_the_formulas_one_weight_at_a_time():
         return torch.cat([torch.eye(A.shape[1]), A])
 
     for module, out, into in (("fc1", "M", "E"), ("fc2", "E", "M"), ("proj", "E", "V")):
-        m = lets.MODULES.index(module)
+        m = MODULES.index(module)
         W = b = 0
         for c, j in enumerate((2 * pair, 2 * pair + 1)):
             A_out = grown(p[out] if out == "E" else p[out][j])
@@ -142,8 +149,7 @@ def test_lets_sizes(n, N, layers_per_row, src_heads, tgt_heads):
 @pytest.mark.parametrize(
     ("src", "tgt", "message"),
     [
-        (replace(SRC, depth=3), AUX, "even"),
-        (SRC, replace(AUX, depth=7), "do not divide"),
+        (SRC, replace(AUX, depth=1), "fewer than the pairs"),
         (replace(SRC, width=32, num_heads=8), AUX, "narrower"),
         (replace(SRC, num_heads=4), AUX, "differ in size"),
         (replace(SRC, patch_size=4), AUX, "patches"),
@@ -166,7 +172,7 @@ def test_wider_than_the_aux_net_is_refused_with_the_widest():
 
 
 def test_default_mapping_gives_the_published_lists():
-    layer, coeff = select_depth(12, aux_depth=16, layers_per_pair=4, layers_per_row=2)
+    layer, coeff = select_depth(12, groups_of_layers(8, 16, 2, 2), layers_per_row=2)
     assert layer == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert coeff == [0, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 14]
 
@@ -183,7 +189,7 @@ def test_default_mapping_gives_the_published_lists():
     ],
 )
 def test_default_mapping_of_other_depths(depth, coeff):
-    layer, found = select_depth(depth, aux_depth=16, layers_per_pair=4, layers_per_row=2)
+    layer, found = select_depth(depth, groups_of_layers(8, 16, 2, 2), layers_per_row=2)
     assert found == coeff
     assert [a // 4 for a in layer] == [r // 4 for r in coeff]
 
@@ -192,7 +198,7 @@ def test_mapping_takes_pair_and_row_apart():
     aux_net = lets_aux()
     p = dict(aux_net.named_parameters())
     vit = models.Learngene.of(aux_net).descend(replace(AUX, depth=1), mapping_layer=[7], mapping_layer_coeff=[1])
-    m = lets.MODULES.index("norm1")
+    m = MODULES.index("norm1")
     old = sum(p["g"][m, 0, c] * p["norm1_weight"][2 + c] for c in range(2))  # pair 1, row 0
     torch.testing.assert_close(vit.blocks[0].norm1.weight[: SRC.width], old)
 
@@ -207,7 +213,7 @@ def test_selection_that_keeps_all_rows_is_the_identity(how):
 
 def test_continuous_selection_takes_the_first_rows():
     aux_net = lets_aux()
-    p, cut = dict(aux_net.named_parameters()), lets.select_width(dict(aux_net.named_parameters()), 16, 4)
+    p, cut = dict(aux_net.named_parameters()), select(aux_net)
     assert torch.equal(cut["E"], p["E"][:8])
     assert torch.equal(cut["Q"], p["Q"][:, :8])
     assert torch.equal(cut["C"], p["C"][:8])
@@ -221,7 +227,7 @@ def test_continuous_selection_takes_the_first_rows():
 def test_magnitude_selection_stays_aligned(how, norm, largest):
     aux_net = lets_aux()
     p = dict(aux_net.named_parameters())
-    cut = lets.select_width(p, 16, 4, how)  # 8 of 16 new neurons, 2 of 4 new heads
+    cut = select(aux_net, how)
     sizes = torch.linalg.vector_norm(p["E"], ord=norm, dim=1)
     kept = sizes.argsort(descending=largest)[:8].sort().values
     assert torch.equal(cut["E"], p["E"][kept])
@@ -259,7 +265,7 @@ def test_narrower_than_the_learngene_keeps_its_first_neurons():
 @pytest.mark.parametrize("scheme", WIDTH_SCHEMES)
 def test_width_matrices_start_as_described(scheme):
     torch.manual_seed(0)
-    A = lets.init_width((5, 12, 8), scheme, noise=0.03)
+    A = init_width((5, 12, 8), scheme, noise=0.03)
     torch.testing.assert_close(A.sum(-1), torch.ones(5, 12))
     assert (A >= 0).all()
     if scheme == "sel":
@@ -279,7 +285,9 @@ def test_width_matrices_start_as_described(scheme):
 def test_depth_coefficients_start_as_described(scheme, layers_per_row):
     torch.manual_seed(0)
     rows = range(0, 16, layers_per_row)
-    g = lets.init_depth(8, rows, scheme, noise=0.03)
+    of_rows = rows_of_coefficients(groups_of_layers(8, 16, 2, layers_per_row), 8, 2, layers_per_row)
+    assert [row.number for row in of_rows] == [*rows]
+    g = init_depth(8, of_rows, scheme, noise=0.03, group_size=2)
     assert g.shape == (8, len(rows), 2)
     torch.testing.assert_close(g.sum(-1), torch.ones(8, len(rows)))
     if scheme.startswith("stackbert"):
@@ -310,7 +318,8 @@ def test_tleg_starts_as_described():
         assert not getattr(aux_net, f"A_{norm}_weight").any()
         assert not getattr(aux_net, f"A_{norm}_bias").any()
         assert not getattr(aux_net, f"B_{norm}_bias").any()
-    assert tleg.MODULES == ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+    modules = {name[2:].rpartition("_")[0] for name in aux_net.state_dict() if name.startswith("A_")}
+    assert modules == {"norm1", "qkv", "proj", "norm2", "fc1", "fc2"}
 
 
 def test_parameters_keep_the_order_of_earlier_checkpoints():
