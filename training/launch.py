@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import utils
 from common.download import fetch
 from common.errors import InputError, error_context
+from common.hub import in_repository
 from pipeline.folders import download
 from training.build_data import splits_needed
 from training.build_model import Builder
@@ -68,11 +69,14 @@ def share_resume(config: Config) -> Config:
 
 
 def fetch_addresses(config: Config) -> None:
-    """Download the weights that options name by address, once per machine."""
+    """Download the weights that options name by address, and what a repository says about them, once per machine."""
     for option, (source, file) in weight_sources(config.model, config.teacher, config.runtime.resume).items():
         if is_address(source) and utils.local_rank() == 0:
             with error_context(option_name(option)):
                 fetch(source, on_hub=file)
+            if source.startswith("hf-hub:") and option not in ("load_gene", "resume"):
+                with suppress(InputError):  # not every repository has one
+                    fetch(in_repository(source, "config.json"))  # it then lies beside the weights
 
 
 def fetch_data(config: Config) -> None:

@@ -25,6 +25,7 @@ from training.checkpoints import resume
 from training.config import Config, ModelConfig, recipe, weight_sources
 from training.label_check import check_teacher_names, names_known, warn_of_head, warn_of_heads
 from training.logs import EpochLog
+from training.preprocessing import resolve_preprocessing
 from training.run import Run
 
 import torch
@@ -52,6 +53,7 @@ def set_up(config: Config, build: Builder) -> Run:
         check_means(config.optim, config.runtime.compile and config.trains, device)
     random_seed(config.runtime.seed)
     gene = load_gene(config.model) if config.model.load_gene else None
+    config = resolve_preprocessing(config, gene)
     facts = facts_of(config.model, gene)
     train_loader, test_loader, classes = build_loaders(config, device)
     if utils.is_main():  # the others have the same files
