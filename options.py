@@ -14,7 +14,7 @@ DATA_SETS += ("MINIIMNET", "TINYIMNET", "WDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
-BASELINES = ("weight_selection", "stacking", "interpolation")
+BASELINES = ("weight_selection", "stacking", "interpolation", "magnitude", "taylor", "front")
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
@@ -201,6 +201,13 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--skip-init", type=parts, default=[], help=f"stage 2: leave at random {','.join(PARTS)}")
     g.add_argument("--init", choices=BASELINES, help="start from a trained ViT of other sizes, without learngene")
     g.add_argument("--init-path", type=place_or_none, help="the trained ViT of --init: checkpoint or address")
+    g.add_argument(
+        "--order-images",
+        type=at_least(1),
+        default=512,
+        metavar="N",
+        help="--init taylor: training images whose gradients say what is important",
+    )
     g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
     g.add_argument("--group-size", type=at_least(1), default=2, help="LeTs stage 1: learngene layers in a mixture")
     g.add_argument("--full-width", action=flag, default=False, help="LeTs stage 1: LiGO's width matrices")

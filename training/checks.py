@@ -4,7 +4,7 @@ What depends on a file, the data or the device is checked where that is read or 
 """
 
 import models
-from common.errors import InputError
+from common.errors import InputError, error_context
 from datasets import DATA_SETS, SMALL
 from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
@@ -72,8 +72,11 @@ def kind_of_run(config: ModelConfig) -> str:
     if (config.init is None) != (config.init_path is None):
         missing = "--init" if config.init is None else "--init-path"
         raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
-    if config.init and (config.finetune or not models.follows_grammar(config.model or "")):
-        raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
+    if config.init and (config.finetune or not config.model):
+        raise InputError("--init makes a ViT from another one: give --model deit_… or a ViT of timm's, no --finetune")
+    if config.init:
+        with error_context(f"--init {config.init}, --model {config.model}"):
+            models.parse_arch(config.model)
     if not config.model:
         raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
     return PLAIN

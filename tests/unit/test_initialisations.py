@@ -70,7 +70,7 @@ def test_narrow_des_net_of_tleg_is_aligned(how):
     gene = tleg()
     wide = gene.descend(replace(gene.arch, depth=2)).state_dict()
     neurons = selection.choose_neurons(wide, replace(gene.arch, depth=2, width=8, num_heads=2), how)
-    assert [len(n) for n in neurons[:2]] == [8, 8]
+    assert [len(n) for n in (neurons.embedding, *neurons.heads)] == [8, 8, 8]
     narrow = gene.descend(replace(gene.arch, depth=2, width=8, num_heads=2), width_select=how).state_dict()
     images = torch.randn(2, 3, 8, 8)
     # q·kᵀ of the kept heads is that of the wide ViT, if its input is silent elsewhere
@@ -79,7 +79,7 @@ def test_narrow_des_net_of_tleg_is_aligned(how):
     q, k, _ = (x @ wide["blocks.1.attn.qkv.weight"].T + wide["blocks.1.attn.qkv.bias"]).chunk(3, dim=-1)
     inner = x[..., neurons.embedding] @ narrow["blocks.1.attn.qkv.weight"].T + narrow["blocks.1.attn.qkv.bias"]
     q_narrow, k_narrow, _ = inner.chunk(3, dim=-1)
-    kept = [int(head) // 4 for head in neurons.heads[::4]]
+    kept = [int(head) // 4 for head in neurons.heads[1][::4]]
     for i, head in enumerate(kept):
         here, there = slice(4 * i, 4 * i + 4), slice(4 * head, 4 * head + 4)
         expected = q[..., there] @ k[..., there].mT
@@ -104,11 +104,11 @@ def test_magnitude_selection_of_tleg_keeps_the_largest():
     wide = gene.descend(gene.arch).state_dict()
     top = selection.choose_neurons(wide, replace(gene.arch, width=4, num_heads=1), "l2_top")
     assert {3, 7} <= set(top.embedding.tolist())
-    assert top.heads.tolist() == [8, 9, 10, 11]
+    assert top.heads[0].tolist() == [8, 9, 10, 11]
     assert {40, 41, 42, 43} <= set(top.hidden[0].tolist())
     bottom = selection.choose_neurons(wide, replace(gene.arch, width=12, num_heads=3), "l1_bottom")
     assert not {3, 7} & set(bottom.embedding.tolist())
-    assert bottom.heads.tolist() == [*range(8), *range(12, 16)]
+    assert bottom.heads[0].tolist() == [*range(8), *range(12, 16)]
 
 
 def test_selection_of_all_neurons_is_the_identity():
