@@ -12,16 +12,36 @@ from models.axes import structure_of
 from models.meta import WeightsOnMeta
 
 import timm
+from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 Size = int | tuple[int, int]
+MODULES = {"vision_transformer", "deit", "eva"}  # of timm, whose architectures may be kinds
 
 
 def without_tag(name: str) -> str:
     """The architecture in a name of timm's: ``vit_small_patch14_dinov2`` of ``vit_small_patch14_dinov2.lvd142m``."""
     return name.partition(".")[0]
+
+
+def check_tag(name: str) -> None:
+    """Raises InputError where a name of timm's has a tag that timm does not know for its architecture."""
+    arch, _, tag = name.partition(".")
+    if tag and name not in (known := [*get_arch_pretrained_cfgs(arch)]):
+        tags = ", ".join(known).replace(f"{arch}.", "") or "none"
+        raise InputError(f"unknown tag {tag!r} of {arch}: the tags that timm knows are {tags}")
+
+
+def is_kind(name: str) -> bool:
+    """Whether an architecture of timm, with or without a tag, is a ViT that can have other sizes."""
+    if not is_model_in_modules(name, MODULES):
+        return False
+    try:
+        return bool(sizes_of(without_tag(name)))
+    except InputError:
+        return False
 
 
 def plain_size(size: object) -> Size:

@@ -301,13 +301,14 @@ class LeTs(AuxNet):
             raise InputError(f"--finetune belongs to another run: {cls.usage} train a learngene")
         if config.freeze_src and not config.src_path:
             raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
-        for scheme, known in zip(config.trans_init_scheme, (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=True):
+        for scheme, known in zip(config.trans_init_scheme or (), (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=False):
             if scheme not in known:
                 raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
 
     @classmethod
     def archs_from_config(cls, config: object) -> tuple[ViTArch, ViTArch]:
-        return parse_arch(config.src_arch), parse_arch(config.tgt_arch)
+        src = parse_arch(config.src_arch)
+        return src, parse_arch(config.tgt_arch, src)
 
     @classmethod
     def from_config(cls, config: object, **vit: object) -> "LeTs":

@@ -16,7 +16,7 @@ from models.aux_net import AuxNet
 from models.axes import tensor_name
 from models.figures import Figures, Points, root_mean_square
 from models.formats.layout import Layout, PublishedFormat, arch_from_weights, config_from_weights
-from models.names import AUX_DEPTH, PUBLISHED_NAMES, is_aux_name, parse_arch, register
+from models.names import AUX_DEPTH, PUBLISHED_NAMES, is_aux_name, is_vit, parse_arch, register
 from models.registry import register_method
 from models.selection import choose_neurons, first_neurons, keep_neurons
 from models.stateless import random_vit_weights
@@ -178,8 +178,8 @@ class TLEG(AuxNet):
 
     @classmethod
     def check_config(cls, config: object) -> None:
-        if not is_aux_name(config.model):
-            raise InputError(f"--model {config.model} is no Aux-Net of TLEG: expected a name aux_deit_…")
+        if not is_vit(config.model):
+            raise InputError(f"--model {config.model} is no Aux-Net of TLEG: expected a ViT, such as aux_deit_…")
 
     @classmethod
     def check_names(cls, names: Sequence[str]) -> None:
