@@ -4,8 +4,9 @@ What depends on a file, the data or the device is checked where that is read or 
 """
 
 import models
-from common.errors import InputError, error_context
+from common.errors import InputError
 from datasets import DATA_SETS, SMALL
+from models.baselines import NEED_GRADIENTS
 from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
 from training.config import (
@@ -72,11 +73,8 @@ def kind_of_run(config: ModelConfig) -> str:
     if (config.init is None) != (config.init_path is None):
         missing = "--init" if config.init is None else "--init-path"
         raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
-    if config.init and (config.finetune or not config.model):
+    if config.init and (config.finetune or not models.is_vit(config.model or "")):
         raise InputError("--init makes a ViT from another one: give --model deit_… or a ViT of timm's, no --finetune")
-    if config.init:
-        with error_context(f"--init {config.init}, --model {config.model}"):
-            models.parse_arch(config.model)
     if not config.model:
         raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
     return PLAIN
@@ -117,6 +115,10 @@ def check_kind(kind: str, config: Config) -> None:
         if owners and kind not in [cls.method for cls in owners]:
             usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
             raise InputError(f"--{name} needs {usage}: it says how the weights of a {titles} Aux-Net are made")
+        if name == "order_images" and config.model.init not in NEED_GRADIENTS:
+            raise InputError(
+                f"--{name} needs --init {' or '.join(NEED_GRADIENTS)}: the gradients on these images order"
+            )
         if name in OPTIONS_OF_STAGE_2 and kind != STAGE_2:
             raise InputError(f"--{name} needs --load-gene: it says how a Des-Net is made from a learngene")
         if name in OPTIONS_OF_DESCENDANTS and kind in (STAGE_2, PLAIN):
