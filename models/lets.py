@@ -390,7 +390,7 @@ class LeTs(AuxNet):
         )
         if not tensors["E"].numel():  # the Aux-Net is as wide as its learngene
             return [coefficients]
-        panels = {"E and C, whole network": {name: sorted_norms(tensors[name]) for name in "EC"}}
+        panels = {"E and C, whole network": {name: sorted_norms(tensors[name]) for name in "EC" if name in tensors}}
         panels |= {f"{name}, per layer": dict(enumerate(sorted_norms(tensors[name]))) for name in "QKVM"}
         return [coefficients, Curves(panels, "row, by falling norm", "l2 norm of a row", scale="learngene layer")]
 

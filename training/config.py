@@ -16,7 +16,8 @@ from models.registry import method_of_stage_1
 import torch
 
 LEARNGENE, MODEL, CHECKPOINT = "learngene.safetensors", "model.safetensors", "checkpoint.pth"
-TIMM = "timm"  # in the place of a path: the weights of the architecture's tag, as timm downloads them
+TIMM = "timm"  # in the place of a path: the weights of the architecture's tag, as timm offers them
+TAGGED = ("src_path", "finetune", "init_path")  # options that take it
 
 
 def local_path() -> str | None:

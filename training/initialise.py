@@ -10,8 +10,8 @@ from models.formats.weights import load_weights
 from models.stateless import vit_from_weights, vit_without_weights
 from models.vit import ViTArch
 from training.build_data import order_loader
-from training.config import Config
-from training.foreign_weights import fit_head, fit_images, read_foreign_weights
+from training.config import TIMM, Config, tagged_name
+from training.foreign_weights import fit_head, fit_images, read_foreign_weights, timm_weights
 from utils import print_main
 
 import torch
@@ -34,7 +34,10 @@ def initialise_from(model: nn.Module, config: Config, num_classes: int, device: 
     init, path = config.model.init, config.model.init_path
     arch = replace(models.parse_arch(config.model.model), img_size=config.data.input_size)
     with error_context(f"--init-path {path}"):
-        weights = read_foreign_weights(path, model)
+        if path == TIMM:
+            weights = timm_weights(tagged_name(config.model, "init_path"), img_size=config.data.input_size)
+        else:
+            weights = read_foreign_weights(path, model)
         weights, remarks = without_training_parts(weights, model.state_dict().keys())
         trained = source_arch(weights, arch)
         for remark in (f"{trained}, for {init.replace('_', ' ')}", *remarks):
