@@ -14,7 +14,7 @@ DATA_SETS += ("MINIIMNET", "TINYIMNET", "WDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
-BASELINES = ("weight_selection", "stacking", "interpolation")
+BASELINES = ("weight_selection", "stacking", "interpolation", "magnitude", "taylor", "front")
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "copy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
@@ -220,6 +220,13 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--init", choices=BASELINES, help="start from a trained ViT of other sizes, without learngene")
     g.add_argument(
         "--init-path", type=place_or_none, help=f"the trained ViT of --init: checkpoint, model folder, {WEIGHTS}"
+    )
+    g.add_argument(
+        "--order-images",
+        type=at_least(1),
+        default=512,
+        metavar="N",
+        help="--init taylor: training images whose gradients say what is important",
     )
     g.add_argument(
         "--layers-per-row",

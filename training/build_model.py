@@ -5,14 +5,12 @@ from typing import Protocol
 
 import models
 from common.errors import InputError, error_context, one_line
-from models.baselines import BASELINES, source_arch
-from models.formats.foreign import without_training_parts
-from models.formats.weights import found_in, load_weights
+from models.formats.weights import load_weights
 from models.registry import choices_of_methods, method_of_stage_1
 from models.supernet import descendant_archs
 from models.vit import dropout_rates
 from training.config import TIMM, ModelConfig, option_name, tagged_name
-from training.foreign_weights import fit_head, fit_images, load_foreign_weights, read_foreign_weights, timm_weights
+from training.foreign_weights import load_foreign_weights, timm_weights
 from utils import print_main
 
 import torch
@@ -110,15 +108,13 @@ def build_des_net(config: ModelConfig, input_size: int, num_classes: int, gene: 
 def build_plain_model(
     config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene | None = None
 ) -> nn.Module:
-    """Any model of --model, from scratch, from --finetune, or from a trained ViT of another size (--init)."""
+    """Any model of --model, from scratch or from --finetune. `training.initialise` follows with --init."""
     with error_context(f"--model {config.model}"):
         model = create_sized(
             config.model, num_classes, input_size, drop_rate=config.drop, drop_path_rate=config.drop_path
         )
     if config.finetune:
         load_start(model, config, "finetune", input_size)
-    if config.init:
-        initialise_from(model, config, input_size)
     return model
 
 
@@ -160,27 +156,6 @@ def descendants_of(config: ModelConfig, input_size: int) -> list[models.ViTArch]
     smallest, aux = (replace(arch, img_size=input_size) for arch in archs)
     alone = config.descendant_weight == 1
     return descendant_archs(smallest, aux, config.descendant_depths, config.descendant_heads, alone)
-
-
-def initialise_from(model: nn.Module, config: ModelConfig, input_size: int) -> None:
-    """Give ``model`` weights from a trained ViT of other sizes (`models.baselines.BASELINES`)."""
-    arch, path = replace(models.parse_arch(config.model), img_size=input_size), config.init_path
-    with error_context(f"--init-path {path}"):
-        weights = read_foreign_weights(path, model)
-        weights, remarks = without_training_parts(weights, model.state_dict().keys())
-        head = {name: weights[name] for name in ("head.weight", "head.bias") if name in weights}
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        source = source_arch(weights, arch.head_dim)
-        for remark in (f"{source}, for {config.init.replace('_', ' ')}", *remarks):
-            print_main(f"{path}: {remark}")
-        try:
-            weights = BASELINES[config.init](weights | head, source, arch)
-        except KeyError as error:
-            raise InputError(f"it has no {error.args[0]}: found {found_in(weights)}") from error
-        weights, remarks = fit_head(fit_images(weights, model, path), model, other_head=True)
-    load_weights(model, weights, f"--init-path {path}")
-    for remark in remarks:
-        print_main(f"{path}: {remark}")
 
 
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:

@@ -6,6 +6,7 @@ What depends on a file, the data or the device is checked where that is read or 
 import models
 from common.errors import InputError
 from datasets import DATA_SETS, SMALL
+from models.baselines import NEED_GRADIENTS
 from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
 from training.config import (
@@ -129,6 +130,10 @@ def check_kind(kind: str, config: Config) -> None:
         if owners and kind not in [cls.method for cls in owners]:
             usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
             raise InputError(f"--{name} needs {usage}: it says how the weights of a {titles} Aux-Net are made")
+        if name == "order_images" and config.model.init not in NEED_GRADIENTS:
+            raise InputError(
+                f"--{name} needs --init {' or '.join(NEED_GRADIENTS)}: the gradients on these images order"
+            )
         if name in OPTIONS_OF_STAGE_2 and kind != STAGE_2:
             raise InputError(f"--{name} needs --load-gene: it says how a Des-Net is made from a learngene")
         if name in OPTIONS_OF_DESCENDANTS and kind in (STAGE_2, PLAIN):

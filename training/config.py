@@ -43,6 +43,7 @@ class ModelConfig:
     skip_init: tuple[str, ...] = ()
     init: str | None = None
     init_path: str | None = local_path()
+    order_images: int = 512
     layers_per_row: int | None = None
     group_size: int = 2
     full_width: bool = False

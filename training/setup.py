@@ -24,6 +24,7 @@ from training.build_model import Builder, build_supernet, descend_choices, load_
 from training.checkpoints import resume
 from training.checks import check
 from training.config import TIMM, Config, ModelConfig, recipe, resolve_with, tagged_name, weight_sources
+from training.initialise import initialise_from
 from training.label_check import check_teacher_names, names_known, warn_of_head, warn_of_heads
 from training.logs import EpochLog
 from training.preprocessing import resolve_preprocessing
@@ -63,7 +64,10 @@ def set_up(config: Config, build: Builder) -> Run:
     train_loader, test_loader, classes = build_loaders(config, device)
     if utils.is_main():  # the others have the same files
         check_names(config, classes, gene)
-    model = build(config.model, config.data.input_size, len(classes), gene).to(device)
+    model = build(config.model, config.data.input_size, len(classes), gene)
+    if config.model.init and not config.runtime.resume:  # the weights of a checkpoint replace all others
+        initialise_from(model, config, len(classes), device)
+    model = model.to(device)
     supernet = build_supernet(config.model, model, config.data.input_size) if config.model.descendants else None
     if config.model.grad_checkpointing:
         checkpoint_gradients(supernet or model, config.model.arch)
