@@ -188,7 +188,9 @@ def test_every_option_of_the_published_programs_is_known_with_its_default():
     others |= {"tgt_arch", "des_arch", "load_gene", "mapping_layer", "mapping_layer_coeff", "device"}
     flags = {"unscale_lr", "model_ema", "model_ema_force_cpu", "repeated_aug", "three_augment", "src", "bce_loss"}
     flags |= {"eval", "pin_mem"}
-    assert args.pop("trans_init_scheme") == ["stackbert_noisy", "rand"]  # the default of the ViTs of these programs
+    # defaults of these programs, which here depend on the source
+    assert args.pop("trans_init_scheme") == ["stackbert_noisy", "rand"]
+    assert args.pop("eval_crop_ratio") == 0.875
     assert {name for name in args if args[name] != defaults[name]} == others | flags
 
 
