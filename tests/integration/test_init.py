@@ -5,6 +5,10 @@ from pathlib import Path
 
 import models
 from models.baselines import BASELINES
+from training.build_data import order_loader
+from training.command_line import parse_options
+from training.initialise import gradients_of
+from training.launch import prepare
 
 import pytest
 import torch
@@ -48,11 +52,13 @@ class Runs:
         return set_up_run(options.replace("OUT", str(self.out)).split()).model.state_dict()
 
 
-FIRST = {name: f"{named(name)} --epochs 1 --output-dir OUT/{name}" for name in SOURCES}
-SECOND = {
-    baseline: f"{named('tokens', change)} --epochs 0 --init {baseline} --init-path OUT/tokens --output-dir "
-    f"OUT/{baseline}"
+FIRST = {name: f"{named(name)} --train-images 256 --epochs 1 --output-dir OUT/{name}" for name in SOURCES}
+FROM_TOKENS = {
+    baseline: f"{named('tokens', change)} --init {baseline} --init-path OUT/tokens"
     for baseline, change in CHANGES.items()
+}
+SECOND = {
+    baseline: f"{FROM_TOKENS[baseline]} --epochs 0 --output-dir OUT/{baseline}" for baseline in ("taylor", "front")
 }
 SECOND["two processes"] = SECOND["taylor"].replace("OUT/taylor", "OUT/two")
 
@@ -81,15 +87,17 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+def test_a_run_writes_what_the_baseline_makes(runs):
+    expected = BASELINES["front"](runs.weights("tokens"), arch_of("tokens"), arch_of("tokens", CHANGES["front"]))
+    assert_equal(runs.weights("front"), expected)
+    said = "/tokens: vit_tiny_patch16_224, L3-H3 (width 192), patch 16, image 32, for front"
+    assert said in runs.outcomes["front"].stdout
+
+
 @pytest.mark.parametrize("baseline", [name for name in BASELINES if name != "taylor"])
-def test_a_run_starts_from_what_the_baseline_makes(runs, baseline):
-    change = CHANGES[baseline]
-    expected = BASELINES[baseline](runs.weights("tokens"), arch_of("tokens"), arch_of("tokens", change))
-    assert_equal(runs.weights(baseline), expected)
-    said = runs.outcomes[baseline].stdout
-    assert "OUT/tokens: vit_tiny_patch16_224, L3-H3 (width 192), patch 16, image 32, for" in said.replace(
-        str(runs.out), "OUT"
-    )
+def test_source_with_class_token(runs, baseline):
+    expected = BASELINES[baseline](runs.weights("tokens"), arch_of("tokens"), arch_of("tokens", CHANGES[baseline]))
+    assert_equal(runs.made(FROM_TOKENS[baseline]), expected)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -105,7 +113,7 @@ def test_plain_source(runs, baseline):
 
 
 def test_taylor_depends_on_the_images_and_on_nothing_else(runs):
-    weights, options = runs.weights("taylor"), SECOND["taylor"]
+    weights, options = runs.weights("taylor"), FROM_TOKENS["taylor"]
     two = runs.outcomes["two processes"]
     assert two.codes == [0, 0], two.stderr
     assert_equal(load_file(runs.out / "two" / "model.safetensors"), weights)
@@ -115,22 +123,19 @@ def test_taylor_depends_on_the_images_and_on_nothing_else(runs):
     assert_equal(runs.made(f"{options} --order-images 16 --train-images 1000"), few)
 
 
-def test_taylor_gradients_are_those_of_the_training_images(runs):
-    """Against a loop over single images, with the weights of the trained ViT."""
-    run = set_up_run(f"{named('tokens')} --eval --finetune {runs.out / 'tokens'} --holdout 257".split())
-    vit, gradients = run.model.eval(), {}
-    images = list(run.test_loader)
-    count = sum(len(labels) for _, labels in images)
-    for batch, labels in images:
-        for image, label in zip(batch, labels, strict=True):
-            vit.zero_grad()
-            torch.nn.functional.cross_entropy(vit(image[None]), label[None]).backward()
-            for name, w in vit.named_parameters():
-                gradients[name] = gradients.get(name, 0) + w.grad
-    assert count == 257
-    arch = arch_of("tokens", (-1, -1))
-    expected = BASELINES["taylor"](runs.weights("tokens"), arch_of("tokens"), arch, gradients)
-    assert expected.keys() == runs.weights("taylor").keys()
+def test_taylor_takes_the_gradients_of_the_training_images(runs):
+    """Against a loop over single images, prepared as for evaluation."""
+    weights, arch = runs.weights("tokens"), arch_of("tokens")
+    config = prepare(parse_options(f"{FROM_TOKENS['taylor']} --order-images 20 --batch-size 8".split()))
+    found = gradients_of(weights, arch, config, 10, torch.device("cpu"))
+    vit = models.create_vit(arch, num_classes=10)
+    vit.load_state_dict(weights)
+    for images, labels in order_loader(config, torch.device("cpu")):
+        for image, label in zip(images, labels, strict=True):
+            torch.nn.functional.cross_entropy(vit.eval()(image[None]), label[None]).backward()
+    assert found.keys() == weights.keys()
+    for name, w in vit.named_parameters():
+        torch.testing.assert_close(found[name], w.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_source_for_other_images(runs, capsys):
