@@ -373,6 +373,12 @@ def describe_classes(classes: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = 64  # pixels; up to this input size the images of small data sets are not cropped like photographs
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}  # timm's names for an evaluation of whole images
+
+
+def are_small(name: str, input_size: int) -> bool:
+    """Whether the images of a data set are used whole at this input size."""
+    return DATA_SETS[name][2] is not None and input_size <= SMALL
 
 
 def build_transform(
@@ -386,27 +392,28 @@ def build_transform(
     remode: str = "pixel",
     recount: int = 1,
     eval_crop_ratio: float = 0.875,
+    crop_mode: str = "center",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
     three_augment: bool = False,
     src: bool = False,
 ) -> transforms.Compose:
     """PIL image → normalised tensor (3, input_size, input_size); DeiT's recipe for photographs.
 
-    Training uses random resized crops, evaluation a centre crop. At input sizes up to 64, data sets of small images
-    are resized without a crop; training shifts them by up to an eighth.
+    Training uses random resized crops, evaluation timm's crop in the middle. At input sizes up to 64, data sets of
+    small images are resized without a crop; training shifts them by up to an eighth.
 
     Args:
+        eval_crop_ratio, crop_mode: of evaluation; see `models.preprocessing.Preprocessing`, as for ``mean``, ``std``
+            and ``interpolation``.
         three_augment: DeiT III's 3-Augment (timm's policy ``3a``, then ``color_jitter``) instead of ``aa`` and random
             erasing.
         src: DeiT III's simple random crop: resize the shorter side, then shift by up to 4 pixels.
     """
-    small = DATA_SETS[name][2] is not None and input_size <= SMALL
+    small = are_small(name, input_size)
     if not is_train:
-        mode = transforms.InterpolationMode(interpolation)
-        steps = [transforms.Resize((input_size, input_size) if small else int(input_size / eval_crop_ratio), mode)]
-        if not small:
-            steps.append(transforms.CenterCrop(input_size))
-        steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-        return transforms.Compose(steps)
+        crop = WHOLE if small else {"crop_pct": eval_crop_ratio, "crop_mode": crop_mode}
+        return create_transform(input_size, interpolation=interpolation, mean=mean, std=std, **crop)
     try:
         transform = create_transform(
             input_size=input_size,
@@ -414,6 +421,8 @@ def build_transform(
             color_jitter=color_jitter,
             auto_augment="3a" if three_augment else aa,
             interpolation=interpolation,
+            mean=mean,
+            std=std,
             hflip=0.0 if name == "DIGITS" else 0.5,  # mirrored digits are other symbols
             re_prob=0.0 if three_augment else reprob,
             re_mode=remode,

@@ -18,6 +18,10 @@ BASELINES = ("weight_selection", "stacking", "interpolation", "magnitude", "tayl
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "copy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+COLOURS = ("R", "G", "B")
+OF_SOURCE = "; default: that of the weights at the start"
 ON_NAN = ("stop", "skip", "rollback")
 WEIGHTS = "address, or timm for the weights of the architecture's tag"
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
@@ -65,14 +69,14 @@ def at_least(lowest: int, highest: int | None = None):
     return number
 
 
-def ratio(above_zero: bool = False, below_one: bool = False):
-    """The type of an option that takes a number from 0 to 1, with or without its ends."""
+def ratio(above_zero: bool = False, below_one: bool = False, highest: int = 1):
+    """The type of an option that takes a number from 0 to ``highest``, with or without its ends."""
 
     def number(text: str) -> float:
         value = float(text)
-        if not 0 <= value <= 1 or (above_zero and value == 0) or (below_one and value == 1):
+        if not 0 <= value <= highest or (above_zero and value == 0) or (below_one and value == 1):
             raise argparse.ArgumentTypeError(
-                f"{value:g} is not between 0{' (excluded)' * above_zero} and 1{' (excluded)' * below_one}"
+                f"{value:g} is not between 0{' (excluded)' * above_zero} and {highest}{' (excluded)' * below_one}"
             )
         return value
 
@@ -85,6 +89,14 @@ def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
+    return value
+
+
+def finite(text: str) -> float:
+    """A number, and neither infinity nor NaN."""
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g} is not a finite number")
     return value
 
 
@@ -326,7 +338,19 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     )
     g.add_argument("--pin-mem", action=flag, default=True)
     g.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
-    g.add_argument("--eval-crop-ratio", type=ratio(above_zero=True), default=0.875)
+    g.add_argument("--mean", type=finite, nargs=3, metavar=COLOURS, help="subtracted from pixels of 0 to 1" + OF_SOURCE)
+    g.add_argument("--std", type=positive, nargs=3, metavar=COLOURS, help="they are then divided by this" + OF_SOURCE)
+    g.add_argument("--interpolation", choices=INTERPOLATIONS, help="of the resize in evaluation" + OF_SOURCE)
+    g.add_argument(
+        "--eval-crop-ratio",
+        type=ratio(above_zero=True, highest=2),
+        help="side of the crop of an evaluation as a share of the resized image's; above 1 it is padded" + OF_SOURCE,
+    )
+    g.add_argument(
+        "--crop-mode",
+        choices=CROP_MODES,
+        help="… resized before are the shorter side (center), both (squash) or the longer one (border)" + OF_SOURCE,
+    )
 
     g = p.add_argument_group("augmentation")
     g.add_argument(

@@ -49,6 +49,12 @@ def fetch_from_hub(address: str, on_hub: str) -> Path:
         raise InputError(f"{address} could not be downloaded: {one_line(error)}") from error
 
 
+def in_repository(address: str, file: str) -> str:
+    """The address of another file of the repository and revision of an ``hf-hub:`` address."""
+    where, _, revision = address.removeprefix("hf-hub:").partition("@")
+    return f"hf-hub:{'/'.join([*where.split('/')[:2], file])}" + f"@{revision}" * bool(revision)
+
+
 def hub_errors() -> tuple[type[Exception], ...]:
     """The exceptions of huggingface_hub that a user can resolve; its versions use different HTTP libraries."""
     from huggingface_hub.errors import HfHubHTTPError

@@ -10,16 +10,16 @@ from collections import deque
 from pathlib import Path
 
 from common.errors import InputError
-from datasets import DATA_SETS, SMALL, describe_classes
+from datasets import describe_classes
 from engine import evaluate
 from family.plan import Family, Member
 from family.records import write_record
 from models.formats.timm_folder import save_model
 from models.names import name_of
 from training.logs import Progress
+from training.preprocessing import evaluation_config
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from tqdm import tqdm
 
@@ -74,22 +74,12 @@ def latency(vit: nn.Module, batch: int, family: Family) -> float:
 
 def save(vit: nn.Module, member: Member, family: Family) -> None:
     """Write ``model.safetensors`` and ``config.json`` in timm's format."""
-    size = family.options.input_size
-    # small images are resized without a crop, as datasets.build_transform does
-    small = DATA_SETS[family.run_options.data.data_set][2] is not None and size <= SMALL
     save_model(
         vit,
         member.folder,
         member.arch,
         model_args={},
-        data_config={
-            "input_size": [family.shape["in_chans"], size, size],
-            "crop_pct": 1.0 if small else family.run_options.data.eval_crop_ratio,
-            "crop_mode": "squash" if small else "center",
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-        },
+        data_config=evaluation_config(family.run_options.data, family.shape["in_chans"]),
         label_names=family.classes,
         label_descriptions=describe_classes(family.classes) if family.classes else None,
     )

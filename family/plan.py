@@ -23,6 +23,7 @@ from training.checks import check_data
 from training.command_line import parse_options
 from training.config import Config, options_of, recipe, resolve, square
 from training.label_check import names_known, warn_of_head
+from training.preprocessing import PREPROCESSING_OPTIONS, not_default, resolve_preprocessing
 from training.setup import writable_folder
 
 import torch
@@ -173,7 +174,7 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
     print(f"{options.load_gene}: {gene}", flush=True)
     options = replace(options, input_size=options.input_size or square(gene.arch, "the learngene"))
     command = main_command(options, main_options, path)
-    run_options = resolve(parse_options(command))
+    run_options = resolve_preprocessing(resolve(parse_options(command)), gene)
     check_run_options(run_options)
     check_data(run_options.data)
     device = device_of(run_options.runtime.device)
@@ -230,7 +231,11 @@ def reproducible_options(
     identity |= {name: given[name] for name in (*INITIALISATION, "input_size", "eval_crop_ratio", "seed")}
     data_path = options.data_path and str(Path(options.data_path).resolve())
     identity |= {"data_set": options.data_set, "data_path": data_path}
-    training = {name: value for name, value in recipe(run_options).items() if name not in NO_EFFECT}
+    other = not_default(run_options.data)
+    identity |= {name: given[name] for name in other}
+    # records of families that were made before the other options existed stay valid
+    without = {*NO_EFFECT, *PREPROCESSING_OPTIONS} - {"eval_crop_ratio", *other}
+    training = {name: value for name, value in recipe(run_options).items() if name not in without}
     return tuple(json.loads(json.dumps([identity, training if options.epochs else None])))
 
 

@@ -19,6 +19,7 @@ from models.formats.foreign import without_prefix
 from models.formats.weights import find_weights, found_in, weights_of
 from models.meta import WeightsOnMeta
 from models.names import parse_arch
+from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
 from models.registry import METHODS, choices_of_methods, method_class
 from models.resize import adapt_to_images
 from models.stateless import random_vit_weights, vit_from_weights
@@ -45,6 +46,7 @@ class Learngene:
         averaged: whether the weights are an exponential moving average over the training steps.
         origin: the kind of file it was read from, for messages.
         classes: their names, in the order of the logits, if they are known.
+        preprocessing: of the images that it was trained on.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Learngene:
     averaged: bool = False
     origin: str = "made in memory"
     classes: list[str] | None = None
+    preprocessing: Preprocessing = DEFAULT
 
     @classmethod
     def of(
@@ -62,10 +65,11 @@ class Learngene:
         options: dict | None = None,
         averaged: bool = False,
         classes: list[str] | None = None,
+        preprocessing: Preprocessing = DEFAULT,
     ) -> "Learngene":
         """The learngene inside an Aux-Net. The tensors are the Aux-Net's own, not copies."""
-        sizes = aux_net.config
-        return cls(aux_net.method, aux_net.state_dict(), sizes, options or {}, averaged, classes=classes)
+        known = dict(averaged=averaged, classes=classes, preprocessing=preprocessing)
+        return cls(aux_net.method, aux_net.state_dict(), aux_net.config, options or {}, **known)
 
     @property
     def header(self) -> dict:
@@ -165,7 +169,9 @@ class Learngene:
         if skip_init:
             fresh, skipped = random_vit_weights(arch, **shape), tuple(PARTS[part] for part in skip_init)
             weights |= {name: tensor for name, tensor in fresh.items() if any(key in name for key in skipped)}
-        return vit_from_weights(arch, weights, **shape, **vit_kwargs)
+        vit = vit_from_weights(arch, weights, **shape, **vit_kwargs)
+        vit.pretrained_cfg = {**vit.pretrained_cfg, **self.preprocessing.as_config()}  # where timm looks it up
+        return vit
 
     def own_choices(self, given: Mapping[str, object]) -> dict[str, object]:
         """The choices of a Des-Net that are ``given``: neither None nor a default.
@@ -190,9 +196,10 @@ class Learngene:
     def save(self, path: str | os.PathLike) -> None:
         """Write the learngene file atomically."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
-        metadata = {"learngene": json.dumps(self.header)}
+        # what is no size stands beside the header, whose entries all readers take for sizes
+        metadata = {"learngene": json.dumps(self.header), "preprocessing": json.dumps(self.preprocessing.as_config())}
         if self.classes:
-            metadata["classes"] = json.dumps(self.classes)  # beside the header, which holds sizes for all readers
+            metadata["classes"] = json.dumps(self.classes)
         with atomic_write(path) as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
 
@@ -230,6 +237,7 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
         gene = _recognise(content, path, head_dim, use_ema)
         _check_tensors(gene)
         gene.classes = class_names(path, content)
+        gene.preprocessing = preprocessing_in(path, content) or DEFAULT
     except InputError as error:
         raise InputError(f"{path} is not a learngene that can be used: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -321,6 +329,7 @@ def save_published(gene: Learngene, path: str | os.PathLike) -> None:
     from which `load_learngene` takes what the published format does not state.
     """
     content = {"model": to_published(gene), "args": Namespace(**gene.options), "learngene": gene.header}
+    content["preprocessing"] = gene.preprocessing.as_config()
     if gene.classes:
         content["classes"] = gene.classes
     with atomic_write(path) as unfinished:

@@ -8,7 +8,7 @@ NAME[.tag][@L{depth}-H{heads}]                      a ViT of the kind NAME, an a
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from common.errors import InputError, nearest
 from models.kinds import check_tag, is_kind, sizes_of, without_tag
@@ -77,9 +77,9 @@ def parse_arch(name: str, base: ViTArch | None = None) -> ViTArch:
     match = _PLAIN.fullmatch(name) or _AUX.fullmatch(name)
     if match is None and timm.is_model(without_tag(name)):
         check_tag(name)
-        sizes = dict(sizes_of(without_tag(name)))
-        del sizes["pool_head_dim"]
-        return ViTArch(**sizes, kind=without_tag(name))
+        sizes = sizes_of(without_tag(name))
+        own = {field.name: sizes[field.name] for field in fields(ViTArch) if field.name in sizes}
+        return ViTArch(**own, kind=without_tag(name))
     if match is None:
         raise InputError(f"unknown architecture {name!r}: expected {GRAMMAR}{nearest(name, known_names())}")
     size, patch, img, depth, heads = match.groups()

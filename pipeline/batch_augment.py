@@ -305,8 +305,10 @@ class BatchAugment:
         self.padding, self.flip, self.policy, self.erasing = 0, 0.0, None, None
         for step in transform.transforms:
             match step:
-                case transforms.Resize() | MaybeToTensor() | transforms.Normalize():
+                case transforms.Resize() | MaybeToTensor():
                     pass
+                case transforms.Normalize():
+                    self.mean, self.std = (torch.as_tensor(values).tolist() for values in (step.mean, step.std))
                 case transforms.RandomCrop():
                     self.padding = step.padding
                 case transforms.RandomHorizontalFlip():
@@ -335,7 +337,7 @@ class BatchAugment:
         x = shift_and_flip(x, *(to_device_of(numbers, x) for numbers in (down, right, flip)))
         if self.policy is not None:
             x = apply_operations(x, self.policy.sample(draws), self.policy.fill)
-        images = normalise(x)
+        images = normalise(x, self.mean, self.std)
         if self.erasing is not None:
             for erased in sample_erasing(self.erasing, draws, *x.shape[1:3]):
                 erase(images, erased)

@@ -4,7 +4,7 @@ Pixels have Pillow's own layout, (count, height, width, 4) in uint8 with an unus
 copying one 32-bit number.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,18 +59,17 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-MEAN_AND_STD = np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], dtype=np.float32)
-
-
 def to_device_of(numbers: np.ndarray, x: Tensor) -> Tensor:
     """``numbers`` on the device of ``x``, without synchronisation."""
     tensor = torch.from_numpy(np.ascontiguousarray(numbers))
     return tensor.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else tensor.to(x.device)
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalise(
+    x: Tensor, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
+) -> Tensor:
     """(count, height, width, 4) in uint8 → (count, 3, height, width), bit-identical to ToTensor and Normalize."""
-    mean, std = (to_device_of(values, x).view(3, 1, 1) for values in MEAN_AND_STD)
+    mean, std = (to_device_of(np.array(values, dtype=np.float32), x).view(3, 1, 1) for values in (mean, std))
     images = x[..., :3].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255).sub_(mean).div_(std)
 

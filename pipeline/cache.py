@@ -15,6 +15,7 @@ from samplers import ExactSampler, TrainSampler
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
@@ -75,12 +76,22 @@ class CachedBatches:
         skipped: see `CheckedLoader`; images are read once for all epochs, and the main process counts them.
     """
 
-    def __init__(self, dataset: TensorDataset, skipped: int, batch_size: int, **process: int):
+    def __init__(
+        self,
+        dataset: TensorDataset,
+        skipped: int,
+        batch_size: int,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        **process: int,
+    ):
         """
         Args:
             dataset, skipped: from `load_into_memory`.
+            mean, std: of each colour, for pixels from 0 to 1.
             process: rank and world_size.
         """
+        self.mean, self.std = mean, std
         self.dataset, self.skipped = dataset, skipped if utils.is_main() else 0
         self.sampler, self.batch_size = ExactSampler(len(dataset), **process), batch_size
 
@@ -91,7 +102,7 @@ class CachedBatches:
         images, labels = self.dataset.tensors
         for first in range(0, len(self.sampler), self.batch_size):
             some = to_device_of(np.array(self.sampler.indices[first : first + self.batch_size]), images)
-            yield normalise(images.index_select(0, some)), labels.index_select(0, some)
+            yield normalise(images.index_select(0, some), self.mean, self.std), labels.index_select(0, some)
 
 
 class AugmentedBatches:

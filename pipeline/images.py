@@ -5,7 +5,7 @@ docs/performance.md has the timings, and the alternatives that were measured.
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -277,13 +277,20 @@ def collate_raw(images: list[RawImage]) -> RawBatch:
 
 
 class Normalise:
-    """`RawBatch` → normalised images on ``device``, without synchronisation."""
+    """`RawBatch` → normalised images on ``device``, without synchronisation.
 
-    def __init__(self, device: torch.device):
+    Args:
+        mean, std: of each colour, for pixels from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ):
         self.device = device
-        mean, std = (
-            torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
+        mean, std = (torch.tensor(c, dtype=torch.float32, device=device).view(3, 1, 1) for c in (mean, std))
         self.mean, self.factor = 255 * mean, 1 / (255 * std)
 
     def __call__(self, batch: RawBatch) -> Tensor:

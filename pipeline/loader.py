@@ -5,7 +5,7 @@ import random
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from errno import EMFILE, ENFILE, ENOMEM
 from typing import NamedTuple
@@ -133,12 +133,13 @@ class CheckedLoader:
             evaluation they are left out.
     """
 
-    def __init__(self, loader: DataLoader, skip_bad: bool, device: torch.device):
+    def __init__(self, loader: DataLoader, skip_bad: bool, device: torch.device, **normalisation: Sequence[float]):
         """
         Args:
             device: where uint8 images are normalised.
+            normalisation: ``mean`` and ``std``, as in `Normalise`.
         """
-        self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device)
+        self.loader, self.skip_bad, self.normalise = loader, skip_bad, Normalise(device, **normalisation)
         self.skipped, self.warned = 0, set()
         self.exit_pipe = ExitPipe(loader)
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from common import console
 from models.formats.timm_folder import averaged_folder, read_model
+from models.preprocessing import Preprocessing
 from options import place
 from pipeline.images import apply_orientation, as_rgb
 
@@ -42,7 +43,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor]
     """
     model, config = read_model(folder)
     images = config["pretrained_cfg"]
-    if max(images["input_size"]) / images["crop_pct"] > LARGEST:
+    if max(images["input_size"]) / Preprocessing.from_config(images).crop_pct > LARGEST:
         raise models.InputError(f"{folder}/config.json: input_size or crop_pct makes pictures of over {LARGEST} pixels")
     try:
         transform = create_transform(**resolve_data_config(pretrained_cfg=images), is_training=False)

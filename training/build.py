@@ -9,11 +9,14 @@ import utils
 from common.errors import InputError, one_line
 from common.launchers import is_plain_task
 from losses import DistillationLoss, FamilyLoss
+from models.preprocessing import DEFAULT, Preprocessing
 from training.build_model import create_sized, wants_size
 from training.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TeacherConfig, options_of
 from training.foreign_weights import load_foreign_weights
 from training.optimizers import check_optimizer, compiles, create_optimizer, images_per_step, scaled_lr
-from training.teacher import Teacher, TeacherCache, cache_key_of, open_cache
+from training.preprocessing import of_teacher, preprocessing_of, shown
+from training.teacher import Renormalised, Teacher, TeacherCache, cache_key_of, open_cache
+from utils import print_main
 
 import torch
 from timm.models import get_pretrained_cfg
@@ -107,8 +110,18 @@ def check_compiler(what: str, device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_teacher(config: TeacherConfig, input_size: int, num_classes: int, device: torch.device) -> nn.Module | None:
+def build_teacher(
+    config: TeacherConfig,
+    input_size: int,
+    num_classes: int,
+    device: torch.device,
+    preprocessing: Preprocessing = DEFAULT,
+) -> nn.Module | None:
     """The frozen teacher, or None without distillation.
+
+    Args:
+        preprocessing: of the images of the run. A teacher that was trained with another mean or deviation gets them
+            renormalised.
 
     Raises:
         InputError: there are no weights, or they are of another architecture or another number of classes.
@@ -120,6 +133,10 @@ def build_teacher(config: TeacherConfig, input_size: int, num_classes: int, devi
         load_foreign_weights(teacher, config.teacher_path, "--teacher-path", other_head=False)
     else:
         teacher = pretrained_teacher(config.teacher_model, input_size, num_classes)
+    own = of_teacher(config)
+    if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
+        teacher = Renormalised(teacher, preprocessing, own)
+        print_main(f"{config.option} sees the images with its own mean {shown(own.mean)}, std {shown(own.std)}")
     return teacher.requires_grad_(False).to(device).eval()
 
 
@@ -150,7 +167,8 @@ def build_teaching(
     """
     model = None
     if not config.runtime.eval:
-        model = build_teacher(config.teacher, config.data.input_size, num_classes, device)
+        own = preprocessing_of(config.data)
+        model = build_teacher(config.teacher, config.data.input_size, num_classes, device, own)
     if model is None:
         return None
     dtype = dtype_of(config.runtime.amp_dtype, device)

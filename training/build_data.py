@@ -18,6 +18,7 @@ from pipeline.loader import MAX_UNREADABLE, CheckedDataset, CheckedLoader, Seede
 from pipeline.shards import ShardCache
 from samplers import ExactSampler, TrainSampler
 from training.config import AugmentConfig, Config, DataConfig
+from training.preprocessing import preprocessing_of
 from utils import print_main
 
 import torch
@@ -78,17 +79,21 @@ def shard_cache_of(data: DataConfig) -> ShardCache | None:
 
 def transform_of(data: DataConfig, augment: AugmentConfig, is_train: bool) -> Callable:
     """The transform of a training or test image."""
+    preprocessing = preprocessing_of(data)
     return build_transform(
         data.data_set,
         is_train,
         data.input_size,
         color_jitter=augment.color_jitter,
         aa=augment.aa,
-        interpolation=augment.train_interpolation if is_train else "bicubic",
+        interpolation=augment.train_interpolation if is_train else preprocessing.interpolation,
         reprob=augment.reprob,
         remode=augment.remode,
         recount=augment.recount,
-        eval_crop_ratio=data.eval_crop_ratio,
+        eval_crop_ratio=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
         three_augment=augment.three_augment,
         src=augment.src,
     )
@@ -122,6 +127,8 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
             "training images"
         )
     process = dict(rank=utils.rank(), world_size=utils.world_size())
+    preprocessing = preprocessing_of(data)
+    normalisation = dict(mean=preprocessing.mean, std=preprocessing.std)
     workers = workers_of(data)
     pinned = data.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate)
@@ -140,7 +147,8 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
         cache.check_memory(len(keys) + len(test), data.input_size, device)
         read = partial(cache.load_into_memory, data.input_size, device, data.skip_bad_images, **common)
         train_loader = AugmentedBatches(*read(train, keys), sampler, sizes["train"], batch_augment)
-        return train_loader, CachedBatches(*read(test, range(len(test))), sizes["test"], **process), classes
+        cached = CachedBatches(*read(test, range(len(test))), sizes["test"], **normalisation, **process)
+        return train_loader, cached, classes
     train_loader = DataLoader(
         train,
         batch_size=sizes["train"],
@@ -150,7 +158,8 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
         **common,
     )
     test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
-    return *(CheckedLoader(loader, data.skip_bad_images, device) for loader in (train_loader, test_loader)), classes
+    checked = partial(CheckedLoader, skip_bad=data.skip_bad_images, device=device, **normalisation)
+    return checked(train_loader), checked(test_loader), classes
 
 
 def order_loader(config: Config, device: torch.device) -> CheckedLoader:
@@ -177,7 +186,8 @@ def order_loader(config: Config, device: torch.device) -> CheckedLoader:
         collate_fn=collate,
         generator=torch.Generator(),  # the random numbers of the run stay as they are
     )
-    return CheckedLoader(loader, data.skip_bad_images, device)
+    preprocessing = preprocessing_of(data)
+    return CheckedLoader(loader, data.skip_bad_images, device, mean=preprocessing.mean, std=preprocessing.std)
 
 
 def workers_of(data: DataConfig) -> int:

@@ -20,6 +20,7 @@ from training.config import CHECKPOINT, Config, options_in_effect, recipe
 from training.foreign_weights import as_list
 from training.label_check import names_known
 from training.optimizers import load_state, sample_of, scaled_lr, tensors_in
+from training.preprocessing import preprocessing_of
 from training.run import Run, accuracy
 from utils import print_main
 
@@ -179,6 +180,7 @@ def write_checkpoint(run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "log": run.log.epochs,
         "args": options_in_effect(run.config),
+        "preprocessing": preprocessing_of(run.config.data).as_config(),
     }
     if run.ema is not None:
         content["model_ema"] = run.ema.module.state_dict()

@@ -100,7 +100,12 @@ class DataConfig:
     cache_data: bool = False
     pin_mem: bool = True
     skip_bad_images: bool = False
-    eval_crop_ratio: float = 0.875
+    # None: those of the weights that the run starts from (`training.preprocessing`)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: str | None = None
+    eval_crop_ratio: float | None = None
+    crop_mode: str | None = None
 
 
 @dataclass(frozen=True)

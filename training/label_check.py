@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from common.download import fetch
 from common.errors import InputError
@@ -61,15 +60,9 @@ def warn_of_head(source: str, theirs: Sequence[str] | None, ours: Sequence[str] 
 def names_in(source: str, on_hub: str = MODEL) -> list[str] | None:
     """The class names in a file or at an address; None if there are none, or the file cannot be read."""
     try:
-        path = fetch(source, on_hub=on_hub)
+        return class_names(fetch(source, on_hub=on_hub))
     except InputError:
         return None
-    if source.startswith("hf-hub:"):
-        where, _, revision = source.removeprefix("hf-hub:").partition("@")
-        config = "/".join([*where.split("/")[:2], "config.json"]) + f"@{revision}" * bool(revision)
-        with suppress(InputError):  # not every repository has one
-            fetch(f"hf-hub:{config}")  # it then lies beside the weights
-    return class_names(path)
 
 
 def names_of_timm(model: str, ours: Sequence[str] | None) -> list[str] | None:

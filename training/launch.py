@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import utils
 from common.download import fetch
 from common.errors import InputError, error_context
+from common.hub import in_repository
 from pipeline.folders import download
 from training.build_data import splits_needed
 from training.build_model import Builder
@@ -69,7 +70,10 @@ def share_resume(config: Config) -> Config:
 
 
 def fetch_addresses(config: Config) -> None:
-    """Download the weights that options name by address, and those of timm, once per machine."""
+    """Download the weights that options name by address, those of timm, and what a repository says about them.
+
+    Once per machine.
+    """
     if utils.local_rank() != 0:
         return
     for option, (source, file) in weight_sources(config.model, config.teacher, config.runtime.resume).items():
@@ -78,6 +82,9 @@ def fetch_addresses(config: Config) -> None:
                 fetch(source, on_hub=file)
             elif source == TIMM and option in TAGGED:
                 timm_weights(tagged_name(config.model, option))
+            if source.startswith("hf-hub:") and option not in ("load_gene", "resume"):
+                with suppress(InputError):  # not every repository has one
+                    fetch(in_repository(source, "config.json"))  # it then lies beside the weights
 
 
 def fetch_data(config: Config) -> None:

@@ -1,33 +1,34 @@
 """What a run leaves behind: learngene or model, and its upload to the Hub."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import models
 from common.errors import error_context
 from common.files import atomic_write, hardlink_or_copy
 from common.hub import model_card, upload
-from datasets import DATA_SETS, SMALL, describe_classes
+from datasets import describe_classes
 from models.formats.timm_folder import AVERAGED_FOLDER, save_model
 from training.build_model import CHANNELS, wants_size
 from training.config import LEARNGENE, MODEL, recipe
 from training.label_check import names_known
+from training.preprocessing import evaluation_config, preprocessing_of
 from training.run import Run
 from utils import print_main
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 
 def write_weights(run: Run) -> None:
     """Stage 1: the learngene files. Else: the model, and its average, in timm's own format."""
     if isinstance(run.model, models.AuxNet):
-        options, names = recipe(run.config), names_known(run.config.data.data_set, run.classes)
-        models.Learngene.of(run.model, options, classes=names).save(run.output_dir / "learngene.safetensors")
+        data = run.config.data
+        known = dict(classes=names_known(data.data_set, run.classes), preprocessing=preprocessing_of(data))
+        learngene = partial(models.Learngene.of, options=recipe(run.config), **known)
+        learngene(run.model).save(run.output_dir / "learngene.safetensors")
         if run.ema is not None:
-            models.Learngene.of(run.ema.module, options, averaged=True, classes=names).save(
-                run.output_dir / "learngene_ema.safetensors"
-            )
+            learngene(run.ema.module, averaged=True).save(run.output_dir / "learngene_ema.safetensors")
         else:  # an earlier run's average would pass for that of this learngene
             (run.output_dir / "learngene_ema.safetensors").unlink(missing_ok=True)
         return
@@ -45,20 +46,12 @@ def write_weights(run: Run) -> None:
 def write_model(run: Run, model: nn.Module, folder: Path) -> None:
     """A folder that timm reads: ``model``, which is that of the run or its average."""
     name, size = run.config.model.des_name, run.config.data.input_size
-    small = DATA_SETS[run.config.data.data_set][2] is not None and size <= SMALL  # small images are used whole
     save_model(
         model,
         folder,
         replace(models.parse_arch(name), img_size=size) if models.is_vit(name) else name,
         model_args={"img_size": size} if not models.is_vit(name) and wants_size(name) else {},
-        data_config={
-            "input_size": [CHANNELS, size, size],
-            "crop_pct": 1.0 if small else run.config.data.eval_crop_ratio,
-            "crop_mode": "squash" if small else "center",
-            "interpolation": "bicubic",  # of every evaluation here, whatever timm records for the architecture
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-        },
+        data_config=evaluation_config(run.config.data, CHANNELS),  # whatever timm records for the architecture
         label_names=run.classes,
         label_descriptions=describe_classes(run.classes),
     )

@@ -27,6 +27,7 @@ from training.config import TIMM, Config, ModelConfig, recipe, resolve_with, tag
 from training.initialise import initialise_from
 from training.label_check import check_teacher_names, names_known, warn_of_head, warn_of_heads
 from training.logs import EpochLog
+from training.preprocessing import resolve_preprocessing
 from training.run import Run
 
 import torch
@@ -58,6 +59,7 @@ def set_up(config: Config, build: Builder) -> Run:
         gene = load_gene(config.model)
         config = resolve_with(config, gene)
         check(config)
+    config = resolve_preprocessing(config, gene)
     facts = facts_of(config.model, gene)
     train_loader, test_loader, classes = build_loaders(config, device)
     if utils.is_main():  # the others have the same files

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_json
+from models.preprocessing import Preprocessing
 from pipeline.loader import dataset_fingerprint
 from training.config import option_name
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -34,7 +36,8 @@ CAST_BY_AUTOCAST = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d,
 OPTIONS = ("data_set", "cache_data", "seed", "input_size", "batch_size", "repeated_aug", "color_jitter", "aa")
 OPTIONS += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
 OPTIONS += ("mixup_switch_prob", "mixup_mode", "teacher_model", "teacher_cache_top")
-LATER_OPTIONS = ("three_augment", "src")  # in the key only if they are on, so that older caches stay valid
+# in the key only if they differ from these values, so that older caches stay valid
+LATER_OPTIONS = {"three_augment": False, "src": False, "mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD]}
 
 
 class Teacher:
@@ -68,6 +71,27 @@ class Teacher:
         return hashlib.sha256(
             b"".join(hashlib.sha256(as_bytes(tensor.cpu())).digest() for tensor in self.model.state_dict().values())
         ).hexdigest()
+
+
+class Renormalised(nn.Module):
+    """A network for images that are normalised in another way than those it was trained on."""
+
+    def __init__(self, model: nn.Module, ours: Preprocessing, theirs: Preprocessing):
+        """
+        Args:
+            model: the network.
+            ours: of the images that it is called with.
+            theirs: of the images that it was trained on.
+        """
+        super().__init__()
+        self.model = model
+        numbers = (ours.mean, ours.std, theirs.mean, theirs.std)
+        mean, std, own_mean, own_std = (torch.tensor(n, dtype=torch.float64).view(3, 1, 1) for n in numbers)
+        self.register_buffer("scale", (std / own_std).float())
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images * self.scale + self.shift)
 
 
 class TeacherCache:
@@ -238,7 +262,7 @@ def cache_key_of(
     Args:
         options: of the run, by name, as `training.config.options_of` gives them.
     """
-    names = [*OPTIONS, *(name for name in LATER_OPTIONS if options[name])]
+    names = [*OPTIONS, *(name for name, usual in LATER_OPTIONS.items() if options[name] not in (None, usual))]
     return {
         **{option_name(name): options[name] for name in names},
         "precision": str(dtype).removeprefix("torch."),

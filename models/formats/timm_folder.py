@@ -13,6 +13,7 @@ from common.errors import InputError, one_line
 from common.files import atomic_write, read_checkpoint, read_json
 from models.formats.weights import weights_of
 from models.meta import WeightsOnMeta
+from models.preprocessing import Preprocessing
 from models.stateless import vit_from_weights
 from models.vit import PLAIN_VIT, ViTArch, create_vit, timm_kwargs
 
@@ -143,10 +144,10 @@ def _check_config(config: object) -> None:
         raise InputError(f"holds a {type(config).__name__}, expected a mapping")
     images = config["pretrained_cfg"]
     labels = config.get("label_names")
+    Preprocessing.from_config(images)
     rules = {
         "num_classes, a whole number": type(config["num_classes"]) is int,
         "input_size, three whole numbers": [type(size) for size in images["input_size"]] == [int] * 3,
-        "crop_pct, from 0 to 1": isinstance(images["crop_pct"], (int, float)) and 0 < images["crop_pct"] <= 1,
         "label_names, one text per class": labels is None
         or (
             isinstance(labels, list)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import main
 import models
-from models import lets, selection
+from models import selection
+from models.axes import stack_layers
 from models.depth_mapping import groups_of_layers, select_depth
 from models.learngene import PARTS, save_published
 from models.names import parse_arch
@@ -319,7 +320,7 @@ def test_frozen_learngene_of_a_trained_vit_stays_as_it_is(tmp_path):
     fresh = set_up_run(options.split()).model
     assert main.main(options.split()) == 0
     gene = models.load_learngene(tmp_path / "run" / "learngene.safetensors")
-    expected = lets.stack_layers(trained.state_dict(), described(parse_arch("deit_nano_patch4_16_L2"), 10).structure)
+    expected = stack_layers(trained.state_dict(), described(parse_arch("deit_nano_patch4_16_L2"), 10).structure)
     assert all(torch.equal(gene.tensors[name], expected[name]) for name in expected)
     transformation = gene.tensors.keys() - expected.keys()
     assert transformation == {*"ECQKVMgh", "pos_embed"}

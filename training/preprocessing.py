@@ -1,0 +1,131 @@
+"""The preprocessing of a run: that of the weights it starts from, unless options say otherwise."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import models
+from common.download import fetch
+from common.errors import InputError, error_context
+from datasets import WHOLE, are_small
+from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
+from training.config import Config, DataConfig, ModelConfig, TeacherConfig, option_name, weight_sources
+from utils import print_main
+
+from timm.models import get_pretrained_cfg
+
+# of DataConfig → of Preprocessing
+PREPROCESSING_OPTIONS = {
+    "mean": "mean",
+    "std": "std",
+    "interpolation": "interpolation",
+    "eval_crop_ratio": "crop_pct",
+    "crop_mode": "crop_mode",
+}
+TIMM = "timm"  # in the place of a path: the weights that timm has for the name
+
+
+def preprocessing_of(data: DataConfig) -> Preprocessing:
+    """What the options say, and the default where they say nothing."""
+    given = {name: getattr(data, option) for option, name in PREPROCESSING_OPTIONS.items()}
+    return Preprocessing(**{name: value for name, value in given.items() if value is not None})
+
+
+def resolve_preprocessing(config: Config, gene: models.Learngene | None = None) -> Config:
+    """A copy of ``config`` with all `PREPROCESSING_OPTIONS`: as given, else as the weights at the start were trained.
+
+    Logs what differs from the default because of these weights.
+
+    Args:
+        gene: the learngene of --load-gene, if that is given.
+
+    Raises:
+        InputError: a file of weights describes a preprocessing that cannot be used.
+    """
+    source, theirs = source_of(config, gene)
+    missing = {option: name for option, name in PREPROCESSING_OPTIONS.items() if getattr(config.data, option) is None}
+    config = config.with_options(**{option: getattr(theirs, name) for option, name in missing.items()})
+    other = [option for option in not_default(config.data) if option in missing]
+    if other:
+        values = (f"{option_name(option)} {shown(getattr(config.data, option))}" for option in other)
+        print_main(f"{', '.join(values)}: as in {source}")
+    return config
+
+
+def not_default(data: DataConfig) -> list[str]:
+    """The `PREPROCESSING_OPTIONS` whose values are not the default ones."""
+    default, ours = asdict(DEFAULT), asdict(preprocessing_of(data))
+    return [option for option, name in PREPROCESSING_OPTIONS.items() if ours[name] != default[name]]
+
+
+def shown(value: object) -> str:
+    return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
+
+
+def source_of(config: Config, gene: models.Learngene | None) -> tuple[str, Preprocessing]:
+    """The weights that the run starts from, as their option names them, and their preprocessing.
+
+    Of several the last ones to be loaded count. A file that says nothing about its images has DeiT's preprocessing, or
+    that of the tag where the architecture is a name of timm's with one.
+    """
+    sources = weight_sources(config.model, config.teacher, config.runtime.resume)
+    if "resume" in sources:
+        return in_source("resume", *sources["resume"], "")
+    if gene is not None:
+        return f"--load-gene {config.model.load_gene}", gene.preprocessing
+    archs = {"finetune": config.model.arch, "src_path": config.model.src_arch, "init_path": config.model.model}
+    option = next((option for option in archs if option in sources), None)
+    return ("", DEFAULT) if option is None else in_source(option, *sources[option], archs[option] or "")
+
+
+def in_source(option: str, source: str, file: str, arch: str) -> tuple[str, Preprocessing]:
+    """The preprocessing of weights of the architecture ``arch``, and how a message names them.
+
+    Args:
+        option, source, file: as in `training.config.weight_sources`.
+    """
+    label, name = f"{option_name(option)} {source}", arch.partition("@")[0]
+    with error_context(label):
+        if source == TIMM:
+            return f"{label}, {name}", of_timm(name)
+        found = preprocessing_in(place_of(source, file))
+        if found is None and "." in name:
+            return f"{label}, {name}", of_timm(name)
+        return label, found or DEFAULT
+
+
+def place_of(source: str, file: str) -> Path:
+    """The local file of weights; a path that does not exist is left to its reader."""
+    if Path(source).is_dir():
+        return Path(source, file)
+    try:
+        return fetch(source, on_hub=file)
+    except InputError:
+        return Path(source)
+
+
+def of_timm(name: str) -> Preprocessing:
+    """The preprocessing of the weights that timm has for ``NAME[.tag]``.
+
+    Raises:
+        InputError: timm does not know the tag.
+    """
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown weights {name!r}: {error}") from error
+    return DEFAULT if config is None else Preprocessing.from_config(config.to_dict())
+
+
+def of_teacher(config: TeacherConfig) -> Preprocessing:
+    """The preprocessing of the images that the teacher was trained on."""
+    sources = weight_sources(ModelConfig(), config, None)
+    if "teacher_path" not in sources:
+        return of_timm(config.teacher_model)
+    return in_source("teacher_path", *sources["teacher_path"], config.teacher_model)[1]
+
+
+def evaluation_config(data: DataConfig, in_chans: int) -> dict:
+    """How the run evaluates, with timm's keys, for the ``config.json`` of a model."""
+    size = data.input_size
+    whole = WHOLE if are_small(data.data_set, size) else {}
+    return {"input_size": [in_chans, size, size], **preprocessing_of(data).as_config(), **whole}
