@@ -12,8 +12,9 @@ from training.launch import prepare
 
 import pytest
 import torch
-from conftest import Outcome, Run, run_many, set_up_run
-from safetensors.torch import load_file
+from conftest import ENVIRONMENT, Outcome, Run, run_main, run_many, set_up_run
+from hub_stand_in import HubStandIn
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 DATA = "--data-set DIGITS --num-workers 0 --device cpu --no-repeated-aug --batch-size 64 --warmup-epochs 0"
@@ -184,3 +185,26 @@ def test_refused_sources(runs, options):
     message = str(raised.value).replace(str(runs.out), "OUT")
     assert all(part in message for part in ERRORS[options]), message
     assert "\n" not in message
+
+
+def test_weights_of_a_tag(tmp_path, monkeypatch):
+    """``timm`` is the pretrained model of the name before the @, whose head has other classes than the data."""
+    tag = "test_vit.r160_in1k"
+    torch.manual_seed(1)
+    pretrained = models.create_model(tag).state_dict()
+    with HubStandIn() as hub:
+        hub.add(f"timm/{tag}", {"model.safetensors": save(pretrained)})
+        for name, value in hub.environment(tmp_path / "hub").items():
+            monkeypatch.setitem(ENVIRONMENT, name, value)
+        out = tmp_path / "out"
+        outcome = run_main(
+            *f"{DATA} --train-images 8 --model {tag}@L2-H1 --init front --init-path timm --epochs 0".split(),
+            *("--output-dir", out),
+        )
+    assert outcome.returncode == 0, outcome.stderr
+    found, source = load_file(out / "model.safetensors"), models.parse_arch(tag)
+    expected = BASELINES["front"](pretrained, source, models.parse_arch(f"{tag}@L2-H1"))
+    names = [name for name in found if not name.startswith("head.")]
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert len(found["head.weight"]) == 10
+    assert "it has 1000 classes, the data 10: the head is re-initialised" in outcome.stdout
