@@ -58,6 +58,7 @@ RULES = [
     Rule(r"scripts/make_family\.py --load-gene output/random", "--depths 3 --heads 6"),
     Rule(r"scripts/make_family\.py", "--depths 2,3 --heads 1"),
     Rule(r"scripts/(inspect_learngene|convert_learngene|download_learngenes|predict|export_model)\.py"),
+    Rule(r"scripts/vit_kinds\.py"),
     Rule(r"scripts/make_shards\.py", "--shard-mb 0.01"),
     Rule(r"scripts/study\.py", action="parse", reason="takes hours; tests/integration/test_study.py runs a small one"),
     Rule(r"scripts/study_report\.py"),
