@@ -101,13 +101,17 @@ def name_of(arch: ViTArch) -> str:
     """
     if arch.kind is not None:
         name = f"{arch.kind}@L{arch.depth}-H{arch.num_heads}"
-        return name if replace(parse_arch(name), img_size=arch.img_size) == arch else f"models.{arch!r}"
+        return name if replace(parse_arch(name), img_size=arch.img_size) == arch else in_python(arch)
     for suffix in ("", f"_H{arch.num_heads}"):
         for size in reversed(SIZES):
             name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"
             if _PLAIN.fullmatch(name) and parse_arch(name) == arch:
                 return name
-    return f"models.{arch!r}, which has no name"
+    return f"{in_python(arch)}, which has no name"
+
+
+def in_python(arch: ViTArch) -> str:
+    return f"models.ViTArch({', '.join(f'{name}={value!r}' for name, value in arch.as_dict().items())})"
 
 
 def register(name: str, create: Callable[..., nn.Module]) -> None:

@@ -171,7 +171,7 @@ def test_a_name_belongs_to_one_class():
     [
         ("--method grow --model aux_deit_nano_patch8_16", "--method: unknown method 'grow'"),
         ("--method lets --src-arch deit_nano_patch8_16_L2_H1", "--tgt-arch is missing: stage 1 of LeTs needs"),
-        ("--method tleg --model deit_nano_patch8_16_L2", "--model deit_nano_patch8_16_L2 is no Aux-Net of TLEG"),
+        ("--method tleg --model resnet18", "--model resnet18 is no Aux-Net of TLEG"),
         ("--method tleg --src-arch deit_nano_patch8_16_L2", "--model is missing: stage 1 of TLEG needs --model"),
         ("--method tleg --load-gene x", "--model is missing"),
     ],
