@@ -30,6 +30,9 @@ def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
         name: an architecture of timm with its tag; without one, timm's default tag is meant.
         kwargs: ``num_classes`` and ``img_size``, to which timm fits head and positions.
 
+    Returns:
+        The state dict of ``timm.create_model(name, pretrained=True, **kwargs)``.
+
     Raises:
         InputError: the tag is unknown or has no weights, or they cannot be downloaded.
     """
@@ -48,11 +51,11 @@ def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     except (*hub_errors(), LookupError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
-    if "num_classes" in kwargs and offered.num_classes != kwargs["num_classes"]:
-        print_main(
-            f"timm's {name} has {offered.num_classes} classes, the data {kwargs['num_classes']}: the head is "
-            "re-initialised"
-        )
+    classes, size = offered.num_classes, max(offered.input_size[1:])
+    if kwargs.get("num_classes", classes) != classes:
+        print_main(f"timm's {name} has {classes} classes, the data {kwargs['num_classes']}: the head is re-initialised")
+    if kwargs.get("img_size", size) != size and hasattr(model, "pos_embed"):
+        print_main(f"timm's {name} is for {size} pixels, here are {kwargs['img_size']}: its positions are resampled")
     return model.state_dict()
 
 

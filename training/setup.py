@@ -64,10 +64,7 @@ def set_up(config: Config, build: Builder) -> Run:
     train_loader, test_loader, classes = build_loaders(config, device)
     if utils.is_main():  # the others have the same files
         check_names(config, classes, gene)
-    model = build(config.model, config.data.input_size, len(classes), gene)
-    if config.model.init and not config.runtime.resume:  # the weights of a checkpoint replace all others
-        initialise_from(model, config, len(classes), device)
-    model = model.to(device)
+    model = model_of(config, build, len(classes), gene, device)
     supernet = build_supernet(config.model, model, config.data.input_size) if config.model.descendants else None
     if config.model.grad_checkpointing:
         checkpoint_gradients(supernet or model, config.model.arch)
@@ -98,6 +95,16 @@ def set_up(config: Config, build: Builder) -> Run:
     )
     begin(run)
     return run
+
+
+def model_of(
+    config: Config, build: Builder, num_classes: int, gene: models.Learngene | None, device: torch.device
+) -> nn.Module:
+    """The model of the run on its device, with the weights of --init."""
+    model = build(config.model, config.data.input_size, num_classes, gene)
+    if config.model.init and not config.runtime.resume:  # the weights of a checkpoint replace all others
+        initialise_from(model, config, num_classes, device)
+    return model.to(device)
 
 
 def begin(run: Run) -> None:

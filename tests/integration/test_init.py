@@ -5,11 +5,16 @@ from pathlib import Path
 
 import models
 from models.baselines import BASELINES
+from training.build_data import order_loader
+from training.command_line import parse_options
+from training.initialise import gradients_of
+from training.launch import prepare
 
 import pytest
 import torch
-from conftest import Outcome, Run, run_many, set_up_run
-from safetensors.torch import load_file
+from conftest import ENVIRONMENT, Outcome, Run, run_main, run_many, set_up_run
+from hub_stand_in import HubStandIn
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 DATA = "--data-set DIGITS --num-workers 0 --device cpu --no-repeated-aug --batch-size 64 --warmup-epochs 0"
@@ -48,11 +53,13 @@ class Runs:
         return set_up_run(options.replace("OUT", str(self.out)).split()).model.state_dict()
 
 
-FIRST = {name: f"{named(name)} --epochs 1 --output-dir OUT/{name}" for name in SOURCES}
-SECOND = {
-    baseline: f"{named('tokens', change)} --epochs 0 --init {baseline} --init-path OUT/tokens --output-dir "
-    f"OUT/{baseline}"
+FIRST = {name: f"{named(name)} --train-images 256 --epochs 1 --output-dir OUT/{name}" for name in SOURCES}
+FROM_TOKENS = {
+    baseline: f"{named('tokens', change)} --init {baseline} --init-path OUT/tokens"
     for baseline, change in CHANGES.items()
+}
+SECOND = {
+    baseline: f"{FROM_TOKENS[baseline]} --epochs 0 --output-dir OUT/{baseline}" for baseline in ("taylor", "front")
 }
 SECOND["two processes"] = SECOND["taylor"].replace("OUT/taylor", "OUT/two")
 
@@ -81,15 +88,17 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+def test_a_run_writes_what_the_baseline_makes(runs):
+    expected = BASELINES["front"](runs.weights("tokens"), arch_of("tokens"), arch_of("tokens", CHANGES["front"]))
+    assert_equal(runs.weights("front"), expected)
+    said = "/tokens: vit_tiny_patch16_224, L3-H3 (width 192), patch 16, image 32, for front"
+    assert said in runs.outcomes["front"].stdout
+
+
 @pytest.mark.parametrize("baseline", [name for name in BASELINES if name != "taylor"])
-def test_a_run_starts_from_what_the_baseline_makes(runs, baseline):
-    change = CHANGES[baseline]
-    expected = BASELINES[baseline](runs.weights("tokens"), arch_of("tokens"), arch_of("tokens", change))
-    assert_equal(runs.weights(baseline), expected)
-    said = runs.outcomes[baseline].stdout
-    assert "OUT/tokens: vit_tiny_patch16_224, L3-H3 (width 192), patch 16, image 32, for" in said.replace(
-        str(runs.out), "OUT"
-    )
+def test_source_with_class_token(runs, baseline):
+    expected = BASELINES[baseline](runs.weights("tokens"), arch_of("tokens"), arch_of("tokens", CHANGES[baseline]))
+    assert_equal(runs.made(FROM_TOKENS[baseline]), expected)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -105,7 +114,7 @@ def test_plain_source(runs, baseline):
 
 
 def test_taylor_depends_on_the_images_and_on_nothing_else(runs):
-    weights, options = runs.weights("taylor"), SECOND["taylor"]
+    weights, options = runs.weights("taylor"), FROM_TOKENS["taylor"]
     two = runs.outcomes["two processes"]
     assert two.codes == [0, 0], two.stderr
     assert_equal(load_file(runs.out / "two" / "model.safetensors"), weights)
@@ -115,22 +124,19 @@ def test_taylor_depends_on_the_images_and_on_nothing_else(runs):
     assert_equal(runs.made(f"{options} --order-images 16 --train-images 1000"), few)
 
 
-def test_taylor_gradients_are_those_of_the_training_images(runs):
-    """Against a loop over single images, with the weights of the trained ViT."""
-    run = set_up_run(f"{named('tokens')} --eval --finetune {runs.out / 'tokens'} --holdout 257".split())
-    vit, gradients = run.model.eval(), {}
-    images = list(run.test_loader)
-    count = sum(len(labels) for _, labels in images)
-    for batch, labels in images:
-        for image, label in zip(batch, labels, strict=True):
-            vit.zero_grad()
-            torch.nn.functional.cross_entropy(vit(image[None]), label[None]).backward()
-            for name, w in vit.named_parameters():
-                gradients[name] = gradients.get(name, 0) + w.grad
-    assert count == 257
-    arch = arch_of("tokens", (-1, -1))
-    expected = BASELINES["taylor"](runs.weights("tokens"), arch_of("tokens"), arch, gradients)
-    assert expected.keys() == runs.weights("taylor").keys()
+def test_taylor_takes_the_gradients_of_the_training_images(runs):
+    """Against a loop over single images, prepared as for evaluation."""
+    weights, arch = runs.weights("tokens"), arch_of("tokens")
+    config = prepare(parse_options(f"{FROM_TOKENS['taylor']} --order-images 20 --batch-size 8".split()))
+    found = gradients_of(weights, arch, config, 10, torch.device("cpu"))
+    vit = models.create_vit(arch, num_classes=10)
+    vit.load_state_dict(weights)
+    for images, labels in order_loader(config, torch.device("cpu")):
+        for image, label in zip(images, labels, strict=True):
+            torch.nn.functional.cross_entropy(vit.eval()(image[None]), label[None]).backward()
+    assert found.keys() == weights.keys()
+    for name, w in vit.named_parameters():
+        torch.testing.assert_close(found[name], w.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_source_for_other_images(runs, capsys):
@@ -179,3 +185,26 @@ def test_refused_sources(runs, options):
     message = str(raised.value).replace(str(runs.out), "OUT")
     assert all(part in message for part in ERRORS[options]), message
     assert "\n" not in message
+
+
+def test_weights_of_a_tag(tmp_path, monkeypatch):
+    """``timm`` is the pretrained model of the name before the @, whose head has other classes than the data."""
+    tag = "test_vit.r160_in1k"
+    torch.manual_seed(1)
+    pretrained = models.create_model(tag).state_dict()
+    with HubStandIn() as hub:
+        hub.add(f"timm/{tag}", {"model.safetensors": save(pretrained)})
+        for name, value in hub.environment(tmp_path / "hub").items():
+            monkeypatch.setitem(ENVIRONMENT, name, value)
+        out = tmp_path / "out"
+        outcome = run_main(
+            *f"{DATA} --train-images 8 --model {tag}@L2-H1 --init front --init-path timm --epochs 0".split(),
+            *("--output-dir", out),
+        )
+    assert outcome.returncode == 0, outcome.stderr
+    found, source = load_file(out / "model.safetensors"), models.parse_arch(tag)
+    expected = BASELINES["front"](pretrained, source, models.parse_arch(f"{tag}@L2-H1"))
+    names = [name for name in found if not name.startswith("head.")]
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert len(found["head.weight"]) == 10
+    assert "it has 1000 classes, the data 10: the head is re-initialised" in outcome.stdout

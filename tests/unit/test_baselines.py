@@ -23,7 +23,7 @@ KINDS = (
     "vit_giant_patch14_dinov2",  # SwiGLU in one tensor
     "vit_base_patch16_siglip_224",  # pooling block
     "eva02_tiny_patch14_224",  # SwiGLU in two tensors, q_bias and v_bias, rotary positions beside pos_embed
-    "vit_small_patch16_dinov3",  # rotary positions alone
+    "vit_medium_patch16_rope_reg1_gap_256",  # rotary positions alone
 )
 
 
