@@ -32,7 +32,8 @@ neurons to the width. A learngene expands ViTs of its own kind: source, Aux-Net 
 architecture in different sizes.
 
 Of the {total} architectures of timm {version}'s modules {modules}, **{working} work** and
-{refused} are refused. ViTs of its other modules, such as `deit_*`, work if the table of axes knows all their parameters.
+{refused} are refused. ViTs of its other modules, such as `deit_*`, work if the table of axes knows all their
+parameters.
 The command that writes this page, for the installed version of timm:
 
 ```bash
