@@ -6,13 +6,16 @@ timm alone reads it (``timm.create_model("local-dir:FOLDER", pretrained=True)``)
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_checkpoint, read_json
 from models.formats.weights import weights_of
+from models.kinds import is_kind
 from models.meta import WeightsOnMeta
+from models.names import parse_arch
 from models.preprocessing import Preprocessing
 from models.stateless import vit_from_weights
 from models.vit import PLAIN_VIT, ViTArch, create_vit, timm_kwargs
@@ -108,6 +111,8 @@ def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:
         shape["in_chans"] = config["pretrained_cfg"]["input_size"][0]
         create = partial(create_vit, arch, **shape)
     elif model_args.keys() <= {"img_size"}:
+        if is_kind(name):
+            replace(parse_arch(name), **model_args)  # no more patches than there may be
         create = partial(timm.create_model, name, **shape, **model_args)
     else:
         raise InputError(f"model_args {', '.join(model_args)[:100]} are unknown: expected img_size or none")

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,30 @@ def test_model_folder_names_kind_and_sizes(runs, name):
     assert config["model_args"] == sizes
     assert config["pretrained_cfg"]["input_size"] == [3, size, size]
     assert model(torch.zeros(1, 3, size, size)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"architecture": "resnet18"}, "resnet18 cannot be changed in size"),
+        ({"model_args": {"embed_dim": 32}}, "does not describe model.safetensors: KeyError 'depth'"),
+        ({"depth": 3}, "is not in model.safetensors in the same shape"),
+        ({"depth": 10**6}, "at most 256"),
+        ({"num_heads": 5}, "cannot be divided among 5 heads"),
+        ({"img_size": 10**6}, "patches of width 32 are too many"),
+        ({"embed_dim": 10**9, "num_heads": 1}, "patches of width 1,000,000,000 are too many"),
+        ({"class_token": False}, "model_args are not those of a ViT of these sizes"),
+    ],
+    ids=str,
+)
+def test_model_folder_that_does_not_describe_its_weights(runs, tmp_path, changed, message):
+    folder = shutil.copytree(finished(runs, "narrower"), tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    place = config if changed.keys() <= config.keys() else config["model_args"]
+    place |= changed
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(models.InputError, match=re.escape(message)):
+        read_model(folder)
 
 
 TIMM_ALONE = """
