@@ -14,8 +14,8 @@ DATA_SETS += ("MINIIMNET", "TINYIMNET", "WDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
-BASELINES = ("weight_selection", "stacking", "interpolation")
-DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "rand", "rand_softmax")
+BASELINES = ("weight_selection", "stacking", "interpolation", "magnitude", "taylor", "front")
+DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "copy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
@@ -23,12 +23,18 @@ CROP_MODES = ("center", "squash", "border")
 COLOURS = ("R", "G", "B")
 OF_SOURCE = "; default: that of the weights at the start"
 ON_NAN = ("stop", "skip", "rollback")
+WEIGHTS = "address, or timm for the weights of the architecture's tag"
 RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
 
 stage 1, LeTs    main.py --src-arch deit_small_patch16_224_L8 --tgt-arch deit_base_patch16_224_L16_H12 …
+                 main.py --src-arch vit_small_patch16_224.augreg_in1k --src-path timm --tgt-arch @L16-H12 …
 stage 1, TLEG    main.py --model aux_deit_small_patch16_224 …
 stage 2          main.py --des-arch deit_base_patch16_224_L12 --load-gene learngene.safetensors …
+                 main.py --des-arch @L6-H3 --load-gene learngene.safetensors …
 anything else    main.py --model resnet18 …           a teacher, or a baseline from scratch
+
+NAME[.tag]@L{depth}-H{heads} is the ViT NAME of timm's in another depth and width; @L{depth}-H{heads} alone is of the
+kind of the source (--tgt-arch) or of the learngene (--des-arch).
 """
 
 
@@ -199,9 +205,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--config", type=place_or_none, help="YAML file whose keys are these options; the command line wins")
     g.add_argument("--method", help="stage 1: the method, such as lets or tleg; default: what the next options ask for")
     g.add_argument("--model", "--model-type", help="aux_deit_… (TLEG stage 1), or any model to train as it is")
-    g.add_argument("--src-arch", help="LeTs stage 1: the learngene, such as deit_small_patch16_224_L8")
-    g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12")
-    g.add_argument("--des-arch", help="stage 2: the Des-Net, such as deit_base_patch16_224_L12")
+    g.add_argument("--src-arch", help="LeTs stage 1: the learngene, such as deit_small_patch16_224_L8, or a timm ViT")
+    g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12, or @L16-H12")
+    g.add_argument("--des-arch", help="stage 2: the Des-Net, such as deit_base_patch16_224_L12, or @L6-H3")
     g.add_argument(
         "--load-gene", type=place_or_none, help="stage 2: learngene file, published checkpoint, or address of one"
     )
@@ -212,14 +218,28 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--depth-select", default="default", help="LeTs stage 2: default, even, first, last, or pairs:0,2,…")
     g.add_argument("--skip-init", type=parts, default=[], help=f"stage 2: leave at random {','.join(PARTS)}")
     g.add_argument("--init", choices=BASELINES, help="start from a trained ViT of other sizes, without learngene")
-    g.add_argument("--init-path", type=place_or_none, help="the trained ViT of --init: checkpoint or address")
-    g.add_argument("--layers-per-row", type=at_least(1), default=2, help="LeTs stage 1: layers sharing coefficients")
+    g.add_argument(
+        "--init-path", type=place_or_none, help=f"the trained ViT of --init: checkpoint, model folder, {WEIGHTS}"
+    )
+    g.add_argument(
+        "--order-images",
+        type=at_least(1),
+        default=512,
+        metavar="N",
+        help="--init taylor: training images whose gradients say what is important",
+    )
+    g.add_argument(
+        "--layers-per-row",
+        type=at_least(1),
+        help="LeTs stage 1: layers sharing coefficients; default: 2 (deit_…), 1 (other kinds)",
+    )
     g.add_argument("--group-size", type=at_least(1), default=2, help="LeTs stage 1: learngene layers in a mixture")
     g.add_argument("--full-width", action=flag, default=False, help="LeTs stage 1: LiGO's width matrices")
     g.add_argument(
         "--src-path",
         type=place_or_none,
-        help="LeTs stage 1: a trained ViT of --src-arch that the learngene starts from",
+        help="LeTs stage 1: a trained ViT of --src-arch that the learngene starts from: checkpoint, model folder, "
+        f"{WEIGHTS}",
     )
     g.add_argument("--freeze-src", action=flag, default=False, help="LeTs stage 1: train only what expands --src-path")
     g.add_argument(
@@ -227,8 +247,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         nargs="+",
         action=OneOrTwo,
         metavar=("D", "W"),
-        default=["stackbert_noisy", "rand"],
-        help=f"D: {', '.join(DEPTH_SCHEMES)}; W: {', '.join(WIDTH_SCHEMES)}",
+        help=f"D: {', '.join(DEPTH_SCHEMES)}; W: {', '.join(WIDTH_SCHEMES)}; default: stackbert_noisy rand (deit_…), "
+        "copy rand (other kinds)",
     )
     g.add_argument(
         "--trans-init-noise",
@@ -256,7 +276,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--finetune",
         type=place_or_none,
-        help="start from the weights of a checkpoint; a head of other classes is re-initialised",
+        help=f"start from the weights of a checkpoint, model folder, {WEIGHTS}; a head of other classes is "
+        "re-initialised",
     )
     g.add_argument(
         "--resume",

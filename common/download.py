@@ -27,9 +27,9 @@ def fetch(source: str | os.PathLike, on_hub: str = "model.safetensors", timeout:
     """The local path of a file; addresses are downloaded to a cache.
 
     Args:
-        source: a path; ``http(s)://…``, optionally with ``#sha256=`` and the expected 64 digits; or
-            ``hf-hub:owner/name[/file][@revision]``.
-        on_hub: the file of a Hugging Face repository if the address does not name one.
+        source: a file, or a folder that holds it; ``http(s)://…``, optionally with ``#sha256=`` and the expected 64
+            digits; or ``hf-hub:owner/name[/file][@revision]``.
+        on_hub: the file of a folder, and of a Hugging Face repository if the address does not name one.
         timeout: seconds without a response after which an ``http(s)`` download fails.
 
     Raises:
@@ -41,8 +41,11 @@ def fetch(source: str | os.PathLike, on_hub: str = "model.safetensors", timeout:
     if address.startswith(("http://", "https://")):
         return _download(address, timeout)
     path = Path(address)
+    if path.is_dir() and (path / on_hub).is_file():
+        return path / on_hub
     if not path.is_file():
-        raise InputError(f"{path} is {'a directory' if path.is_dir() else 'missing'}: expected a file of weights")
+        found = f"is a directory without {on_hub}" if path.is_dir() else "is missing"
+        raise InputError(f"{path} {found}: expected a file of weights")
     return path
 
 

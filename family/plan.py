@@ -18,10 +18,10 @@ from models import ViTArch
 from models.names import name_of
 from training.build import autocast_of, device_of
 from training.build_data import build_loaders
-from training.build_model import CHANNELS
+from training.build_model import CHANNELS, sized
 from training.checks import check_data
 from training.command_line import parse_options
-from training.config import Config, options_of, recipe, resolve
+from training.config import Config, options_of, recipe, resolve, square
 from training.label_check import names_known, warn_of_head
 from training.preprocessing import PREPROCESSING_OPTIONS, not_default, resolve_preprocessing
 from training.setup import writable_folder
@@ -172,7 +172,7 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
         path = fetch(options.load_gene, f"learngene{'_ema' * options.gene_ema}.safetensors")
         gene = models.load_learngene(path, options.head_dim, options.gene_ema)
     print(f"{options.load_gene}: {gene}", flush=True)
-    options = replace(options, input_size=options.input_size or gene.arch.img_size)
+    options = replace(options, input_size=options.input_size or square(gene.arch, "the learngene"))
     command = main_command(options, main_options, path)
     run_options = resolve_preprocessing(resolve(parse_options(command)), gene)
     check_run_options(run_options)
@@ -247,7 +247,7 @@ def build_members(family: Family) -> list[Member]:
     """
     options, aux, members = family.options, family.gene.arch, []
     with error_context(f"--input-size {options.input_size}"):
-        aux = replace(aux, img_size=options.input_size)
+        aux = sized(aux, options.input_size)
     for heads in options.heads:
         arch = replace(aux, depth=1, num_heads=heads, width=heads * aux.head_dim)
         try:
@@ -264,9 +264,9 @@ def build_members(family: Family) -> list[Member]:
             members.append(Member(arch, folder, *counts, record))
     if not members:
         raise InputError(f"--heads {','.join(map(str, options.heads))}: this learngene can make none of these Des-Nets")
-    if options.epochs and not models.follows_grammar(name_of(members[0].arch)):
+    if options.epochs and not models.is_vit(name_of(members[0].arch)):
         raise InputError(
-            f"--epochs {options.epochs}: main.py has no name for ViTs with heads of {aux.head_dim} neurons, "
-            "only for 32 and 64; without --epochs they can be made"
+            f"--epochs {options.epochs}: main.py has no name for {members[0].arch}, with heads of {aux.head_dim} "
+            "neurons (deit_… have 32 or 64); without --epochs they can be made"
         )
     return members

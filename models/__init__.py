@@ -17,7 +17,17 @@ from models.lets import LeTs
 from models.registry import register_method
 from models.supernet import Supernet
 from models.tleg import TLEG
-from models.names import GRAMMAR, PUBLISHED_NAMES, follows_grammar, is_aux_name, parse_arch
+from models.kinds import check_tag
+from models.names import (
+    GRAMMAR,
+    PUBLISHED_NAMES,
+    follows_grammar,
+    is_aux_name,
+    is_sized_name,
+    is_vit,
+    name_of,
+    parse_arch,
+)
 from models.vit import ViTArch, create_vit
 
 __all__ = [
@@ -33,7 +43,9 @@ __all__ = [
     "create_vit",
     "follows_grammar",
     "is_aux_name",
+    "is_vit",
     "load_learngene",
+    "name_of",
     "parse_arch",
     "register_method",
 ]
@@ -48,11 +60,16 @@ def create_model(name: str, **kwargs) -> nn.Module:
     Raises:
         InputError: the name is neither; the message shows the grammar and the nearest names.
     """
+    if is_sized_name(name):
+        if kwargs.pop("pretrained", False):
+            raise InputError(f"{name} has no pretrained weights of its own: initialise it from a learngene")
+        return create_vit(parse_arch(name), **kwargs)
     if follows_grammar(name):
         return (TLEG if is_aux_name(name) else create_vit)(parse_arch(name), **kwargs)
     if not timm.is_model(name):
         near = nearest(name, (*PUBLISHED_NAMES, *timm.list_models()))
         raise InputError(f"unknown model {name!r}: expected {GRAMMAR}, or a name of timm's{near}")
+    check_tag(name)
     return timm.create_model(name, **kwargs)
 
 
@@ -60,10 +77,12 @@ def create_aux_net(src_arch: str | ViTArch, tgt_arch: str | ViTArch, **kwargs) -
     """An untrained LeTs Aux-Net of ``tgt_arch`` sizes over a learngene of ``src_arch`` sizes.
 
     Args:
+        tgt_arch: ``@L16-H12`` alone is of the kind of ``src_arch``.
         kwargs: as in `LeTs`.
 
     Raises:
         InputError: a name does not parse, or the sizes do not fit each other.
     """
-    src, tgt = (parse_arch(a) if isinstance(a, str) else a for a in (src_arch, tgt_arch))
+    src = parse_arch(src_arch) if isinstance(src_arch, str) else src_arch
+    tgt = parse_arch(tgt_arch, src) if isinstance(tgt_arch, str) else tgt_arch
     return LeTs(src, tgt, **kwargs)

@@ -128,8 +128,13 @@ def axes_of(name: str) -> str:
     """
     axes = AXES.get(module_of(name))
     if axes is None:
-        raise InputError(f"no size of {name} can be changed: it is no parameter of a plain transformer block or head")
+        raise InputError(f"there is no rule for its parameter {name} (models/axes.py)")
     return axes[0] if name.endswith(".bias") else axes
+
+
+def is_vector(name: str) -> bool:
+    """Whether a parameter is a vector, or a token, rather than a matrix of products."""
+    return len(axes_of(name)) == 1 or axes_of(name) == "..E"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +219,29 @@ def tensor_name(name: str) -> str:
     """The name in a learngene, where the layers are stacked: ``q_weight`` of ``blocks.*.attn.q.weight``."""
     name = name.removeprefix("blocks.*.").replace("patch_embed.proj", "patch_embed")
     return re.sub(r"^(attn|mlp)\.(?!norm)", "", name).replace(".", "_")
+
+
+def stack_layers(vit: dict[str, Tensor], structure: Structure) -> dict[str, Tensor]:
+    """The learngene's tensors from a ViT state dict: layers stacked, qkv taken apart, without position embedding.
+
+    Their order is that of the parameters, by which checkpoints number the state of the optimiser: weights, biases, the
+    rest; in each the layers first, q, k and v at their end.
+    """
+
+    def order(name: str) -> tuple:
+        kind = name.rpartition(".")[2]
+        last = module_of(name).endswith(("attn.q", "attn.k", "attn.v"))
+        return ("weight", "bias", kind).index(kind), not name.startswith("blocks."), last
+
+    parts = split(vit, structure)
+    depth = len({layer_prefix(name) for name in parts if name.startswith("blocks.")})
+    stacked = {}
+    for name in sorted((name for name in structure.names if name != "pos_embed"), key=order):
+        if name.startswith("blocks."):
+            stacked[tensor_name(name)] = torch.stack([parts[name_in(f"blocks.{j}.", name)] for j in range(depth)])
+        else:
+            stacked[tensor_name(name)] = parts[name].clone()
+    return stacked
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,14 +32,14 @@ def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int
 def groups_of_layers(depth: int, aux_depth: int, group_size: int, layers_per_row: int) -> list[int]:
     """The group (published: pair) of learngene layers that each Aux layer is a mixture of.
 
-    Where the groups divide the Aux layers, each has as many consecutive ones. Else the groups follow the coefficient
-    rows, row k of K having that of learngene layer round(k·(n−1)/(K−1)).
+    Where groups of equal size divide the Aux layers, each has as many consecutive ones. Else the groups follow the
+    coefficient rows, row k of K having that of learngene layer round(k·(n−1)/(K−1)).
 
     Args:
         depth: of the learngene, n. If ``group_size`` does not divide it, the last group is smaller.
     """
     groups = -(-depth // group_size)
-    if aux_depth % groups == 0:
+    if depth % group_size == 0 and aux_depth % groups == 0:
         return [i * groups // aux_depth for i in range(aux_depth)]
     nearest = nearest_layers(depth, -(-aux_depth // layers_per_row))
     return [nearest[i // layers_per_row] // group_size for i in range(aux_depth)]

@@ -12,16 +12,37 @@ from models.axes import structure_of
 from models.meta import WeightsOnMeta
 
 import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 Size = int | tuple[int, int]
+MODULES = {"vision_transformer", "deit", "eva"}  # of timm, whose architectures may be kinds
 
 
 def without_tag(name: str) -> str:
     """The architecture in a name of timm's: ``vit_small_patch14_dinov2`` of ``vit_small_patch14_dinov2.lvd142m``."""
     return name.partition(".")[0]
+
+
+def check_tag(name: str) -> None:
+    """Raises InputError where a name of timm's has a tag that timm does not know for its architecture."""
+    arch, _, tag = name.partition(".")
+    if tag and name not in (known := [*get_arch_pretrained_cfgs(arch)]):
+        tags = ", ".join(known).replace(f"{arch}.", "") or "none"
+        raise InputError(f"unknown tag {tag!r} of {arch}: the tags that timm knows are {tags}")
+
+
+def is_kind(name: str) -> bool:
+    """Whether an architecture of timm, with or without a tag, is a ViT that can have other sizes."""
+    if not is_model_in_modules(name, MODULES):
+        return False
+    try:
+        return bool(sizes_of(without_tag(name)))
+    except InputError:
+        return False
 
 
 def plain_size(size: object) -> Size:
@@ -34,7 +55,10 @@ def plain_size(size: object) -> Size:
 
 @cache
 def sizes_of(kind: str) -> dict[str, Size]:
-    """Sizes of the architecture as timm has it: the fields of `ViTArch` but ``kind``, and ``pool_head_dim``.
+    """Sizes of the architecture as timm has it: the fields of `ViTArch` but ``kind``, and two more.
+
+    ``pool_head_dim`` are the neurons of a head of its pooling block, ``packed`` the rows of a weight that holds both
+    gate and value of a SwiGLU; 0 without such.
 
     Raises:
         InputError: timm does not know the architecture, or it is no ViT that can have other sizes.
@@ -48,12 +72,18 @@ def sizes_of(kind: str) -> dict[str, Size]:
         "patch_size": plain_size(vit.patch_embed.patch_size),
         "img_size": plain_size(vit.patch_embed.img_size),
         "pool_head_dim": 0 if pool is None else pool.head_dim,
+        "packed": _packed_rows(vit) if isinstance(vit, VisionTransformer) else 0,  # of Eva always even
     }
     try:  # whether the sizes of all layers are given at once
         _without_weights(kind, depth=1)
     except AssertionError as error:
         raise InputError(f"{kind} cannot have another depth: {one_line(error)}") from error
     return sizes
+
+
+def _packed_rows(vit: nn.Module) -> int:
+    fc1, fc2 = getattr(vit.blocks[0].mlp, "fc1", None), vit.blocks[0].mlp.fc2
+    return fc1.out_features if fc1 is not None and fc1.out_features == 2 * fc2.in_features else 0
 
 
 def _without_weights(kind: str, **kwargs: object) -> nn.Module:
@@ -64,8 +94,12 @@ def _without_weights(kind: str, **kwargs: object) -> nn.Module:
     """
     if not timm.is_model(kind):
         raise InputError(f"timm has no architecture {kind!r}")
-    with WeightsOnMeta():
-        vit = timm.create_model(kind, **kwargs)
+    try:
+        with WeightsOnMeta():
+            vit = timm.create_model(kind, **kwargs)
+    except RuntimeError:  # some compute their first weights, from numbers that are no weights
+        with torch.device("meta"):
+            vit = timm.create_model(kind, **kwargs)
     try:
         structure_of({name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()})
     except InputError as error:
@@ -88,4 +122,7 @@ def kind_args(kind: str, width: int, depth: int, num_heads: int, patch_size: Siz
         if width % pool:
             raise InputError(f"attn_pool of {kind} has heads of {pool} neurons, of which width {width} is no multiple")
         args["attn_pool_num_heads"] = width // pool
+    rows = sizes["packed"] * width // sizes["width"]
+    if rows % 2:  # timm rounds down, and then cannot take gate and value apart
+        args["mlp_ratio"] = (rows + 1.5) / width
     return args

@@ -22,7 +22,7 @@ from models.names import parse_arch
 from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
 from models.registry import METHODS, choices_of_methods, method_class
 from models.resize import adapt_to_images
-from models.stateless import random_vit_weights, vit_from_weights
+from models.stateless import fill_buffers, random_vit_weights, vit_from_weights
 from models.vit import ViTArch, described
 
 import torch
@@ -109,6 +109,7 @@ class Learngene:
         """
         aux_net = self.empty_aux_net(**kwargs)
         aux_net.load_state_dict({name: t.clone() for name, t in self.tensors.items()}, assign=True)
+        fill_buffers(aux_net.vit, aux_net.arch, **kwargs)
         return aux_net.eval()
 
     def empty_aux_net(self, **kwargs) -> AuxNet:

@@ -36,22 +36,14 @@ from models.axes import (
     Structure,
     axes_of,
     fuse,
-    layer_prefix,
+    is_vector,
     module_of,
-    name_in,
-    split,
+    stack_layers,
     tensor_name,
     widen,
     widen_out,
 )
-from models.depth_mapping import (
-    DepthPlan,
-    depth_plan,
-    des_plan,
-    groups_of,
-    mapping_or_default,
-    rows_of_coefficients,
-)
+from models.depth_mapping import DepthPlan, depth_plan, des_plan, groups_of, mapping_or_default, rows_of_coefficients
 from models.factored import FactoredInLinear, FactoredOutLinear
 from models.figures import Curves, Figures, HeatMaps, sorted_norms
 from models.formats import published_lets
@@ -69,8 +61,6 @@ from torch.func import functional_call
 
 MATRICES = (*"ECQKVMgh", *POOL.values(), "pos_embed")  # what is no tensor of the learngene's own ViT
 EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene file states besides the sizes
-# linear layers of a block whose input axis is the embedding; of all others it is the output axis
-FROM_EMBEDDING = ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +116,7 @@ def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion
     the sum.
     """
     n, modules, full = len(p["norm1_weight"]), how.structure.modules, how.full_width
-    G, H = (depth_matrices(p[name], how.plan, modules, n) for name in "gh")
+    G, H = (depth_matrices(p[name], how.plan, modules, n) if name in p else {} for name in "gh")
     of_layers = {axis: p[matrix_of(axis)] for axis in "QKVMqkvm" if matrix_of(axis) in p}
     of_network = {axis: p[axis] for axis in "EC" if axis in p}
     mixed = {}
@@ -140,11 +130,6 @@ def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion
         if name != "pos_embed" and module_of(name).removeprefix("blocks.*.") not in how.factored:
             vit[name] = widen(w, axes_of(how.structure.stored[name][0]), of_network, full)
     return vit
-
-
-def is_vector(name: str) -> bool:
-    """Whether a parameter is a vector, or a token, rather than a matrix of products."""
-    return len(axes_of(name)) == 1 or axes_of(name) == "..E"
 
 
 @register_method("lets")
@@ -228,7 +213,8 @@ class LeTs(AuxNet):
 
     def _initial(self, rows: Sequence[Row], schemes: Sequence[str], noise: Sequence[float]) -> dict[str, Tensor]:
         """The parameters at the start: the learngene as timm initialises it, and random matrices."""
-        src, tgt, n, modules = self.src, self.arch, self.src.depth, self.structure.modules
+        src, tgt, n = self.src, self.arch, self.src.depth
+        modules, names = self.structure.modules, self.structure.names
         depth_scheme, width_scheme = schemes
         depth_noise, width_noise = noise
 
@@ -242,13 +228,14 @@ class LeTs(AuxNet):
             shape = described(tgt, self.num_classes, self.in_chans).shapes["pos_embed"]
             positions["pos_embed"] = nn.init.trunc_normal_(torch.empty(shape), std=0.02)
         size = dict(in_chans=self.in_chans, num_classes=self.num_classes)
+        coefficients = "gh" if any(name.startswith("blocks.") and name.endswith(".bias") for name in names) else "g"
         return {
             **positions,
             **stack_layers(random_vit_weights(src, **size), self.structure),
             **{axis: width_matrix(axis) for axis in "EC" if axis == "E" or self.num_classes},
             **{axis: width_matrix(axis, n) for axis in "QKVM"},
             **{matrix_of(axis): width_matrix(axis) for axis in ("qkvm" if src.pool_hidden else "")},
-            **{a: init_depth(len(modules), rows, depth_scheme, depth_noise, self.group_size) for a in "gh"},
+            **{a: init_depth(len(modules), rows, depth_scheme, depth_noise, self.group_size) for a in coefficients},
         }
 
     def _factor(self, vit: nn.Module) -> list[str]:
@@ -258,9 +245,10 @@ class LeTs(AuxNet):
             # EVA's attention takes the weight of its qkv and leaves the layer out
             if type(module) is nn.Linear and not (name == "attn.qkv" and hasattr(vit.blocks[0].attn, "q_bias")):
                 factored.append(name)
-        for block in vit.blocks:
-            for name in factored:
-                kind = FactoredInLinear if name in FROM_EMBEDDING else FactoredOutLinear
+        for name in factored:
+            axes = axes_of(self.structure.stored[f"blocks.*.{name}.weight"][0])
+            kind = FactoredInLinear if axes.endswith("E") else FactoredOutLinear
+            for block in vit.blocks:
                 block.set_submodule(name, kind(block.get_submodule(name), self.full_width))
         return factored
 
@@ -301,13 +289,14 @@ class LeTs(AuxNet):
             raise InputError(f"--finetune belongs to another run: {cls.usage} train a learngene")
         if config.freeze_src and not config.src_path:
             raise InputError("--src-path is missing: --freeze-src trains what expands a trained ViT")
-        for scheme, known in zip(config.trans_init_scheme, (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=True):
+        for scheme, known in zip(config.trans_init_scheme or (), (DEPTH_SCHEMES, WIDTH_SCHEMES), strict=False):
             if scheme not in known:
                 raise InputError(f"--trans-init-scheme {scheme} is unknown: expected one of {', '.join(known)}")
 
     @classmethod
     def archs_from_config(cls, config: object) -> tuple[ViTArch, ViTArch]:
-        return parse_arch(config.src_arch), parse_arch(config.tgt_arch)
+        src = parse_arch(config.src_arch)
+        return src, parse_arch(config.tgt_arch, src)
 
     @classmethod
     def from_config(cls, config: object, **vit: object) -> "LeTs":
@@ -378,6 +367,7 @@ class LeTs(AuxNet):
         modules = described(ViTArch(**header["tgt_arch"])).structure.modules
         rows = [range(first, min(first + shared, depth)) for first in range(0, depth, shared)]
         kinds = {"depth coefficients g, of weights": "g", "depth coefficients h, of biases": "h"}
+        kinds = {title: name for title, name in kinds.items() if name in tensors}
         layers = "first and second learngene layer of the pair" if size == 2 else "the learngene layers of the group"
         coefficients = HeatMaps(
             {title: tensors[name].flatten(1) for title, name in kinds.items()},
@@ -389,7 +379,7 @@ class LeTs(AuxNet):
         )
         if not tensors["E"].numel():  # the Aux-Net is as wide as its learngene
             return [coefficients]
-        panels = {"E and C, whole network": {name: sorted_norms(tensors[name]) for name in "EC"}}
+        panels = {"E and C, whole network": {name: sorted_norms(tensors[name]) for name in "EC" if name in tensors}}
         panels |= {f"{name}, per layer": dict(enumerate(sorted_norms(tensors[name]))) for name in "QKVM"}
         return [coefficients, Curves(panels, "row, by falling norm", "l2 norm of a row", scale="learngene layer")]
 
@@ -444,26 +434,3 @@ def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int, group_size: int
         raise InputError(f"the patches of learngene and Aux-Net differ, {src.patch_size} and {tgt.patch_size} pixels")
     if layers_per_row < 1:
         raise InputError(f"{layers_per_row} layers cannot share a coefficient row: at least 1")
-
-
-def stack_layers(vit: dict[str, Tensor], structure: Structure) -> dict[str, Tensor]:
-    """The learngene's tensors from a ViT state dict: layers stacked, qkv taken apart, without position embedding.
-
-    Their order is that of the parameters, by which checkpoints number the state of the optimiser: weights, biases, the
-    rest; in each the layers first, q, k and v at their end.
-    """
-
-    def order(name: str) -> tuple:
-        kind = name.rpartition(".")[2]
-        last = module_of(name).endswith(("attn.q", "attn.k", "attn.v"))
-        return ("weight", "bias", kind).index(kind), not name.startswith("blocks."), last
-
-    parts = split(vit, structure)
-    depth = len({layer_prefix(name) for name in parts if name.startswith("blocks.")})
-    stacked = {}
-    for name in sorted((name for name in structure.names if name != "pos_embed"), key=order):
-        if name.startswith("blocks."):
-            stacked[tensor_name(name)] = torch.stack([parts[name_in(f"blocks.{j}.", name)] for j in range(depth)])
-        else:
-            stacked[tensor_name(name)] = parts[name].clone()
-    return stacked

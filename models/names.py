@@ -8,10 +8,10 @@ NAME[.tag][@L{depth}-H{heads}]                      a ViT of the kind NAME, an a
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from common.errors import InputError, nearest
-from models.kinds import sizes_of, without_tag
+from models.kinds import check_tag, is_kind, sizes_of, without_tag
 from models.vit import ViTArch, create_vit
 
 import timm
@@ -48,6 +48,16 @@ def follows_grammar(name: str) -> bool:
     return _PLAIN.fullmatch(name) is not None or is_aux_name(name)
 
 
+def is_sized_name(name: str) -> bool:
+    """Whether ``name`` asks for a ViT of a kind in other sizes: ``NAME@L6-H3`` or ``@L6-H3``."""
+    return _SIZED.fullmatch(name) is not None
+
+
+def is_vit(name: str) -> bool:
+    """Whether ``name`` stands for a ViT that can have other sizes: one that `parse_arch` takes, but for its sizes."""
+    return follows_grammar(name) or is_sized_name(name) or is_kind(name)
+
+
 def parse_arch(name: str, base: ViTArch | None = None) -> ViTArch:
     """The sizes, and the kind, that an architecture name stands for.
 
@@ -66,9 +76,10 @@ def parse_arch(name: str, base: ViTArch | None = None) -> ViTArch:
         return replace(base, depth=int(depth), num_heads=int(heads), width=int(heads) * base.head_dim)
     match = _PLAIN.fullmatch(name) or _AUX.fullmatch(name)
     if match is None and timm.is_model(without_tag(name)):
-        sizes = dict(sizes_of(without_tag(name)))
-        del sizes["pool_head_dim"]
-        return ViTArch(**sizes, kind=without_tag(name))
+        check_tag(name)
+        sizes = sizes_of(without_tag(name))
+        own = {field.name: sizes[field.name] for field in fields(ViTArch) if field.name in sizes}
+        return ViTArch(**own, kind=without_tag(name))
     if match is None:
         raise InputError(f"unknown architecture {name!r}: expected {GRAMMAR}{nearest(name, known_names())}")
     size, patch, img, depth, heads = match.groups()

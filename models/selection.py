@@ -1,7 +1,8 @@
-"""Which neurons a narrower ViT keeps of a wider ViT, or of the width matrices of LeTs.
+"""Which layers and neurons a smaller ViT keeps of a larger ViT, or of the width matrices of LeTs.
 
-One choice per axis keeps all weights aligned: embedding neurons for the whole network, heads for the whole network
-(rows of q, k and v, columns of proj), hidden neurons for each layer.
+One choice per axis keeps all weights aligned: embedding neurons for the whole network, heads (rows of q, k and v,
+columns of proj) and hidden neurons for each layer. `choose_neurons` and `select_width` choose the same heads in all
+layers.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class Neurons(NamedTuple):
     """Indices of the neurons of a ViT that are kept; ``heads`` for the rows of q, k and v and the columns of proj."""
 
     embedding: Tensor | slice
-    heads: Tensor | slice
+    heads: Sequence[Tensor | slice]  # for each layer
     hidden: Sequence[Tensor | slice]  # for each layer
     pool_heads: Tensor | slice = slice(None)
     pool_hidden: Tensor | slice = slice(None)
@@ -32,7 +33,7 @@ class Neurons(NamedTuple):
         if axis in "EC":
             return self.embedding
         if axis in "QKV":
-            return self.heads
+            return self.heads[layer]
         if axis in "qkv":
             return self.pool_heads
         return self.hidden[layer] if axis == "M" else self.pool_hidden
@@ -61,7 +62,7 @@ def rows_of_heads(heads: Tensor, head_dim: int) -> Tensor:
 def first_neurons(arch: ViTArch) -> Neurons:
     """The ``continuous`` choice, as slices: views need no index arithmetic in the backward pass of stage 1."""
     width, pool_hidden = slice(arch.width), slice(arch.pool_hidden)
-    return Neurons(width, width, [slice(arch.hidden)] * arch.depth, width, pool_hidden)
+    return Neurons(width, [width] * arch.depth, [slice(arch.hidden)] * arch.depth, width, pool_hidden)
 
 
 def choose_neurons(vit: dict[str, Tensor], arch: ViTArch, how: str) -> Neurons:
@@ -83,7 +84,7 @@ def choose_neurons(vit: dict[str, Tensor], arch: ViTArch, how: str) -> Neurons:
     layers = [f"blocks.{l}." for l in range(arch.depth)]
     neurons = Neurons(
         embedding=choose_rows(vit["patch_embed.proj.weight"].flatten(1), arch.width, how),
-        heads=heads_of([rows(layer, ("attn.q", "attn.k", "attn.v")) for layer in layers], arch.head_dim),
+        heads=[heads_of([rows(layer, ("attn.q", "attn.k", "attn.v")) for layer in layers], arch.head_dim)] * arch.depth,
         hidden=[choose_rows(rows(layer, FC1), arch.hidden, how) for layer in layers],
     )
     if not arch.pool_hidden:
@@ -93,6 +94,15 @@ def choose_neurons(vit: dict[str, Tensor], arch: ViTArch, how: str) -> Neurons:
         pool_heads=heads_of(pool, arch.pool_head_dim),
         pool_hidden=choose_rows(rows("attn_pool.", FC1), arch.pool_hidden, how),
     )
+
+
+def take_layers(vit: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
+    """The state dict of the ViT whose layer l is layer ``layers[l]`` of the given one."""
+    rest = {name: tensor for name, tensor in vit.items() if not name.startswith("blocks.")}
+    for l, source in enumerate(layers):
+        prefix = f"blocks.{source}."
+        rest |= {f"blocks.{l}.{n.removeprefix(prefix)}": t for n, t in vit.items() if n.startswith(prefix)}
+    return rest
 
 
 def keep_neurons(vit: dict[str, Tensor], neurons: Neurons) -> dict[str, Tensor]:

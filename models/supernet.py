@@ -5,6 +5,7 @@ Every step samples some of the sizes. All Des-Nets are functions of the same lea
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.errors import InputError
 from models.aux_net import AuxNet
@@ -80,7 +81,7 @@ def descendant_archs(
         alone: whether the Aux-Net itself is left out of training.
     """
     return [
-        ViTArch(count * aux.head_dim, depth, count, aux.patch_size, aux.img_size)
+        replace(aux, width=count * aux.head_dim, depth=depth, num_heads=count)
         for depth in sorted(set(depths or range(smallest.depth, aux.depth + 1)))
         for count in sorted(set(heads or range(smallest.num_heads, aux.num_heads + 1)))
         if (depth, count) != (aux.depth, aux.num_heads) or alone

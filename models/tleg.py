@@ -16,7 +16,7 @@ from models.aux_net import AuxNet
 from models.axes import tensor_name
 from models.figures import Figures, Points, root_mean_square
 from models.formats.layout import Layout, PublishedFormat, arch_from_weights, config_from_weights
-from models.names import AUX_DEPTH, PUBLISHED_NAMES, is_aux_name, parse_arch, register
+from models.names import AUX_DEPTH, PUBLISHED_NAMES, is_aux_name, is_vit, parse_arch, register
 from models.registry import register_method
 from models.selection import choose_neurons, first_neurons, keep_neurons
 from models.stateless import random_vit_weights
@@ -144,8 +144,11 @@ class TLEG(AuxNet):
         "A, slope of the layers": ("A",),
         "B, layer at position 0": ("B",),
         "patch embedding": ("patch_embed",),
+        "tokens": ("cls_token", "reg_token", "dist_token"),
         "position embedding": ("pos_embed",),
-        "final norm": ("norm",),
+        "first norm": ("norm_pre",),
+        "final norm": ("norm_weight", "norm_bias", "fc_norm"),
+        "pooling block": ("attn_pool",),
         "head": ("head",),
     }
     published = PublishedFormat("blocks.block.norm1.instances.0.weight_ilayer", layout, config_of)
@@ -178,8 +181,8 @@ class TLEG(AuxNet):
 
     @classmethod
     def check_config(cls, config: object) -> None:
-        if not is_aux_name(config.model):
-            raise InputError(f"--model {config.model} is no Aux-Net of TLEG: expected a name aux_deit_…")
+        if not is_vit(config.model):
+            raise InputError(f"--model {config.model} is no Aux-Net of TLEG: expected a ViT, such as aux_deit_…")
 
     @classmethod
     def check_names(cls, names: Sequence[str]) -> None:
@@ -237,11 +240,12 @@ class TLEG(AuxNet):
         """The sizes of A and B, per module."""
         names = names_of(ViTArch(**header["tgt_arch"]), header["num_classes"]).layers
         biases = [name for name in names if name.endswith("bias")]
-        modules = [name.rpartition("_")[0] for name in names if name not in biases]
+        module_of = {name: name.removesuffix("_weight").removesuffix("_bias") for name in names}
+        modules = [*dict.fromkeys(module_of.values())]
 
         def sizes(half: str, of: Sequence[str]) -> list[float]:
             """Of each module; not a number where it has no such parameter."""
-            found = {name.rpartition("_")[0]: root_mean_square(tensors[f"{half}_{name}"]) for name in of}
+            found = {module_of[name]: root_mean_square(tensors[f"{half}_{name}"]) for name in of}
             return [found.get(module, math.nan) for module in modules]
 
         parameters = {"weights": [name for name in names if name not in biases], "biases": biases}

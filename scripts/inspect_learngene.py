@@ -6,6 +6,7 @@ scripts/inspect_learngene.py published_checkpoint.pth --gene-ema --plot learngen
 """
 
 import argparse
+import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from common import console
 from common.files import atomic_write
 from models.figures import Curves, HeatMaps, Points
 from models.names import name_of
+from models.vit import shown_size
 from options import local_path, place
 
 from matplotlib.axes import Axes
@@ -50,15 +52,17 @@ def sizes(gene: models.Learngene) -> list[str]:
     rows = [("", "layers", "width", "heads", "neurons per head", "patch", "image")]
     for name, a in gene.method_class.archs(gene.config).items():
         numbers = (a.depth, a.width, a.num_heads, a.head_dim)
-        rows.append((name, *map(str, numbers), f"{a.patch_size} px", f"{a.img_size} px"))
+        rows.append((name, *map(str, numbers), f"{shown_size(a.patch_size)} px", f"{shown_size(a.img_size)} px"))
     lines = [*table(rows), f"  {gene.num_classes} classes, {gene.config['in_chans']} input channels"]
+    if gene.arch.kind is not None:
+        lines.append(f"  ViTs of the kind {gene.arch.kind} of timm's")
     return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.config)]
 
 
 def part_sizes(gene: models.Learngene) -> dict[str, int]:
-    """Label → number of parameters. Every tensor belongs to one part."""
-    tensors_of, parts = gene.method_class.tensors_of, gene.method_class.parts
-    return {part: sum(tensor.numel() for tensor in tensors_of(part, gene.tensors)) for part in parts}
+    """Label → number of parameters. Every tensor belongs to one part, and parts that the kind of ViT lacks are out."""
+    found = {part: gene.method_class.tensors_of(part, gene.tensors) for part in gene.method_class.parts}
+    return {part: sum(tensor.numel() for tensor in tensors) for part, tensors in found.items() if tensors}
 
 
 def share(part: int, total: int) -> str:
@@ -225,6 +229,8 @@ def draw_series(axes: Axes, panel: Mapping[str, Sequence[float]]) -> None:
         return
     (one, first), (two, second) = panel.items()
     for x, (a, b) in enumerate(zip(first, second, strict=True)):
+        if math.isnan(a) or math.isnan(b):  # the module has no such parameter
+            continue
         if a and b:
             axes.plot((x - aside, x + aside), (a, b), color="lightgrey", linewidth=3, zorder=0)
             note = f"{a / b:#.3g}"

@@ -21,7 +21,7 @@ from study.results import slug
 from training.build_model import CHANNELS, build_supernet, create_sized, descendants_of
 from training.checks import check
 from training.command_line import Parser, arguments_of, parse_options
-from training.config import Config, ModelConfig, weight_sources
+from training.config import TIMM, Config, ModelConfig, weight_sources
 from training.config import resolve as resolve_config
 from training.setup import is_address
 
@@ -278,10 +278,13 @@ def checked_options(run: Run) -> Config:
     for name, (place, _) in weight_sources(config.model, config.teacher, None).items():
         option = name.replace("_", "-")
         file = run.options.get(option)  # references are checked elsewhere
-        if isinstance(file, str) and "{" not in file and not is_address(place) and not Path(place).exists():
+        there = place == TIMM or is_address(place) or Path(place).exists()
+        if isinstance(file, str) and "{" not in file and not there:
             raise InputError(f"{option} is {file}, which is not there: expected a file, or a reference to a group")
     name = config.model.des_name
-    if kind == "descend" or (kind == "plain" and models.follows_grammar(name)):
+    if config.data.input_size is None:
+        raise InputError("input-size is missing: by default it is that of the learngene, which is not there yet")
+    if kind == "descend" or (kind == "plain" and models.is_vit(name)):
         models.parse_arch(name)  # every name stands for a ViT
     else:
         model = replace(config.model, **WITHOUT_FILES)  # the weights that it may start from are not there yet
@@ -335,7 +338,7 @@ def macs_of(name: str, size: int, classes: int) -> int:
 
     Of timm's models, of which no formula is known here, torch counts them.
     """
-    if models.follows_grammar(name):
+    if models.is_vit(name):
         return replace(models.parse_arch(name), img_size=size).macs(classes, CHANNELS)
     with torch.device("meta"):
         model, image = create_sized(name, classes, size).eval(), torch.empty(1, CHANNELS, size, size)

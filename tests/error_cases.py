@@ -103,9 +103,31 @@ CASES = {
         ("--tgt-arch", "deit_base_patch16_224_L16_12", GRAMMAR, "deit_base_patch16_224_L16_H12"),
     ),
     "architecture_tag": Case(f"{DIGITS} --model resnet18.nonsense", ("--model", "resnet18", "nonsense")),
+    "architecture_tag_of_a_kind": Case(
+        f"{DIGITS} --src-arch vit_small_patch16_224.nonsense --tgt-arch @L16-H12",
+        ("--src-arch", "nonsense", "augreg_in1k", "dino"),
+    ),
+    "architecture_without_kind": Case(f"{DIGITS} --model @L2-H2", ("--model @L2-H2", "add its name"), BOTH),
+    "architecture_without_sizes": Case(
+        f"{DIGITS} --src-arch resnet18 --tgt-arch @L4-H2", ("--src-arch resnet18", "resnet18", "conv1.weight")
+    ),
+    "architecture_of_tleg": Case(f"{DIGITS} --method tleg --model resnet18", ("--model resnet18", "expected a ViT")),
+    "architecture_of_another_kind": Case(
+        f"{DIGITS} {LETS} --des-arch test_vit@L2-H1 --input-size 32", ("--des-arch", "test_vit", "deit_…"), BOTH
+    ),
+    "architecture_of_another_patch": Case(
+        f"{DIGITS} --src-arch test_vit@L2-H1 --tgt-arch @L4-H2 --input-size 40", ("--input-size 40", "patch size (16)")
+    ),
+    "timm_weights_of_a_name": Case(f"{PLAIN} --finetune timm", ("--finetune timm", "deit_nano_patch8_32_L2", "timm's")),
+    "timm_weights_of_other_sizes": Case(
+        f"{DIGITS} --src-arch test_vit@L2-H1 --src-path timm --tgt-arch @L4-H2", ("--src-path timm", "test_vit@L2-H1")
+    ),
+    "timm_has_no_weights": Case(
+        f"{DIGITS} --model vit_base_patch16_xp_224 --finetune timm", ("--finetune", "no weights of vit_base_patch16_xp")
+    ),
     "aux_net_sizes": Case(
-        f"{DIGITS} --src-arch deit_nano_patch8_32_L3_H1 --tgt-arch deit_nano_patch8_32_L6_H2",
-        ("--src-arch", "3 layers", "even"),
+        f"{DIGITS} --src-arch deit_nano_patch8_32_L8_H1 --tgt-arch deit_nano_patch8_32_L3_H2",
+        ("--src-arch", "3 layers", "pairs of the 8"),
     ),
     # data
     "no_path": Case(f"{FOLDER} --data-set IMNET", ("--data-path", "IMNET")),

@@ -40,9 +40,7 @@ def build_sets(
     With --holdout some of the training images are in the place of the test images, which are not even read. A run that
     only evaluates has no training images, and they need not be there.
     """
-    sets, batch_augment, shards, found = [], None, None, []
-    if data.shard_cache is not None:
-        shards = ShardCache(Path(data.shard_cache), int(data.shard_cache_gb * 1e9))
+    sets, batch_augment, shards, found = [], None, shard_cache_of(data), []
     splits = splits_needed(data, evaluates)
     for is_train in (False,) if evaluates else (True, False):
         transform = transform_of(data, augment, is_train)
@@ -72,6 +70,11 @@ def build_sets(
         to_train, held_out = train_holdout_split(train.targets, data.train_images, data.holdout)
         train, test = Subset(train, to_train), Subset(test, held_out) if data.holdout else test
     return Subset(test, []) if evaluates else train, test, classes, batch_augment
+
+
+def shard_cache_of(data: DataConfig) -> ShardCache | None:
+    """Where remote shards are kept."""
+    return ShardCache(Path(data.shard_cache), int(data.shard_cache_gb * 1e9)) if data.shard_cache else None
 
 
 def transform_of(data: DataConfig, augment: AugmentConfig, is_train: bool) -> Callable:
@@ -126,7 +129,7 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
     process = dict(rank=utils.rank(), world_size=utils.world_size())
     preprocessing = preprocessing_of(data)
     normalisation = dict(mean=preprocessing.mean, std=preprocessing.std)
-    workers = min(data.num_workers, len(os.sched_getaffinity(0)))  # more than processors only get in each other's way
+    workers = workers_of(data)
     pinned = data.pin_mem and device.type == "cuda"
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate)
     sampler = TrainSampler(
@@ -157,6 +160,39 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
     test_loader = DataLoader(test, batch_size=sizes["test"], sampler=ExactSampler(len(test), **process), **common)
     checked = partial(CheckedLoader, skip_bad=data.skip_bad_images, device=device, **normalisation)
     return checked(train_loader), checked(test_loader), classes
+
+
+def order_loader(config: Config, device: torch.device) -> CheckedLoader:
+    """The --order-images training images whose gradients say what is important, as test images are prepared.
+
+    They are the same in each process and for each seed, and of those that the run trains on: each class has its share,
+    or, in shards, which hold images in a random order, they are the first.
+    """
+    data = config.data
+    transform = transform_of(data, config.augment, is_train=False)
+    train, _ = build_dataset(
+        data.data_set, data.data_path, True, transform, data.inat_category, shard_cache_of(data), single_split=True
+    )
+    if data.data_set == "WDS":
+        chosen = range(min(config.model.order_images, len(train)))
+    else:
+        trained = data.train_images or len(train) - (data.holdout or 0)
+        count = min(config.model.order_images, trained)
+        chosen = train_holdout_split(train.targets, count, data.holdout)[0]
+    loader = DataLoader(
+        CheckedDataset(Subset(train, chosen)),
+        batch_size=data.batch_size,
+        num_workers=workers_of(data),
+        collate_fn=collate,
+        generator=torch.Generator(),  # the random numbers of the run stay as they are
+    )
+    preprocessing = preprocessing_of(data)
+    return CheckedLoader(loader, data.skip_bad_images, device, mean=preprocessing.mean, std=preprocessing.std)
+
+
+def workers_of(data: DataConfig) -> int:
+    """Data workers of this process: more than processors only get in each other's way."""
+    return min(data.num_workers, len(os.sched_getaffinity(0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

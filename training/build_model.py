@@ -5,21 +5,19 @@ from typing import Protocol
 
 import models
 from common.errors import InputError, error_context, one_line
-from models.baselines import BASELINES, source_arch
-from models.formats.foreign import without_training_parts
-from models.formats.weights import found_in, load_weights
+from models.formats.weights import load_weights
 from models.registry import choices_of_methods, method_of_stage_1
 from models.supernet import descendant_archs
 from models.vit import dropout_rates
-from training.config import ModelConfig, option_name
-from training.foreign_weights import fit_head, fit_images, load_foreign_weights, read_foreign_weights
+from training.config import TIMM, ModelConfig, option_name, tagged_name
+from training.foreign_weights import load_foreign_weights, timm_weights
 from utils import print_main
 
 import torch
 from timm.models import get_pretrained_cfg, is_model_in_modules
 from torch import nn
 
-VIT_MODULES = {"vision_transformer", "deit"}  # of timm, in which --drop has DeiT's meaning
+VIT_MODULES = {"vision_transformer", "deit", "eva"}  # of timm, in which --drop has DeiT's meaning
 CHANNELS = 3  # of every data set here; grey images are made so
 
 
@@ -52,10 +50,11 @@ def build_aux_net(
     method = method_of_stage_1(config)
     rates = dict(drop_rate=config.drop, drop_path_rate=config.drop_path)
     with error_context(" ".join(f"{option_name(o)} {getattr(config, o)}" for o in method.arch_options)):
+        sized(models.parse_arch(config.arch), input_size)
         aux_net = method.from_config(config, num_classes=num_classes, img_size=input_size, **rates)
     if config.src_path:
         small = create_sized(config.src_arch, num_classes, input_size)
-        load_foreign_weights(small, config.src_path, "--src-path", other_head=True)
+        load_start(small, config, "src_path", input_size)
         aux_net.start_from(small.state_dict())
     if config.freeze_src:
         aux_net.freeze_learngene()
@@ -64,10 +63,22 @@ def build_aux_net(
     return aux_net
 
 
+def load_start(model: nn.Module, config: ModelConfig, option: str, input_size: int) -> None:
+    """Load the weights of --src-path or --finetune, which may be timm's own (`TIMM`), into ``model``."""
+    source = getattr(config, option)
+    if source != TIMM:
+        return load_foreign_weights(model, source, option_name(option), other_head=True)
+    name = tagged_name(config, option)
+    size = {"img_size": input_size} if wants_size(name) else {}
+    with error_context(f"{option_name(option)} {source}"):
+        weights = timm_weights(name, num_classes=model.num_classes, **size)
+    load_weights(model, weights, f"{option_name(option)} {source} ({name})")
+
+
 def build_des_net(config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene) -> nn.Module:
     """Stage 2: a plain ViT that is initialised from a learngene. Logs what is not taken from it as it is."""
     with error_context(config.des_option):
-        arch = replace(models.parse_arch(config.des_name), img_size=input_size)
+        arch = sized(models.parse_arch(config.des_name), input_size)
         des_net = gene.descend(
             arch,
             **descend_choices(config),
@@ -97,15 +108,13 @@ def build_des_net(config: ModelConfig, input_size: int, num_classes: int, gene: 
 def build_plain_model(
     config: ModelConfig, input_size: int, num_classes: int, gene: models.Learngene | None = None
 ) -> nn.Module:
-    """Any model of --model, from scratch, from --finetune, or from a trained ViT of another size (--init)."""
+    """Any model of --model, from scratch or from --finetune. `training.initialise` follows with --init."""
     with error_context(f"--model {config.model}"):
         model = create_sized(
             config.model, num_classes, input_size, drop_rate=config.drop, drop_path_rate=config.drop_path
         )
     if config.finetune:
-        load_foreign_weights(model, config.finetune, "--finetune", other_head=True)
-    if config.init:
-        initialise_from(model, config, input_size)
+        load_start(model, config, "finetune", input_size)
     return model
 
 
@@ -117,9 +126,9 @@ def build_plain_model(
 def load_gene(config: ModelConfig) -> models.Learngene:
     """The learngene of --load-gene. A published one does not say the size of its heads: the Des-Net's is taken."""
     with error_context(config.des_option):
-        head_dim = models.parse_arch(config.des_name).head_dim
+        sizes = () if config.des_name.startswith("@") else (models.parse_arch(config.des_name).head_dim,)
     with error_context(f"--load-gene {config.load_gene}"):
-        gene = models.load_learngene(config.load_gene, head_dim=head_dim, use_ema=config.gene_ema)
+        gene = models.load_learngene(config.load_gene, *sizes, use_ema=config.gene_ema)
     print_main(f"{config.load_gene}: {gene}")
     return gene
 
@@ -149,27 +158,6 @@ def descendants_of(config: ModelConfig, input_size: int) -> list[models.ViTArch]
     return descendant_archs(smallest, aux, config.descendant_depths, config.descendant_heads, alone)
 
 
-def initialise_from(model: nn.Module, config: ModelConfig, input_size: int) -> None:
-    """Give ``model`` weights from a trained ViT of other sizes (`models.baselines.BASELINES`)."""
-    arch, path = replace(models.parse_arch(config.model), img_size=input_size), config.init_path
-    with error_context(f"--init-path {path}"):
-        weights = read_foreign_weights(path, model)
-        weights, remarks = without_training_parts(weights, model.state_dict().keys())
-        head = {name: weights[name] for name in ("head.weight", "head.bias") if name in weights}
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        source = source_arch(weights, arch.head_dim)
-        for remark in (f"{source}, for {config.init.replace('_', ' ')}", *remarks):
-            print_main(f"{path}: {remark}")
-        try:
-            weights = BASELINES[config.init](weights | head, source, arch)
-        except KeyError as error:
-            raise InputError(f"it has no {error.args[0]}: found {found_in(weights)}") from error
-        weights, remarks = fit_head(fit_images(weights, model, path), model, other_head=True)
-    load_weights(model, weights, f"--init-path {path}")
-    for remark in remarks:
-        print_main(f"{path}: {remark}")
-
-
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:
     """`models.create_model` for images of ``input_size``, where the architecture wants to know it.
 
@@ -177,15 +165,14 @@ def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.M
         InputError: the model does not take an option that differs from its default, or not this size of image.
     """
     kwargs = {key: value for key, value in kwargs.items() if value}
-    if "drop_rate" in kwargs and not models.follows_grammar(name) and is_model_in_modules(name, VIT_MODULES):
+    if "drop_rate" in kwargs and is_model_in_modules(name, VIT_MODULES):
         kwargs |= dropout_rates(kwargs.pop("drop_rate"))
-    if models.follows_grammar(name) or wants_size(name):
+    if models.is_vit(name) or wants_size(name):
         kwargs["img_size"] = input_size
     try:
         model = models.create_model(name, num_classes=num_classes, **kwargs)
-        if not models.follows_grammar(name):  # some say only when they see an image that they cannot take its size
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, CHANNELS, input_size, input_size))
+        if not models.follows_grammar(name):
+            check_image(model, input_size)
         return model.train()
     except InputError:
         raise
@@ -193,6 +180,28 @@ def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.M
         raise InputError(f"{name} does not take one of {', '.join(kwargs)} (--drop, --drop-path): {error}") from error
     except (AssertionError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be made for --input-size {input_size}: {one_line(error)}") from error
+
+
+def check_image(model: nn.Module, input_size: int) -> None:
+    """Some models of timm say only when they see an image that they cannot take its size."""
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, CHANNELS, input_size, input_size))
+
+
+def sized(arch: models.ViTArch, input_size: int) -> models.ViTArch:
+    """``arch`` for images of ``input_size``.
+
+    Raises:
+        InputError: a ViT of its kind does not take them.
+    """
+    arch = replace(arch, img_size=input_size)
+    if arch.kind is not None:
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights of a run do not depend on this
+                check_image(models.create_vit(replace(arch, depth=1), num_classes=0), input_size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--input-size {input_size} cannot be used: {one_line(error)}") from error
+    return arch
 
 
 def wants_size(name: str) -> bool:

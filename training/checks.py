@@ -6,10 +6,13 @@ What depends on a file, the data or the device is checked where that is read or 
 import models
 from common.errors import InputError
 from datasets import DATA_SETS
+from models.baselines import NEED_GRADIENTS
 from models.preprocessing import SMALL
 from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
 from training.config import (
+    TAGGED,
+    TIMM,
     AugmentConfig,
     Config,
     DataConfig,
@@ -18,6 +21,7 @@ from training.config import (
     TeacherConfig,
     option_name,
     options_of,
+    tagged_name,
 )
 
 # kinds of run besides stage 1 of a method, whose kind is the name of the method
@@ -30,7 +34,7 @@ def check(config: Config) -> str:
     """Check all combinations of options.
 
     Args:
-        config: after `training.config.resolve`.
+        config: after `training.config.resolve`, and once more after `training.config.resolve_with`, which completes it.
 
     Returns:
         The kind of the run, as `kind_of_run` names it.
@@ -40,6 +44,7 @@ def check(config: Config) -> str:
     """
     kind = kind_of_run(config.model)
     check_kind(kind, config)
+    check_timm(config.model)
     check_augmentation(config.augment, config.data)
     check_mixup(config)
     check_teacher_cache(config.teacher, config.data)
@@ -73,8 +78,8 @@ def kind_of_run(config: ModelConfig) -> str:
     if (config.init is None) != (config.init_path is None):
         missing = "--init" if config.init is None else "--init-path"
         raise InputError(f"{missing} is missing: --init says how, and --init-path from which trained ViT")
-    if config.init and (config.finetune or not models.follows_grammar(config.model or "")):
-        raise InputError("--init makes a ViT from another one: give --model deit_…, and no --finetune")
+    if config.init and (config.finetune or not models.is_vit(config.model or "")):
+        raise InputError("--init makes a ViT from another one: give --model deit_… or a ViT of timm's, no --finetune")
     if not config.model:
         raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
     return PLAIN
@@ -97,6 +102,17 @@ def check_stage_1(config: ModelConfig, method: type[models.AuxNet]) -> None:
     method.check_config(config)
 
 
+def check_timm(config: ModelConfig) -> None:
+    """Raises InputError where timm has no weights for an option that takes those of a tag."""
+    for option in TAGGED:
+        name = tagged_name(config, option) or ""
+        if getattr(config, option) == TIMM and (models.follows_grammar(name) or "@" in name):
+            raise InputError(
+                f"{option_name(option)} {TIMM} takes weights that timm offers, and has none of {name}: expected the "
+                "name of an architecture of timm's, such as vit_small_patch16_224.augreg_in1k"
+            )
+
+
 def check_descend(config: ModelConfig) -> None:
     if models.is_aux_name(config.des_name):
         raise InputError(f"{config.des_name} is an Aux-Net: --load-gene initialises a deit_… Des-Net")
@@ -115,6 +131,10 @@ def check_kind(kind: str, config: Config) -> None:
         if owners and kind not in [cls.method for cls in owners]:
             usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
             raise InputError(f"--{name} needs {usage}: it says how the weights of a {titles} Aux-Net are made")
+        if name == "order_images" and config.model.init not in NEED_GRADIENTS:
+            raise InputError(
+                f"--{name} needs --init {' or '.join(NEED_GRADIENTS)}: the gradients on these images order"
+            )
         if name in OPTIONS_OF_STAGE_2 and kind != STAGE_2:
             raise InputError(f"--{name} needs --load-gene: it says how a Des-Net is made from a learngene")
         if name in OPTIONS_OF_DESCENDANTS and kind in (STAGE_2, PLAIN):
@@ -147,7 +167,7 @@ def check_mixup(config: Config) -> None:
     augment, batch_size = config.augment, config.data.batch_size
     if augment.mixes and batch_size % 2 and config.trains:
         raise InputError(f"--batch-size {batch_size} is odd: --mixup and --cutmix pair the images of a batch")
-    if augment.cutmix_minmax is not None:
+    if augment.cutmix_minmax is not None and config.data.input_size is not None:
         low, high = (int(share * config.data.input_size) for share in augment.cutmix_minmax)
         if low > high or low >= config.data.input_size:
             given = " ".join(f"{share:g}" for share in augment.cutmix_minmax)
@@ -175,14 +195,14 @@ def check_data(data: DataConfig) -> None:
         check_small(data.data_set, data.input_size)
 
 
-def check_small(data_set: str, input_size: int) -> None:
+def check_small(data_set: str, input_size: int | None) -> None:
     """Raises InputError unless the images of a data set are small, and used whole."""
     if DATA_SETS[data_set][2] is None:
         small = ", ".join(known for known, (_, _, size) in DATA_SETS.items() if size is not None)
         raise InputError(
             f"--cache-data cannot hold --data-set {data_set}, whose images are large: expected one of {small}"
         )
-    if input_size > SMALL:
+    if input_size is not None and input_size > SMALL:
         raise InputError(f"--cache-data is for an --input-size of up to {SMALL} pixels, found {input_size}")
 
 

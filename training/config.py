@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import models
+from common.errors import InputError, error_context
 from datasets import DATA_SETS
 from models.registry import method_of_stage_1
 
 import torch
 
 LEARNGENE, MODEL, CHECKPOINT = "learngene.safetensors", "model.safetensors", "checkpoint.pth"
+TIMM = "timm"  # in the place of a path: the weights of the architecture's tag, as timm offers them
+TAGGED = ("src_path", "finetune", "init_path")  # options that take it
 
 
 def local_path() -> str | None:
@@ -40,12 +43,13 @@ class ModelConfig:
     skip_init: tuple[str, ...] = ()
     init: str | None = None
     init_path: str | None = local_path()
-    layers_per_row: int = 2
+    order_images: int = 512
+    layers_per_row: int | None = None
     group_size: int = 2
     full_width: bool = False
     src_path: str | None = local_path()
     freeze_src: bool = False
-    trans_init_scheme: tuple[str, str] = ("stackbert_noisy", "rand")
+    trans_init_scheme: tuple[str, str] | None = None
     trans_init_noise: tuple[float, float] = (0.03, 0.03)
     descendants: int = 0
     descendant_depths: tuple[int, ...] | None = None
@@ -60,6 +64,11 @@ class ModelConfig:
     def arch(self) -> str | None:
         """The name of the ViT that is trained: Aux-Net, Des-Net or model."""
         return self.tgt_arch or self.des_arch or self.model
+
+    @property
+    def arch_option(self) -> str:
+        """The option that gives `arch`, for messages."""
+        return f"--tgt-arch {self.tgt_arch}" if self.tgt_arch else self.des_option
 
     @property
     def des_name(self) -> str:
@@ -243,7 +252,8 @@ class Config:
 def resolve(config: Config) -> Config:
     """Replace ``auto`` and None where other options or the machine say what they stand for.
 
-    ``--resume auto`` is left to `training.checkpoints.find_checkpoint`, as only the main process looks for files.
+    ``--resume auto`` is left to `training.checkpoints.find_checkpoint`, as only the main process looks for files. What
+    depends on the learngene is left to `resolve_with`.
     """
     model_ema, device, size = config.optim.model_ema, config.runtime.device, config.data.input_size
     if config.runtime.eval:  # evaluate the model's own weights by default
@@ -252,24 +262,79 @@ def resolve(config: Config) -> Config:
         model_ema = True
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if size is None and config.model.arch:
-        size = default_input_size(config.model.arch, config.data.data_set)
-    return config.with_options(model_ema=model_ema, device=device, input_size=size)
+    config = config.with_options(model_ema=model_ema, device=device, tgt_arch=target_name(config.model))
+    arch = config.model.arch
+    if size is None and arch and (not config.model.load_gene or models.follows_grammar(arch)):
+        with error_context(config.model.arch_option):
+            size = default_input_size(arch, config.data.data_set)
+    return config.with_options(input_size=size)
+
+
+def resolve_with(config: Config, gene: models.Learngene) -> Config:
+    """`resolve` for what depends on the learngene: the name ``@L6-H3`` of its own kind, and the size of its images.
+
+    Raises:
+        InputError: the learngene has no such name, or is for images that are not square.
+    """
+    option = "des_arch" if config.model.des_arch else "model"
+    with error_context(config.model.des_option):
+        name = full_name(config.model.des_name, gene.arch)
+    size = config.data.input_size or square(gene.arch, name)
+    return config.with_options(**{option: name}, input_size=size)
+
+
+def target_name(model: ModelConfig) -> str | None:
+    """``--tgt-arch``, where ``@L16-H12`` alone is of the kind of ``--src-arch``."""
+    if not (model.src_arch and (model.tgt_arch or "").startswith("@")):
+        return model.tgt_arch
+    with error_context(f"--src-arch {model.src_arch} --tgt-arch {model.tgt_arch}"):
+        return full_name(model.tgt_arch, models.parse_arch(model.src_arch))
+
+
+def full_name(name: str, base: models.ViTArch) -> str:
+    """``NAME@L6-H3`` for ``@L6-H3``; other names as they are.
+
+    Args:
+        base: the ViT whose kind is meant.
+
+    Raises:
+        InputError: there is no name for it.
+    """
+    if not name.startswith("@"):
+        return name
+    arch = models.parse_arch(name, base)
+    full = models.name_of(arch)
+    if not models.is_vit(full):
+        raise InputError(f"main.py has no name for {arch}")
+    return full
 
 
 def default_input_size(arch: str, data_set: str) -> int:
-    """The size in the name of the architecture; else DeiT's 224, or 32 for data sets of smaller images."""
-    if models.follows_grammar(arch):
-        return models.parse_arch(arch).img_size
+    """The size of the architecture's images; without one DeiT's 224, or 32 for data sets of smaller images."""
+    if models.is_vit(arch):
+        return square(models.parse_arch(arch), arch)
     native = DATA_SETS[data_set][2]
     return 224 if native is None or native >= 32 else 32
+
+
+def square(arch: models.ViTArch, name: str) -> int:
+    """The size of the images of ``arch``.
+
+    Raises:
+        InputError: they are not square, as those of all data sets here are made.
+    """
+    if isinstance(arch.img_size, int):
+        return arch.img_size
+    height, width = arch.img_size
+    raise InputError(f"--input-size is missing: {name} is for images of {height}×{width} pixels, here they are square")
 
 
 def weight_sources(model: ModelConfig, teacher: TeacherConfig, resume: str | None) -> dict[str, tuple[str, str]]:
     """The weights that options name by path or address.
 
     Returns:
-        For each option that is given: the path or address, and the file that is meant in a repository of the Hub.
+        For each option that is given: the path, address or `TIMM`, and the file that is meant in a folder, or in a
+        repository of the Hub.
     """
     gene = LEARNGENE.replace("learngene", "learngene_ema") if model.gene_ema else LEARNGENE
     sources = {
@@ -281,6 +346,12 @@ def weight_sources(model: ModelConfig, teacher: TeacherConfig, resume: str | Non
         "teacher_path": (teacher.teacher_path, MODEL),
     }
     return {option: (source, file) for option, (source, file) in sources.items() if source}
+
+
+def tagged_name(model: ModelConfig, option: str) -> str | None:
+    """The architecture whose weights `TIMM` stands for as the value of an option, with its tag."""
+    name = model.src_arch if option == "src_path" else model.des_name
+    return name.partition("@")[0] if option == "init_path" and name else name
 
 
 def option_name(field_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights of other programs, fitted to a model."""
+"""Weights of other programs, and those that timm offers, fitted to a model."""
 
 import inspect
 import sys
@@ -8,15 +8,55 @@ import models
 from common.download import fetch
 from common.errors import InputError, error_context, one_line
 from common.files import read_checkpoint
+from common.hub import hub_errors
 from models.formats.foreign import fit_names, shapes_in, without_training_parts
 from models.formats.levit import rename_levit
 from models.formats.published import fuse_qkv
 from models.formats.weights import find_weights, found_in, load_weights
+from models.kinds import check_tag
 from models.resize import adapt_channels
 from utils import print_main
 
+import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import nn
+
+
+def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
+    """The weights of a tag of timm's, downloaded if necessary, through timm's own filter for them.
+
+    Args:
+        name: an architecture of timm with its tag; without one, timm's default tag is meant.
+        kwargs: ``num_classes`` and ``img_size``, to which timm fits head and positions.
+
+    Returns:
+        The state dict of ``timm.create_model(name, pretrained=True, **kwargs)``.
+
+    Raises:
+        InputError: the tag is unknown or has no weights, or they cannot be downloaded.
+    """
+    if not timm.is_model(name):
+        raise InputError(f"timm has no weights of {name}: expected the name of an architecture of timm's, with its tag")
+    check_tag(name)
+    offered = get_pretrained_cfg(name)
+    if offered is None or not offered.has_weights:
+        raise InputError(f"timm has no weights of {name}")
+    overlay = {}
+    if offered.hf_hub_id:
+        # not by timm, which retries for most of a minute without a network, even if the file is in the cache
+        path = fetch(f"hf-hub:{offered.hf_hub_id}", on_hub=offered.hf_hub_filename or "model.safetensors")
+        overlay["state_dict"], _ = find_weights(read_checkpoint(path), path)
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except (*hub_errors(), LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise InputError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
+    classes, size = offered.num_classes, max(offered.input_size[1:])
+    if kwargs.get("num_classes", classes) != classes:
+        print_main(f"timm's {name} has {classes} classes, the data {kwargs['num_classes']}: the head is re-initialised")
+    if kwargs.get("img_size", size) != size and hasattr(model, "pos_embed"):
+        print_main(f"timm's {name} is for {size} pixels, here are {kwargs['img_size']}: its positions are resampled")
+    return model.state_dict()
 
 
 def load_foreign_weights(model: nn.Module, source: str, option: str, other_head: bool) -> None:

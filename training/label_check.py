@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from common.download import fetch
 from common.errors import InputError
 from models.formats.class_names import class_names, first_difference
-from training.config import MODEL, TeacherConfig, option_name
+from training.config import MODEL, TAGGED, TIMM, ModelConfig, TeacherConfig, option_name, tagged_name
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
@@ -35,16 +35,17 @@ def check_teacher_names(teacher: TeacherConfig, ours: Sequence[str] | None) -> N
         raise InputError(f"{teacher.option} was trained on other classes than the data have: {difference}")
 
 
-def warn_of_heads(sources: Mapping[str, tuple[str, str]], ours: Sequence[str] | None) -> None:
+def warn_of_heads(sources: Mapping[str, tuple[str, str]], config: ModelConfig, ours: Sequence[str] | None) -> None:
     """Warn of heads of other classes: they are kept, as they may be trained further, or the names mean the same.
 
     Args:
         sources: options, with the weights that they name, as `training.config.weight_sources` gives them.
     """
-    for option in ("finetune", "init_path", "src_path"):
+    for option in TAGGED:
         if option in sources:
             source, on_hub = sources[option]
-            warn_of_head(f"{option_name(option)} {source}", names_in(source, on_hub), ours)
+            theirs = names_of_timm(tagged_name(config, option), ours) if source == TIMM else names_in(source, on_hub)
+            warn_of_head(f"{option_name(option)} {source}", theirs, ours)
 
 
 def warn_of_head(source: str, theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:

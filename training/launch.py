@@ -15,7 +15,8 @@ from training.build_model import Builder
 from training.checkpoints import find_checkpoint
 from training.checks import check, kind_of_run
 from training.command_line import parse_options
-from training.config import Config, option_name, resolve, weight_sources
+from training.config import TAGGED, TIMM, Config, option_name, resolve, tagged_name, weight_sources
+from training.foreign_weights import timm_weights
 from training.outputs import push
 from training.run import Run, describe
 from training.setup import is_address, set_up
@@ -69,11 +70,18 @@ def share_resume(config: Config) -> Config:
 
 
 def fetch_addresses(config: Config) -> None:
-    """Download the weights that options name by address, and what a repository says about them, once per machine."""
+    """Download the weights that options name by address, those of timm, and what a repository says about them.
+
+    Once per machine.
+    """
+    if utils.local_rank() != 0:
+        return
     for option, (source, file) in weight_sources(config.model, config.teacher, config.runtime.resume).items():
-        if is_address(source) and utils.local_rank() == 0:
-            with error_context(option_name(option)):
+        with error_context(option_name(option)):
+            if is_address(source):
                 fetch(source, on_hub=file)
+            elif source == TIMM and option in TAGGED:
+                timm_weights(tagged_name(config.model, option))
             if source.startswith("hf-hub:") and option not in ("load_gene", "resume"):
                 with suppress(InputError):  # not every repository has one
                     fetch(in_repository(source, "config.json"))  # it then lies beside the weights

@@ -49,8 +49,8 @@ def write_model(run: Run, model: nn.Module, folder: Path) -> None:
     save_model(
         model,
         folder,
-        replace(models.parse_arch(name), img_size=size) if models.follows_grammar(name) else name,
-        model_args={"img_size": size} if not models.follows_grammar(name) and wants_size(name) else {},
+        replace(models.parse_arch(name), img_size=size) if models.is_vit(name) else name,
+        model_args={"img_size": size} if not models.is_vit(name) and wants_size(name) else {},
         data_config=evaluation_config(run.config.data, CHANNELS),  # whatever timm records for the architecture
         label_names=run.classes,
         label_descriptions=describe_classes(run.classes),

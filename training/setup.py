@@ -22,7 +22,9 @@ from training.build import (
 from training.build_data import build_loaders, build_mixup
 from training.build_model import Builder, build_supernet, descend_choices, load_gene
 from training.checkpoints import resume
-from training.config import Config, ModelConfig, recipe, weight_sources
+from training.checks import check
+from training.config import TIMM, Config, ModelConfig, recipe, resolve_with, tagged_name, weight_sources
+from training.initialise import initialise_from
 from training.label_check import check_teacher_names, names_known, warn_of_head, warn_of_heads
 from training.logs import EpochLog
 from training.preprocessing import resolve_preprocessing
@@ -52,13 +54,17 @@ def set_up(config: Config, build: Builder) -> Run:
     if not config.runtime.eval:
         check_means(config.optim, config.runtime.compile and config.trains, device)
     random_seed(config.runtime.seed)
-    gene = load_gene(config.model) if config.model.load_gene else None
+    gene = None
+    if config.model.load_gene:
+        gene = load_gene(config.model)
+        config = resolve_with(config, gene)
+        check(config)
     config = resolve_preprocessing(config, gene)
     facts = facts_of(config.model, gene)
     train_loader, test_loader, classes = build_loaders(config, device)
     if utils.is_main():  # the others have the same files
         check_names(config, classes, gene)
-    model = build(config.model, config.data.input_size, len(classes), gene).to(device)
+    model = model_of(config, build, len(classes), gene, device)
     supernet = build_supernet(config.model, model, config.data.input_size) if config.model.descendants else None
     if config.model.grad_checkpointing:
         checkpoint_gradients(supernet or model, config.model.arch)
@@ -91,6 +97,16 @@ def set_up(config: Config, build: Builder) -> Run:
     return run
 
 
+def model_of(
+    config: Config, build: Builder, num_classes: int, gene: models.Learngene | None, device: torch.device
+) -> nn.Module:
+    """The model of the run on its device, with the weights of --init."""
+    model = build(config.model, config.data.input_size, num_classes, gene)
+    if config.model.init and not config.runtime.resume:  # the weights of a checkpoint replace all others
+        initialise_from(model, config, num_classes, device)
+    return model.to(device)
+
+
 def begin(run: Run) -> None:
     """Load the checkpoint of --resume, set the learning rate, and open the log."""
     config = run.config
@@ -119,7 +135,8 @@ def check_names(config: Config, classes: list[str], gene: models.Learngene | Non
         return
     if gene is not None:
         warn_of_head(f"--load-gene {config.model.load_gene}", gene.classes, ours)
-    warn_of_heads(weight_sources(config.model, config.teacher, config.runtime.resume), ours)
+    sources = weight_sources(config.model, config.teacher, config.runtime.resume)
+    warn_of_heads(sources, config.model, ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,12 +189,12 @@ def facts_of(config: ModelConfig, gene: models.Learngene | None) -> dict[str, ob
     """Where the weights of a run come from, for its model card."""
     if (method := method_of_stage_1(config)) is not None:
         facts = {"method": method.title} | {name: getattr(config, o) for o, name in method.arch_options.items()}
-        start = config.src_path or config.finetune
+        start = start_of(config, "src_path") or start_of(config, "finetune")
         frozen = ", frozen" * config.freeze_src
-        return facts | {"learngene starts from": public(start) + frozen if start else "timm's initialisation"}
-    facts = {"architecture": config.des_name, "finetuned from": config.finetune and public(config.finetune)}
+        return facts | {"learngene starts from": start + frozen if start else "timm's initialisation"}
+    facts = {"architecture": config.des_name, "finetuned from": start_of(config, "finetune")}
     if config.init:
-        facts["initialised by"] = f"{config.init}, from {public(config.init_path)}"
+        facts["initialised by"] = f"{config.init}, from {start_of(config, 'init_path')}"
     if gene is not None:
         facts |= {
             "learngene": gene,
@@ -187,6 +204,14 @@ def facts_of(config: ModelConfig, gene: models.Learngene | None) -> dict[str, ob
         with error_context(config.des_option):
             facts |= gene.facts(models.parse_arch(config.des_name), **descend_choices(config))
     return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def start_of(config: ModelConfig, option: str) -> str | None:
+    """What an option names that gives the first weights."""
+    source = getattr(config, option)
+    if source == TIMM:
+        return f"timm's weights of {tagged_name(config, option)}"
+    return source and public(source)
 
 
 def public(source: str) -> str:

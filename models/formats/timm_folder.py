@@ -6,6 +6,7 @@ timm alone reads it (``timm.create_model("local-dir:FOLDER", pretrained=True)``)
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from common.errors import InputError, one_line
@@ -14,14 +15,13 @@ from models.formats.weights import weights_of
 from models.meta import WeightsOnMeta
 from models.preprocessing import Preprocessing
 from models.stateless import vit_from_weights
-from models.vit import ViTArch, timm_kwargs
+from models.vit import PLAIN_VIT, ViTArch, create_vit, timm_kwargs
 
 import timm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 AVERAGED_FOLDER = "model_ema"  # in the folder of a model, the folder of its average over the steps of training
-PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a Des-Net, given its sizes
 
 
 def save_model(
@@ -37,7 +37,7 @@ def save_model(
 
     Args:
         model: a model that timm made.
-        arch: the sizes of a plain ViT of this project, or a name of timm's.
+        arch: kind and sizes of a ViT, or a name of timm's.
         model_args: what timm's entry of that name needs to make the same model; plain data.
         data_config: of evaluation, with timm's keys: ``input_size`` (channels, height, width), ``crop_pct``,
             ``crop_mode``, ``interpolation``, ``mean`` and ``std``.
@@ -47,7 +47,7 @@ def save_model(
     kept = ("first_conv", "classifier", "fixed_input_size", "pool_size")
     known = {key: value for key, value in dict(model.pretrained_cfg).items() if key in kept and value is not None}
     config = {
-        "architecture": PLAIN_VIT if isinstance(arch, ViTArch) else arch,
+        "architecture": (arch.kind or PLAIN_VIT) if isinstance(arch, ViTArch) else arch,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "model_args": timm_kwargs(arch) if isinstance(arch, ViTArch) else dict(model_args),
@@ -100,29 +100,42 @@ def averaged_folder(folder: str | os.PathLike) -> Path:
 def _model_of(config: Mapping, weights: dict[str, Tensor]) -> nn.Module:
     """The model of ``config`` with ``weights``. Shapes are compared before anything is allocated."""
     name, num_classes, model_args = config["architecture"], config["num_classes"], config["model_args"]
-    if name == PLAIN_VIT and "embed_dim" in model_args:
-        sizes = {size: model_args[size] for size in ("depth", "num_heads", "patch_size", "img_size")}
-        arch = ViTArch(model_args["embed_dim"], **sizes)
-        if model_args != timm_kwargs(arch):
-            raise InputError(f"model_args are not those of a plain ViT: expected {timm_kwargs(arch)}")
-        return vit_from_weights(
-            arch, weights, num_classes=num_classes, in_chans=config["pretrained_cfg"]["input_size"][0]
-        )
     if not timm.is_model(name):
         raise InputError(f"architecture {str(name)[:100]!r} is none that the installed timm knows")
-    if not model_args.keys() <= {"img_size"}:
+    arch, shape = None, {"num_classes": num_classes}
+    if "embed_dim" in model_args:
+        arch = _arch_of(name, model_args)
+        shape["in_chans"] = config["pretrained_cfg"]["input_size"][0]
+        create = partial(create_vit, arch, **shape)
+    elif model_args.keys() <= {"img_size"}:
+        create = partial(timm.create_model, name, **shape, **model_args)
+    else:
         raise InputError(f"model_args {', '.join(model_args)[:100]} are unknown: expected img_size or none")
     with WeightsOnMeta():
-        shapes = {
-            name: t.shape
-            for name, t in timm.create_model(name, num_classes=num_classes, **model_args).state_dict().items()
-        }
+        shapes = {key: tensor.shape for key, tensor in create().state_dict().items()}
     for key in shapes.keys() | weights.keys():
         if key not in shapes or key not in weights or shapes[key] != weights[key].shape:
             raise InputError(f"{key} of {name} is not in model.safetensors in the same shape")
-    model = timm.create_model(name, num_classes=num_classes, **model_args)
+    if arch is not None:
+        return vit_from_weights(arch, weights, **shape)
+    model = create()
     model.load_state_dict(weights)
     return model
+
+
+def _arch_of(name: str, model_args: Mapping) -> ViTArch:
+    """The ViT that ``timm.create_model(name, **model_args)`` makes.
+
+    Raises:
+        InputError: these are not the arguments of `timm_kwargs`.
+    """
+    sizes = {size: model_args[size] for size in ("depth", "num_heads", "patch_size", "img_size")}
+    plain = name == PLAIN_VIT and "class_token" in model_args
+    arch = ViTArch(model_args["embed_dim"], **sizes, kind=None if plain else name)
+    expected = json.loads(json.dumps(timm_kwargs(arch)))
+    if model_args != expected:
+        raise InputError(f"model_args are not those of a ViT of these sizes: expected {expected}")
+    return arch
 
 
 def _check_config(config: object) -> None:

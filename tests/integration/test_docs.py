@@ -24,6 +24,7 @@ from conftest import ENVIRONMENT, MAIN
 from docs_sandbox import Rule, Sandbox
 from hub_stand_in import HubStandIn
 from PIL import Image
+from safetensors.torch import save
 
 pytestmark = pytest.mark.full  # it takes over a minute
 
@@ -36,6 +37,11 @@ FEW = "--num-workers 0 --warmup-epochs 0 --no-repeated-aug"
 IMAGES = f"--data-set FOLDER --input-size 16 --batch-size 4 {FEW}"  # instead of ImageNet
 UNTRAINED = f"{IMAGES} --epochs 0 --no-model-ema --teacher-model test_resnet"
 DIGITS = f"--epochs 1 --train-images 64 --batch-size 32 {FEW}"
+# tags of timm's → small ViTs, whose random weights are offered under their tags
+PRETRAINED = {
+    "vit_small_patch16_224.augreg_in1k": "test_vit.r160_in1k",
+    "vit_small_patch14_dinov2.lvd142m": "test_vit2.r160_in1k",
+}
 SMALL_DES_NET = "deit_base_patch16_224_L3_H6"
 RULES = [
     Rule(r"^main\.py --help$"),
@@ -49,6 +55,8 @@ RULES = [
     ),
     Rule(r"conf_train_des_s\.yaml", f"{IMAGES} --epochs 0"),
     Rule(r"main\.py --eval --resume output/des/checkpoint\.pth", f"--model {SMALL_DES_NET} {IMAGES}"),
+    # pretrained weights, for which small ones stand
+    Rule(r"--(src|init)-path timm|--load-gene output/(dino_)?grown/", UNTRAINED),
     # small images
     Rule(r"main\.py --config configs/quickstart\.yaml", "--train-images 32 --eval-interval 1000"),
     Rule(r"main\.py .*--data-set WDS", f"--epochs 1 --input-size 16 --batch-size 4 {FEW}"),
@@ -58,6 +66,7 @@ RULES = [
     Rule(r"scripts/make_family\.py --load-gene output/random", "--depths 3 --heads 6"),
     Rule(r"scripts/make_family\.py", "--depths 2,3 --heads 1"),
     Rule(r"scripts/(inspect_learngene|convert_learngene|download_learngenes|predict|export_model)\.py"),
+    Rule(r"scripts/vit_kinds\.py"),
     Rule(r"scripts/make_shards\.py", "--shard-mb 0.01"),
     Rule(r"scripts/study\.py", action="parse", reason="takes hours; tests/integration/test_study.py runs a small one"),
     Rule(r"scripts/study_report\.py"),
@@ -134,8 +143,12 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         "/usr/share/datasets/fashion-mnist": str(folder / "fashion-mnist"),
         "/path/to/local/disk": str(folder / "shard-cache"),
         "https://host/shards": f"http://127.0.0.1:{server.server_port}",
+        **PRETRAINED,
+        "vit_small_patch16_224": "test_vit",
     }
     with HubStandIn() as hub:
+        for tag in PRETRAINED.values():
+            hub.add(f"timm/{tag}", {"model.safetensors": save(models.create_model(tag).state_dict())})
         environment = {**ENVIRONMENT, **hub.environment(folder / "hub")}
         with Sandbox(folder, RULES, replace, environment) as sandbox:
             image = next((folder / "images").rglob("*.jpg"))

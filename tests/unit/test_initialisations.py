@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import main
 import models
-from models import lets, selection
-from models.baselines import BASELINES, weight_selection
+from models import selection
+from models.axes import stack_layers
 from models.depth_mapping import groups_of_layers, select_depth
 from models.learngene import PARTS, save_published
 from models.names import parse_arch
@@ -17,19 +17,7 @@ import torch
 from conftest import set_up_run
 from torch.utils.flop_counter import FlopCounterMode
 
-# one head of two neurons in the small ViT, two heads in the large one
-SMALL, LARGE = models.ViTArch(2, 2, 1, 4, 8), models.ViTArch(4, 3, 2, 4, 8)
 DIGITS = "--data-set DIGITS --num-workers 0 --batch-size 64 --warmup-epochs 0 --device cpu"
-
-
-def numbered(arch: models.ViTArch) -> dict[str, torch.Tensor]:
-    """A ViT's state dict in which every number is another one."""
-    weights = models.create_vit(arch, num_classes=3).state_dict()
-    start, filled = 0, {}
-    for name, tensor in weights.items():
-        filled[name] = torch.arange(start, start + tensor.numel(), dtype=torch.float32).view(tensor.shape)
-        start += tensor.numel()
-    return filled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +58,7 @@ def test_narrow_des_net_of_tleg_is_aligned(how):
     gene = tleg()
     wide = gene.descend(replace(gene.arch, depth=2)).state_dict()
     neurons = selection.choose_neurons(wide, replace(gene.arch, depth=2, width=8, num_heads=2), how)
-    assert [len(n) for n in neurons[:2]] == [8, 8]
+    assert [len(n) for n in (neurons.embedding, *neurons.heads)] == [8, 8, 8]
     narrow = gene.descend(replace(gene.arch, depth=2, width=8, num_heads=2), width_select=how).state_dict()
     images = torch.randn(2, 3, 8, 8)
     # q·kᵀ of the kept heads is that of the wide ViT, if its input is silent elsewhere
@@ -79,7 +67,7 @@ def test_narrow_des_net_of_tleg_is_aligned(how):
     q, k, _ = (x @ wide["blocks.1.attn.qkv.weight"].T + wide["blocks.1.attn.qkv.bias"]).chunk(3, dim=-1)
     inner = x[..., neurons.embedding] @ narrow["blocks.1.attn.qkv.weight"].T + narrow["blocks.1.attn.qkv.bias"]
     q_narrow, k_narrow, _ = inner.chunk(3, dim=-1)
-    kept = [int(head) // 4 for head in neurons.heads[::4]]
+    kept = [int(head) // 4 for head in neurons.heads[1][::4]]
     for i, head in enumerate(kept):
         here, there = slice(4 * i, 4 * i + 4), slice(4 * head, 4 * head + 4)
         expected = q[..., there] @ k[..., there].mT
@@ -104,11 +92,11 @@ def test_magnitude_selection_of_tleg_keeps_the_largest():
     wide = gene.descend(gene.arch).state_dict()
     top = selection.choose_neurons(wide, replace(gene.arch, width=4, num_heads=1), "l2_top")
     assert {3, 7} <= set(top.embedding.tolist())
-    assert top.heads.tolist() == [8, 9, 10, 11]
+    assert top.heads[0].tolist() == [8, 9, 10, 11]
     assert {40, 41, 42, 43} <= set(top.hidden[0].tolist())
     bottom = selection.choose_neurons(wide, replace(gene.arch, width=12, num_heads=3), "l1_bottom")
     assert not {3, 7} & set(bottom.embedding.tolist())
-    assert bottom.heads.tolist() == [*range(8), *range(12, 16)]
+    assert bottom.heads[0].tolist() == [*range(8), *range(12, 16)]
 
 
 def test_selection_of_all_neurons_is_the_identity():
@@ -173,61 +161,6 @@ def test_skipped_parts_and_no_others_stay_random(skipped):
             assert (found[name] == 1).all()
         else:
             assert found[name].std() < 0.5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Baselines
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_weight_selection_takes_evenly_spaced_neurons_of_the_first_layers():
-    large = numbered(LARGE)
-    small = weight_selection(large, LARGE, SMALL)
-    expected = models.create_vit(SMALL, num_classes=3).state_dict()
-    assert {name: tensor.shape for name, tensor in small.items()} == {name: t.shape for name, t in expected.items()}
-    ends = [0, 3]  # two of four, evenly spaced
-    assert torch.equal(small["pos_embed"], large["pos_embed"][..., ends])
-    qkv, wide = small["blocks.1.attn.qkv.weight"], large["blocks.1.attn.qkv.weight"]
-    assert torch.equal(qkv, wide[[0, 3, 4, 7, 8, 11]][:, ends])
-    hidden = [0, 2, 4, 6, 9, 11, 13, 15]  # eight of sixteen, evenly spaced
-    assert torch.equal(small["blocks.0.mlp.fc1.weight"], large["blocks.0.mlp.fc1.weight"][hidden][:, ends])
-    assert torch.equal(small["blocks.0.mlp.fc2.weight"], large["blocks.0.mlp.fc2.weight"][ends][:, hidden])
-    assert torch.equal(small["head.weight"], large["head.weight"][:, ends])
-
-
-@pytest.mark.parametrize(("baseline", "layers"), [("stacking", [0, 1, 2, 0, 1]), ("interpolation", [0, 0, 1, 1, 2])])
-def test_depth_growth_repeats_layers(baseline, layers):
-    source = numbered(LARGE)
-    grown = BASELINES[baseline](source, LARGE, replace(LARGE, depth=5))
-    assert grown.keys() == models.create_vit(replace(LARGE, depth=5), num_classes=3).state_dict().keys()
-    for l, layer in enumerate(layers):
-        for name in ("norm1.bias", "attn.qkv.weight", "mlp.fc2.weight"):
-            assert torch.equal(grown[f"blocks.{l}.{name}"], source[f"blocks.{layer}.{name}"])
-    assert torch.equal(grown["head.weight"], source["head.weight"])
-
-
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_baseline_of_the_same_sizes_is_the_trained_vit(baseline):
-    source = numbered(SMALL)
-    found = BASELINES[baseline](source, SMALL, SMALL)
-    assert found.keys() == source.keys()
-    assert all(torch.equal(found[name], source[name]) for name in source)
-
-
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_baselines_on_the_command_line(tmp_path, capsys, baseline):
-    arch = "deit_nano_patch4_16_L2_H1" if baseline == "weight_selection" else "deit_nano_patch4_16_L5_H2"
-    trained = models.create_model("deit_nano_patch4_16_L3", num_classes=7)
-    torch.save(trained.state_dict(), tmp_path / "trained.pth")
-    options = f"{DIGITS} --model {arch} --epochs 0 --init {baseline} --init-path {tmp_path / 'trained.pth'}"
-    run = set_up_run(options.split())
-    sizes = models.parse_arch(arch), models.parse_arch("deit_nano_patch4_16_L3")
-    expected = BASELINES[baseline](trained.state_dict(), *sizes[::-1])
-    found = run.model.state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected if not name.startswith("head."))
-    said = capsys.readouterr().out
-    assert "L3-H2 (width 64), patch 4, image 16" in said
-    assert "7 classes, the data 10: the head is re-initialised" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +320,7 @@ def test_frozen_learngene_of_a_trained_vit_stays_as_it_is(tmp_path):
     fresh = set_up_run(options.split()).model
     assert main.main(options.split()) == 0
     gene = models.load_learngene(tmp_path / "run" / "learngene.safetensors")
-    expected = lets.stack_layers(trained.state_dict(), described(parse_arch("deit_nano_patch4_16_L2"), 10).structure)
+    expected = stack_layers(trained.state_dict(), described(parse_arch("deit_nano_patch4_16_L2"), 10).structure)
     assert all(torch.equal(gene.tensors[name], expected[name]) for name in expected)
     transformation = gene.tensors.keys() - expected.keys()
     assert transformation == {*"ECQKVMgh", "pos_embed"}

@@ -1,0 +1,152 @@
+"""Kinds of ViT for tests: every architecture of timm that docs/vit_kinds.md names, in small sizes."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import models
+from models.axes import axes_of, fuse, split, structure_of
+from models.kinds import sizes_of
+from models.vit import create_vit, pair
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "vit_kinds.md").read_text(encoding="utf-8")
+VERSION = re.search(r"timm (\S+)'s modules", PAGE)[1]
+CLASSES = 5
+
+# the fast tests see every feature once
+REPRESENTATIVE = (
+    "vit_tiny_patch16_224",  # class token
+    "vit_medium_patch16_gap_256",  # no class token, average pooling, qkv without bias
+    "vit_small_patch14_reg4_dinov2",  # registers without a position, LayerScale
+    "deit_tiny_distilled_patch16_224",  # distillation token with a head of its own
+    "vit_base_patch16_siglip_224",  # attention pooling
+    "vit_pe_core_large_patch14_336",  # attention pooling with heads of another size than those of the layers
+    "vit_base_patch16_clip_quickgelu_224",  # norm_pre
+    "aimv2_large_patch14_224",  # norm of the patch embedding, RMSNorm, SwiGLU, no biases
+    "vit_giant_patch14_dinov2",  # packed SwiGLU
+    "vit_base_patch16_rpn_224",  # norms after attention and MLP
+    "vit_small_patch16_dinov3",  # rotary positions alone
+    "vit_small_patch16_dinov3_qkvb",  # biases of q and v alone
+    "vit_pe_lang_large_patch14_448",  # no norm at the end
+    "eva02_tiny_patch14_336",  # rotary and learned positions
+    "eva02_base_patch14_448",  # q, k and v apart, norm of the MLP
+    "eva02_base_patch16_clip_224",  # the same, and norm of the attention
+    "eva02_enormous_patch14_clip_224",  # of EVA, norms after attention and MLP
+    "beit3_base_patch16_224",  # norms inside attention and MLP
+)
+
+
+def rows_of(heading: str) -> dict[str, list[str]]:
+    """The table under a heading of docs/vit_kinds.md: architecture → its cells."""
+    table = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return {name: cells.split(" | ") for name, cells in re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)}
+
+
+WORKING, REFUSED = rows_of("Architectures that work"), rows_of("Architectures that are refused")
+REGISTERED = [name for module in ("vision_transformer", "eva") for name in timm.list_models(module=module)]
+KINDS = [name for name in (*REGISTERED, "deit_tiny_distilled_patch16_224") if name not in REFUSED]
+
+
+def parameters(kinds: Sequence[str]) -> list:
+    return [pytest.param(kind, marks=() if kind in REPRESENTATIVE else pytest.mark.full) for kind in kinds]
+
+
+every_kind = pytest.mark.parametrize("kind", parameters(KINDS))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source of a kind, a larger Aux-Net, and Des-Nets narrower and wider than the source; two patches a side."""
+
+    src: models.ViTArch
+    tgt: models.ViTArch
+    narrow: models.ViTArch
+    wide: models.ViTArch
+
+    def source(self) -> nn.Module:
+        """A ViT with weights of which none is 0 or 1, in evaluation mode."""
+        torch.manual_seed(0)
+        vit = create_vit(self.src, num_classes=CLASSES).requires_grad_(False)
+        for parameter in vit.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        return vit.eval()
+
+    def aux_net(self, source: dict[str, Tensor] | None = None) -> models.LeTs:
+        """An Aux-Net of ``tgt`` sizes that starts from ``source``, in evaluation mode."""
+        torch.manual_seed(1)
+        aux = models.create_aux_net(self.src, self.tgt, num_classes=CLASSES)
+        aux.start_from(self.source().state_dict() if source is None else source)
+        return aux.eval()
+
+    def images(self, count: int = 2) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(count, 3, *pair(self.src.img_size), generator=generator)
+
+
+@cache
+def case_of(kind: str) -> Case:
+    """Sizes with heads as the architecture has them, as few as its pooling block allows."""
+    arch, pool = models.parse_arch(kind), sizes_of(kind)["pool_head_dim"]
+    unit = next(heads for heads in range(1, 100) if not pool or heads * arch.head_dim % pool == 0)
+
+    def sized(depth: int, units: int) -> models.ViTArch:
+        heads, side = units * unit, 2 * pair(arch.patch_size)[0]
+        return replace(arch, depth=depth, num_heads=heads, width=heads * arch.head_dim, img_size=side)
+
+    return Case(sized(2, 2), sized(3, 3), sized(1, 1), sized(4, 3))
+
+
+def gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradients of every parameter that the logits depend on."""
+    model.zero_grad(set_to_none=True)
+    logits = model(images)
+    logits.square().sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Some of the neurons of a ViT, in any order
+# ---------------------------------------------------------------------------------------------------------------------
+
+Neurons = Callable[[str, int | None], Tensor]  # axis of `models.axes`, layer → indices
+
+
+def random_order(arch: models.ViTArch, seed: int) -> Neurons:
+    """An order of the embedding neurons, and of heads and hidden neurons of each layer and of a pooling block."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def order(count: int, size: int = 1) -> Tensor:
+        """Of ``count`` neurons, which stay together in groups of ``size``."""
+        groups = torch.randperm(count // size, generator=generator)
+        return (groups[:, None] * size + torch.arange(size)).flatten()
+
+    embedding = order(arch.width)
+    heads, hidden = ([order(*n) for _ in range(arch.depth)] for n in ((arch.width, arch.head_dim), (arch.hidden,)))
+    pool_heads, pool_hidden = order(arch.width, arch.pool_head_dim or 1), order(arch.pool_hidden)
+
+    def along(axis: str, layer: int | None) -> Tensor:
+        if axis in "QKVM":
+            return (hidden if axis == "M" else heads)[layer]
+        return embedding if axis in "EC" else pool_hidden if axis == "m" else pool_heads
+
+    return along
+
+
+def reordered(vit: dict[str, Tensor], neurons: Neurons) -> dict[str, Tensor]:
+    """The state dict of a ViT of ``neurons`` of another one."""
+    structure = structure_of({name: tuple(tensor.shape) for name, tensor in vit.items()})
+    parts = {}
+    for name, tensor in split(vit, structure).items():
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        for number, axis in enumerate(axes_of(name)):
+            if axis != ".":
+                tensor = tensor.index_select(number, neurons(axis, layer))
+        parts[name] = tensor
+    return fuse(parts, structure)
