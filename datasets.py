@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import InputError
+from models.preprocessing import SMALL, WHOLE
 from pipeline.folders import FOLDERS, LAYOUTS, SPLITS, ImageFolder, find_folder, not_found_error, subfolders
 from pipeline.images import load_image
 from pipeline.shards import ShardCache, ShardDataset, is_remote
@@ -371,9 +372,6 @@ def describe_classes(classes: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Transforms
 # ---------------------------------------------------------------------------------------------------------------------
-
-SMALL = 64  # pixels; up to this input size the images of small data sets are not cropped like photographs
-WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}  # timm's names for an evaluation of whole images
 
 
 def are_small(name: str, input_size: int) -> bool:

@@ -21,6 +21,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")  # those of timm's resize
 CROP_MODES = ("center", "squash", "border")  # timm's
 LARGEST_CROP = 2  # timm's VOLO have 1.15: the image is resized to less than the crop, and padded
+SMALL = 64  # pixels; up to this input size the images of small data sets are not cropped like photographs
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}  # an evaluation of whole images
 BESIDE_CONFIG = (".safetensors", ".bin")  # files of weights that the config.json of their folder is about
 
 
@@ -140,7 +142,12 @@ def _in_folder(path: Path) -> object:
     except InputError:
         return None
     config = config.get("pretrained_cfg", config) if isinstance(config, Mapping) else None
-    return config if isinstance(config, Mapping) and "mean" in config else None
+    if not isinstance(config, Mapping) or "mean" not in config:
+        return None
+    small = isinstance(size := config.get("input_size"), list) and all(type(s) is int and s <= SMALL for s in size)
+    if small and all(config.get(name) == value for name, value in WHOLE.items()):  # which is not about photographs
+        return {name: value for name, value in config.items() if name not in WHOLE}
+    return config
 
 
 def _mentions(path: Path, *words: bytes) -> bool:

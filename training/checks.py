@@ -5,8 +5,9 @@ What depends on a file, the data or the device is checked where that is read or 
 
 import models
 from common.errors import InputError
-from datasets import DATA_SETS, SMALL
+from datasets import DATA_SETS
 from models.baselines import NEED_GRADIENTS
+from models.preprocessing import SMALL
 from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
 from training.config import (

@@ -11,6 +11,7 @@ from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
 from training.config import Config, DataConfig, ModelConfig, TeacherConfig, option_name, weight_sources
 from utils import print_main
 
+import timm
 from timm.models import get_pretrained_cfg
 
 # of DataConfig → of Preprocessing
@@ -88,9 +89,23 @@ def in_source(option: str, source: str, file: str, arch: str) -> tuple[str, Prep
         if source == TIMM:
             return f"{label}, {name}", of_timm(name)
         found = preprocessing_in(place_of(source, file))
-        if found is None and "." in name:
+        if found is not None:
+            return label, found
+        if "." in name:
             return f"{label}, {name}", of_timm(name)
-        return label, found or DEFAULT
+    note_silence(label, name)
+    return label, DEFAULT
+
+
+def note_silence(label: str, name: str) -> None:
+    """Log that a file of weights says nothing about its images, if timm has other weights of the architecture."""
+    config = get_pretrained_cfg(name) if timm.is_model(name) else None
+    usual = DEFAULT if config is None else Preprocessing.from_config(config.to_dict())
+    if (usual.mean, usual.std) != (DEFAULT.mean, DEFAULT.std):
+        print_main(
+            f"{label} says nothing about its images: they are normalised as DeiT's; timm's {name}.{config.tag} has "
+            f"--mean {shown(usual.mean)} --std {shown(usual.std)}"
+        )
 
 
 def place_of(source: str, file: str) -> Path:
