@@ -17,7 +17,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-MAX_DEPTH = 256  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
+# no ViT comes near; they keep a damaged or hostile file from filling the memory with layers or positions
+MAX_DEPTH = 256
+MAX_PATCHES = 2**20
 FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass: backward computes two products for each of its own
 PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a plain ViT, given its sizes
 
@@ -50,6 +52,8 @@ class ViTArch:
             raise InputError(f"width {self.width} cannot be divided among {self.num_heads} heads")
         if min(self.grid) < 1:
             raise InputError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
+        if self.num_patches > MAX_PATCHES:
+            raise InputError(f"{self.num_patches} patches are too many: at most {MAX_PATCHES}")
 
     @property
     def head_dim(self) -> int:
