@@ -92,8 +92,8 @@ def _without_weights(kind: str, **kwargs: object) -> nn.Module:
     Raises:
         InputError: as `sizes_of`.
     """
-    if not timm.is_model(kind):
-        raise InputError(f"timm has no architecture {kind!r}")
+    if not timm.is_model(kind) or kind != without_tag(kind):
+        raise InputError(f"timm has no architecture {kind[:100]!r}")
     try:
         with WeightsOnMeta():
             vit = timm.create_model(kind, **kwargs)

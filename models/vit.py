@@ -17,8 +17,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-MAX_DEPTH = 256  # no ViT comes near; it keeps a damaged or hostile file from filling the memory with layers
-MAX_POSITIONS = 2**27  # neurons of all patches of an image; likewise, for tables of rotary positions
+# no ViT comes near; they keep a damaged or hostile file from filling the memory with layers or positions
+MAX_DEPTH = 256
+MAX_POSITIONS = 2**27  # neurons of all patches of an image
 FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass: backward computes two products for each of its own
 PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a plain ViT, given its sizes
 
@@ -51,7 +52,7 @@ class ViTArch:
             raise InputError(f"width {self.width} cannot be divided among {self.num_heads} heads")
         if min(self.grid) < 1:
             raise InputError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
-        if self.kind is not None and self.num_patches * self.width > MAX_POSITIONS:
+        if self.num_patches * self.width > MAX_POSITIONS:
             raise InputError(f"{self.num_patches:,} patches of width {self.width:,} are too many")
 
     @property

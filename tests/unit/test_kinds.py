@@ -197,4 +197,8 @@ def test_timm_alone_gives_the_same_logits(all_tests, tmp_path):
         case = case_of(kind)
         vit = models.Learngene.of(case.aux_net()).descend(case.narrow)
         folders.append(write(vit, case.narrow, case.images(), tmp_path / kind))
+    for kind in ("vit_tiny_patch16_224", "eva02_tiny_patch14_336"):  # images and patches that are not square
+        arch = replace(case_of(kind).narrow, img_size=(64, 32), patch_size=(16, 8))
+        vit = models.create_vit(arch, num_classes=CLASSES)
+        folders.append(write(vit, arch, torch.randn(2, 3, 64, 32), tmp_path / f"{kind}_64x32"))
     assert differing_alone(folders) == ""
