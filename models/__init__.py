@@ -14,6 +14,7 @@ from common.errors import InputError, nearest
 from models.aux_net import AuxNet
 from models.learngene import Learngene, load_learngene
 from models.lets import LeTs
+from models.preprocessing import Preprocessing
 from models.registry import register_method
 from models.supernet import Supernet
 from models.tleg import TLEG
@@ -36,6 +37,7 @@ __all__ = [
     "InputError",
     "LeTs",
     "Learngene",
+    "Preprocessing",
     "Supernet",
     "ViTArch",
     "create_aux_net",

@@ -20,6 +20,7 @@ from common import console
 from common.files import atomic_write
 from models.figures import Curves, HeatMaps, Points
 from models.names import name_of
+from models.preprocessing import DEFAULT
 from models.vit import shown_size
 from options import local_path, place
 
@@ -56,6 +57,9 @@ def sizes(gene: models.Learngene) -> list[str]:
     lines = [*table(rows), f"  {gene.num_classes} classes, {gene.config['in_chans']} input channels"]
     if gene.arch.kind is not None:
         lines.append(f"  ViTs of the kind {gene.arch.kind} of timm's")
+    if gene.preprocessing != DEFAULT:
+        prepared = (f"{name} {value}" for name, value in gene.preprocessing.as_config().items())
+        lines.append(f"  images are prepared with {', '.join(prepared)}")
     return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.config)]
 
 
