@@ -6,7 +6,7 @@ import utils
 from training import loop
 from training.build_model import Builder
 from training.config import Config
-from training.launch import check_written, prepare, share_resume
+from training.launch import check_written, prepare, share_findings
 from training.outputs import push
 from training.setup import set_up
 
@@ -39,7 +39,7 @@ def train(config: Config, build: Builder) -> Result:
     Raises:
         InputError: options or files that cannot be used.
     """
-    run = set_up(share_resume(prepare(config)), build)
+    run = set_up(share_findings(prepare(config)), build)
     status = loop.train(run)
     if status == 0:
         check_written(run)
@@ -57,6 +57,6 @@ def evaluate(config: Config, build: Builder) -> dict[str, float]:
     Raises:
         InputError: options or files that cannot be used.
     """
-    config = share_resume(prepare(config.with_options(eval=True)))
+    config = share_findings(prepare(config.with_options(eval=True)))
     run = set_up(config, build)
     return loop.evaluate_run(run, run.model)

@@ -18,6 +18,7 @@ from training.command_line import parse_options
 from training.config import TAGGED, TIMM, Config, option_name, resolve, tagged_name, weight_sources
 from training.foreign_weights import timm_weights
 from training.outputs import push
+from training.preprocessing import with_input_size
 from training.run import Run, describe
 from training.setup import is_address, set_up
 from utils import print_main
@@ -46,7 +47,7 @@ def launched(argv: Sequence[str]) -> Iterator[Config]:
             if mistake:
                 raise mistake
             config = prepare(config)
-        yield share_resume(config)
+        yield share_findings(config)
         utils.shutdown_distributed()
 
 
@@ -56,7 +57,7 @@ def prepare(config: Config) -> Config:
     Raises:
         InputError: options that do not fit each other, or something that cannot be downloaded.
     """
-    config = resolve(config)
+    config = resolve(with_input_size(config))
     check(config)
     config = config.with_options(resume=find_checkpoint(config))
     fetch_addresses(config)
@@ -64,9 +65,10 @@ def prepare(config: Config) -> Config:
     return config
 
 
-def share_resume(config: Config) -> Config:
-    """The same checkpoint on all processes: only the main process looks for it."""
-    return config.with_options(resume=utils.broadcast_from_main(config.runtime.resume))
+def share_findings(config: Config) -> Config:
+    """The same checkpoint on all processes, as only the main process looks for it, and the same size of images."""
+    resume, size = utils.broadcast_from_main((config.runtime.resume, config.data.input_size))
+    return config.with_options(resume=resume, input_size=size)
 
 
 def fetch_addresses(config: Config) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 import models
 from common.download import fetch
 from common.errors import InputError, error_context
+from common.files import read_json
+from common.hub import in_repository
 from datasets import WHOLE, are_small
 from models.kinds import check_tag
 from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
 from training.config import (
+    TAGGED,
     TIMM,
     Config,
     DataConfig,
@@ -140,6 +143,27 @@ def of_teacher(config: TeacherConfig) -> Preprocessing:
     if "teacher_path" not in sources:
         return of_timm(config.teacher_model)
     return in_source("teacher_path", *sources["teacher_path"], config.teacher_model)[1]
+
+
+def with_input_size(config: Config) -> Config:
+    """A copy of ``config`` with the size of images of the model folder or repository that a ViT of timm's starts from.
+
+    Nothing changes where --input-size is given, or its ``config.json`` has no size of square images.
+    """
+    sources, arch = weight_sources(config.model, config.teacher, None), config.model.arch or ""
+    source = next((sources[option][0] for option in TAGGED if option in sources), None)
+    if source is None or config.data.input_size or not models.is_vit(arch) or models.follows_grammar(arch):
+        return config
+    try:
+        if source.startswith("hf-hub:"):
+            path = fetch(in_repository(source, "config.json"))
+        else:
+            path = (Path(source) if Path(source).is_dir() else Path(source).parent) / "config.json"
+        height, width = read_json(path)["pretrained_cfg"]["input_size"][1:]
+    except (InputError, LookupError, TypeError, ValueError):
+        return config
+    square = type(height) is int and height == width and height > 0
+    return config.with_options(input_size=height) if square else config
 
 
 def evaluation_config(data: DataConfig, in_chans: int) -> dict:

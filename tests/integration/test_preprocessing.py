@@ -17,7 +17,8 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import Outcome, Run, run_many, set_up_run
+from conftest import ENVIRONMENT, Outcome, Run, run_many, set_up_run
+from hub_stand_in import HubStandIn
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,8 @@ PHASES = [
         "stage-1": f"{STAGE_1} --src-path SOURCE",
         "tleg": f"{TLEG} --interpolation bilinear",
         "tag": f"--model {TIMM} --finetune BARE {ALWAYS}",
+        "kind": f"--model test_vit --finetune KIND {ALWAYS.replace('--input-size 32', '')}",
+        "kind-sized": f"--model test_vit --finetune KIND {ALWAYS}",
         "no-tag": f"--model test_vit --finetune BARE {ALWAYS}",
         "cached": f"--model {ARCH} --finetune TEN {ALWAYS} --data-set DIGITS --cache-data",
         "loaded": f"--model {ARCH} --finetune TEN {ALWAYS} --data-set DIGITS",
@@ -117,9 +120,12 @@ def runs(tmp_path_factory) -> Runs:
     config = json.loads((out / "spoilt" / "config.json").read_text())
     config["pretrained_cfg"]["std"] = [0.5, 0, 0.5]
     (out / "spoilt" / "config.json").write_text(json.dumps(config))
+    kind, of_48 = timm.create_model("test_vit", img_size=48, num_classes=4), {"input_size": [3, 48, 48]}
+    (out / "kind").mkdir()
+    save_model(kind, out / "kind", "test_vit", {"img_size": 48}, of_48 | OWN.as_config())
     torch.save(timm.create_model("test_vit", img_size=32, num_classes=4).state_dict(), out / "bare.pth")
     places = {"SOURCE": "source/model.safetensors", "SPOILT": "spoilt/model.safetensors", "BARE": "bare.pth"}
-    places |= {"TEN": "ten/model.safetensors", "OUT": "."}
+    places |= {"TEN": "ten/model.safetensors", "KIND": "kind", "OUT": "."}
     outcomes = {}
     for i, phase in enumerate(PHASES):
         commands = {}
@@ -177,6 +183,14 @@ def test_written_folder_evaluates_as_the_run_did(runs):
     assert torch.equal(transform(read_picture(picture)), create_transform(**config)(Image.open(picture)))
 
 
+def test_size_of_images_is_the_sources(runs):
+    """48 pixels in config.json, while the architecture is for 160."""
+    for name, size in {"kind": 48, "kind-sized": 32}.items():
+        config = json.loads((runs.folder(name) / "config.json").read_text())["pretrained_cfg"]
+        assert config["input_size"] == [3, size, size]
+        assert Preprocessing.from_config(config) == OWN
+
+
 def test_options_win(runs):
     expected = Preprocessing((0.1, 0.2, 0.3), OWN.std, "bilinear", 0.8, "border")
     assert runs.recorded("override") == runs.written("override") == expected
@@ -223,6 +237,22 @@ def test_tag_of_the_name_says_it_for_a_file_that_does_not(runs):
     assert runs.recorded("tag") == of_tag
     assert runs.recorded("no-tag") == DEFAULT
     assert f"{TIMM} has --mean 0.5 0.5 0.5" in runs.outcomes["no-tag"].stdout
+
+
+@pytest.mark.full
+def test_repository_of_the_hub_says_it(runs, tmp_path, monkeypatch):
+    files = {name: (runs.out / "kind" / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    options = f"--model test_vit --finetune hf-hub:owner/vit {ALWAYS.replace('--input-size 32', '')}".split()
+    options += ["--data-set", "FOLDER", "--data-path", str(runs.out / "data"), "--output-dir", str(tmp_path / "out")]
+    with HubStandIn() as hub:
+        hub.add("owner/vit", files)
+        for name, value in hub.environment(tmp_path / "hub").items():
+            monkeypatch.setitem(ENVIRONMENT, name, value)
+        outcome = run_many({"hub": Run(options, processes=2)}, tmp_path / "printed")["hub"]
+    assert outcome.codes == [0, 0], outcome.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert config["input_size"] == [3, 48, 48]
+    assert Preprocessing.from_config(config) == OWN
 
 
 # ---------------------------------------------------------------------------------------------------------------------
