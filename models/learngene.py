@@ -198,7 +198,9 @@ class Learngene:
         """Write the learngene file atomically."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         # what is no size stands beside the header, whose entries all readers take for sizes
-        metadata = {"learngene": json.dumps(self.header), "preprocessing": json.dumps(self.preprocessing.as_config())}
+        metadata = {"learngene": json.dumps(self.header)}
+        if self.preprocessing != DEFAULT:
+            metadata["preprocessing"] = json.dumps(self.preprocessing.as_config())
         if self.classes:
             metadata["classes"] = json.dumps(self.classes)
         with atomic_write(path) as unfinished:

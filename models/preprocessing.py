@@ -1,7 +1,7 @@
 """How an image becomes the input of a model, and which file of weights says so.
 
 A model folder says it in ``config.json``, as timm does; learngene files and checkpoints of this program say it in the
-entry ``preprocessing``, with the same keys.
+entry ``preprocessing``, with the same keys. Those without the entry have the default.
 """
 
 import json
@@ -95,8 +95,7 @@ def is_finite(value: object) -> bool:
 def preprocessing_in(path: str | os.PathLike, content: Mapping | None = None) -> Preprocessing | None:
     """What the file of weights at ``path``, or the ``config.json`` beside it, says; None if nothing does.
 
-    Learngenes and checkpoints that this program wrote before it recorded the preprocessing had the default. Errors in
-    the weights are left to their reader.
+    Errors in the weights are left to their reader.
 
     Args:
         content: what `read_checkpoint` read from ``path``; saves reading a large file twice.

@@ -7,8 +7,18 @@ import models
 from common.download import fetch
 from common.errors import InputError, error_context
 from datasets import WHOLE, are_small
+from models.kinds import check_tag
 from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
-from training.config import Config, DataConfig, ModelConfig, TeacherConfig, option_name, weight_sources
+from training.config import (
+    TIMM,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+    option_name,
+    tagged_name,
+    weight_sources,
+)
 from utils import print_main
 
 import timm
@@ -22,7 +32,6 @@ PREPROCESSING_OPTIONS = {
     "eval_crop_ratio": "crop_pct",
     "crop_mode": "crop_mode",
 }
-TIMM = "timm"  # in the place of a path: the weights that timm has for the name
 
 
 def preprocessing_of(data: DataConfig) -> Preprocessing:
@@ -73,45 +82,41 @@ def source_of(config: Config, gene: models.Learngene | None) -> tuple[str, Prepr
         return in_source("resume", *sources["resume"], "")
     if gene is not None:
         return f"--load-gene {config.model.load_gene}", gene.preprocessing
-    archs = {"finetune": config.model.arch, "src_path": config.model.src_arch, "init_path": config.model.model}
-    option = next((option for option in archs if option in sources), None)
-    return ("", DEFAULT) if option is None else in_source(option, *sources[option], archs[option] or "")
+    option = next((option for option in ("finetune", "src_path", "init_path") if option in sources), None)
+    if option is None:
+        return "", DEFAULT
+    return in_source(option, *sources[option], tagged_name(config.model, option) or "")
 
 
-def in_source(option: str, source: str, file: str, arch: str) -> tuple[str, Preprocessing]:
-    """The preprocessing of weights of the architecture ``arch``, and how a message names them.
+def in_source(option: str, source: str, file: str, name: str) -> tuple[str, Preprocessing]:
+    """The preprocessing of weights of the architecture ``name``, and how a message names them.
 
     Args:
         option, source, file: as in `training.config.weight_sources`.
     """
-    label, name = f"{option_name(option)} {source}", arch.partition("@")[0]
+    label, name = f"{option_name(option)} {source}", name.partition("@")[0]
     with error_context(label):
-        if source == TIMM:
-            return f"{label}, {name}", of_timm(name)
-        found = preprocessing_in(place_of(source, file))
-        if found is not None:
-            return label, found
-        if "." in name:
-            return f"{label}, {name}", of_timm(name)
-    note_silence(label, name)
-    return label, DEFAULT
+        found = None if source == TIMM else preprocessing_in(place_of(source, file))
+        if source == TIMM or (found is None and "." in name):
+            return f"{label} ({name})", of_timm(name)
+    if found is None:
+        note_silence(label, name)
+    return label, found or DEFAULT
 
 
 def note_silence(label: str, name: str) -> None:
     """Log that a file of weights says nothing about its images, if timm has other weights of the architecture."""
-    config = get_pretrained_cfg(name) if timm.is_model(name) else None
-    usual = DEFAULT if config is None else Preprocessing.from_config(config.to_dict())
+    usual = of_timm(name)
     if (usual.mean, usual.std) != (DEFAULT.mean, DEFAULT.std):
+        tagged = f"{name.partition('.')[0]}.{get_pretrained_cfg(name).tag}"
         print_main(
-            f"{label} says nothing about its images: they are normalised as DeiT's; timm's {name}.{config.tag} has "
+            f"{label} says nothing about its images: they are normalised as DeiT's; timm's {tagged} has "
             f"--mean {shown(usual.mean)} --std {shown(usual.std)}"
         )
 
 
 def place_of(source: str, file: str) -> Path:
     """The local file of weights; a path that does not exist is left to its reader."""
-    if Path(source).is_dir():
-        return Path(source, file)
     try:
         return fetch(source, on_hub=file)
     except InputError:
@@ -119,15 +124,13 @@ def place_of(source: str, file: str) -> Path:
 
 
 def of_timm(name: str) -> Preprocessing:
-    """The preprocessing of the weights that timm has for ``NAME[.tag]``.
+    """The preprocessing of the weights that timm has for ``NAME[.tag]``, or the default if it has none.
 
     Raises:
         InputError: timm does not know the tag.
     """
-    try:
-        config = get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown weights {name!r}: {error}") from error
+    check_tag(name)
+    config = get_pretrained_cfg(name) if timm.is_model(name) else None
     return DEFAULT if config is None else Preprocessing.from_config(config.to_dict())
 
 

@@ -274,7 +274,7 @@ def test_teacher_sees_images_as_it_was_trained_on(runs, capsys):
     ("name", "parts"),
     [
         ("no-std", ("--finetune", "config.json: std is 0.5 0 0.5, expected three numbers above 0")),
-        ("no-such-tag", ("test_vit.no_such_tag", "no_such_tag")),
+        ("no-such-tag", ("'no_such_tag' of test_vit", "r160_in1k")),
         ("std-0", ("--std", "0 is not above 0")),
         ("mean-nan", ("--mean", "nan is not a finite number")),
         ("two-means", ("--mean", "expected 3 arguments")),
