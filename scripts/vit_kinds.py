@@ -26,6 +26,10 @@ POOLING = {"token": "class token", "avg": "average", "map": "attention", "": "no
 PAGE = """\
 # Kinds of ViT
 
+```bash
+python scripts/vit_kinds.py > docs/vit_kinds.md   # writes this page for the installed version of timm
+```
+
 A *kind* of ViT is an architecture of timm whose width, depth and number of heads are free. Everything else is that of
 the architecture: tokens, pooling, norms, activations, position embedding, neurons of a head, and the ratio of hidden
 neurons to the width. A learngene expands ViTs of its own kind: source, Aux-Net and Des-Nets are timm models of one
@@ -34,11 +38,6 @@ architecture in different sizes.
 Of the {total} architectures of timm {version}'s modules {modules}, **{working} work** and
 {refused} are refused. ViTs of its other modules, such as `deit_*`, work if the table of axes knows all their
 parameters.
-The command that writes this page, for the installed version of timm:
-
-```bash
-python scripts/vit_kinds.py > docs/vit_kinds.md
-```
 
 ## Axes
 
