@@ -56,7 +56,8 @@ RULES = [
     Rule(r"conf_train_des_s\.yaml", f"{IMAGES} --epochs 0"),
     Rule(r"main\.py --eval --resume output/des/checkpoint\.pth", f"--model {SMALL_DES_NET} {IMAGES}"),
     # pretrained weights, for which small ones stand
-    Rule(r"--(src|init)-path timm|--load-gene output/(dino_)?grown/", UNTRAINED),
+    Rule(r"--src-path timm|--load-gene output/(dino_)?grown/", UNTRAINED),
+    Rule(r"--init taylor --init-path timm", f"{UNTRAINED} --init magnitude"),  # its head has other classes
     # small images
     Rule(r"main\.py --config configs/quickstart\.yaml", "--train-images 32 --eval-interval 1000"),
     Rule(r"main\.py .*--data-set WDS", f"--epochs 1 --input-size 16 --batch-size 4 {FEW}"),
