@@ -57,7 +57,8 @@ RULES = [
     Rule(r"main\.py --eval --resume output/des/checkpoint\.pth", f"--model {SMALL_DES_NET} {IMAGES}"),
     # pretrained weights, for which small ones stand
     Rule(r"--src-path timm|--load-gene output/(dino_)?grown/", UNTRAINED),
-    Rule(r"--init taylor --init-path timm", f"{UNTRAINED} --init magnitude"),  # its head has other classes
+    # the head of the small one has other classes than the data
+    Rule(r"--init taylor --init-path timm", f"{UNTRAINED} --init magnitude --model test_vit.r160_in1k@L4-H1"),
     # small images
     Rule(r"main\.py --config configs/quickstart\.yaml", "--train-images 32 --eval-interval 1000"),
     Rule(r"main\.py .*--data-set WDS", f"--epochs 1 --input-size 16 --batch-size 4 {FEW}"),
