@@ -13,18 +13,19 @@ import os
 import pathlib
 
 import models
-import models.names
 
 import timm
 from torch import nn
+
+if pathlib.Path(models.__file__).resolve().parents[1] != pathlib.Path(__file__).resolve().parent:
+    raise ImportError(f"the package 'models' is already imported from {models.__file__}: load this repository first")
+
+import models.names
 
 # Every public callable of this module is an entry point, so only modules are imported.
 
 # What `import models` needs; torch.hub reports the ones that are not installed.
 dependencies = ["filelock", "huggingface_hub", "numpy", "safetensors", "timm", "torch", "torchvision", "tqdm", "yaml"]
-
-if pathlib.Path(models.__file__).resolve().parents[1] != pathlib.Path(__file__).resolve().parent:
-    raise ImportError(f"the package 'models' is already imported from {models.__file__}: load this repository first")
 
 
 def learngene(file_or_address: str | os.PathLike, head_dim: int = 64, use_ema: bool = False) -> models.Learngene:

@@ -70,7 +70,6 @@ def test_every_entry_point_loads_from_another_folder(tmp_path: Path):
 def test_another_package_of_the_same_name_is_reported(tmp_path: Path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("")
-    (tmp_path / "models" / "vit.py").write_text("PUBLISHED_NAMES = ()\n")
     program = 'import models, sys, torch\ntorch.hub.load(sys.argv[1], "learngene", "x", source="local")'
     done = run_python(program, tmp_path, str(REPOSITORY))
     assert done.returncode == 1
