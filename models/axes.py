@@ -273,12 +273,14 @@ def widen(w: Tensor, axes: str, matrices: Mapping[str, Tensor], full_width: bool
         if A is None:
             continue
         if number == len(axes) - 1:
-            row = w.unsqueeze(-2) if w.ndim < A.ndim else w  # a vector of each layer, a matrix of each layer
-            w = (row @ A.mT if full_width else widen_in(row, A)).reshape(*w.shape[:-1], -1)
-        else:  # of a matrix (out, in); a kernel (out, channels, height, width) is one, too
-            matrix = w.flatten(number - len(axes) + 1)
+            rows = w.unsqueeze(-2) if w.ndim < A.ndim else w  # vectors (n, old) of layers with a matrix each
+            wide = rows @ A.mT if full_width else widen_in(rows, A)
+            w = wide.reshape(*w.shape[:-1], -1)  # vectors again
+        else:
+            first = number - len(axes) + 1  # axis after this one, from the end; the rest of a kernel counts as one axis
+            matrix = w.flatten(first)
             wide = A @ matrix if full_width else widen_out(A, matrix)
-            w = wide.unflatten(-1, w.shape[number - len(axes) + 1 :])
+            w = wide.unflatten(-1, w.shape[first:])
     return w
 
 

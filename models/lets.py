@@ -75,7 +75,10 @@ def depth_matrices(g: Tensor, plan: DepthPlan, modules: Sequence[str], n: int) -
 
 
 def mix(G: Tensor, w: Tensor) -> Tensor:
-    """W_i = Σ_j G[i, j] w_j over the learngene's layers j: (layers, n) and (n, …) → (layers, …)."""
+    """W_i = Σ_j G[i, j] w_j over the learngene's layers j: (layers, n) and (n, …) → (layers, …).
+
+    With the coefficients of a pair a, b in row r, as published, this is W_i = g[r, 0]·w_a + g[r, 1]·w_b.
+    """
     return (G @ w.flatten(1)).view(G.shape[0], *w.shape[1:])
 
 
