@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import models
 from common.download import fetch
@@ -23,15 +24,14 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 
-def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
-    """The weights of a tag of timm's, downloaded if necessary, through timm's own filter for them.
+def fetch_tag(name: str) -> Path | None:
+    """Download the weights that timm offers under a name, if necessary, and return their file.
 
     Args:
         name: an architecture of timm with its tag; without one, timm's default tag is meant.
-        kwargs: ``num_classes`` and ``img_size``, to which timm fits head and positions.
 
     Returns:
-        The state dict of ``timm.create_model(name, pretrained=True, **kwargs)``.
+        None for the few that are not on the Hub: timm downloads them when the model is created.
 
     Raises:
         InputError: the tag is unknown or has no weights, or they cannot be downloaded.
@@ -42,15 +42,32 @@ def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
     offered = get_pretrained_cfg(name)
     if offered is None or not offered.has_weights:
         raise InputError(f"timm has no weights of {name}")
-    overlay = {}
-    if offered.hf_hub_id:
-        # not by timm, which retries for most of a minute without a network, even if the file is in the cache
-        path = fetch(f"hf-hub:{offered.hf_hub_id}", on_hub=offered.hf_hub_filename or "model.safetensors")
+    if not offered.hf_hub_id:
+        return None
+    # not by timm, which retries for most of a minute without a network, even if the file is in the cache
+    return fetch(f"hf-hub:{offered.hf_hub_id}", on_hub=offered.hf_hub_filename or "model.safetensors")
+
+
+def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
+    """The weights of a tag of timm's (`fetch_tag`), through timm's own filter for them.
+
+    Args:
+        kwargs: ``num_classes`` and ``img_size``, to which timm fits head and positions.
+
+    Returns:
+        The state dict of ``timm.create_model(name, pretrained=True, **kwargs)``.
+
+    Raises:
+        InputError: as `fetch_tag`; or the weights do not fit.
+    """
+    path, overlay = fetch_tag(name), {}
+    if path is not None:
         overlay["state_dict"], _ = find_weights(read_checkpoint(path), path)
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     except (*hub_errors(), LookupError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
+    offered = get_pretrained_cfg(name)
     classes, size = offered.num_classes, max(offered.input_size[1:])
     if kwargs.get("num_classes", classes) != classes:
         print_main(f"timm's {name} has {classes} classes, the data {kwargs['num_classes']}: the head is re-initialised")

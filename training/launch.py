@@ -16,7 +16,7 @@ from training.checkpoints import find_checkpoint
 from training.checks import check, kind_of_run
 from training.command_line import parse_options
 from training.config import TAGGED, TIMM, Config, option_name, resolve, tagged_name, weight_sources
-from training.foreign_weights import timm_weights
+from training.foreign_weights import fetch_tag
 from training.outputs import push
 from training.preprocessing import with_input_size
 from training.run import Run, describe
@@ -83,7 +83,7 @@ def fetch_addresses(config: Config) -> None:
             if is_address(source):
                 fetch(source, on_hub=file)
             elif source == TIMM and option in TAGGED:
-                timm_weights(tagged_name(config.model, option))
+                fetch_tag(tagged_name(config.model, option))
             if source.startswith("hf-hub:") and option not in ("load_gene", "resume"):
                 with suppress(InputError):  # not every repository has one
                     fetch(in_repository(source, "config.json"))  # it then lies beside the weights
