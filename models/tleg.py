@@ -93,13 +93,15 @@ def from_vit(vit: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     Its order is that of the parameters, by which checkpoints number the state of the optimiser: tokens and positions,
     weights, biases, the rest.
     """
+
+    def rank(timm_name: str) -> int:
+        return {"weight": 0, "bias": 1}.get(timm_name.rpartition(".")[2], 2)
+
     p = {name: vit[timm_name] for name, timm_name in names.others.items() if "." not in timm_name}
-    for kinds in (("weight",), ("bias",), ("gamma", "gamma_1", "gamma_2", "q_bias", "v_bias", "latent")):
-        for name, timm_name in names.others.items():
-            if timm_name.endswith(tuple(f".{kind}" for kind in kinds)):
-                p[name] = vit[timm_name]
+    for r in range(3):
+        p |= {name: vit[n] for name, n in names.others.items() if "." in n and rank(n) == r}
         for name, timm_name in names.layers.items():
-            if f".{timm_name}".endswith(tuple(f".{kind}" for kind in kinds)):
+            if rank(timm_name) == r:
                 p |= {f"{half}_{name}": vit[f"blocks.{l}.{timm_name}"] for l, half in enumerate("AB")}
     return p
 
