@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
+from common import console
 from models.meta import WeightsOnMeta
 from models.vit import described
 
@@ -184,4 +185,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.accept_any_text()
     main(sys.argv[1:])
