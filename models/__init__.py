@@ -12,6 +12,7 @@ from torch import nn
 
 from common.errors import InputError, nearest
 from models.aux_net import AuxNet
+from models.elastic import Elastic
 from models.learngene import Learngene, load_learngene
 from models.lets import LeTs
 from models.preprocessing import Preprocessing
@@ -34,6 +35,7 @@ from models.vit import ViTArch, create_vit
 __all__ = [
     "TLEG",
     "AuxNet",
+    "Elastic",
     "InputError",
     "LeTs",
     "Learngene",
@@ -75,16 +77,18 @@ def create_model(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def create_aux_net(src_arch: str | ViTArch, tgt_arch: str | ViTArch, **kwargs) -> LeTs:
+def create_aux_net(src_arch: str | ViTArch, tgt_arch: str | ViTArch | None = None, **kwargs) -> LeTs | Elastic:
     """An untrained LeTs Aux-Net of ``tgt_arch`` sizes over a learngene of ``src_arch`` sizes.
 
     Args:
-        tgt_arch: ``@L16-H12`` alone is of the kind of ``src_arch``.
-        kwargs: as in `LeTs`.
+        tgt_arch: ``@L16-H12`` alone is of the kind of ``src_arch``. Without it, the result is `Elastic`.
+        kwargs: as in `LeTs` or `Elastic`.
 
     Raises:
         InputError: a name does not parse, or the sizes do not fit each other.
     """
     src = parse_arch(src_arch) if isinstance(src_arch, str) else src_arch
+    if tgt_arch is None:
+        return Elastic(src, **kwargs)
     tgt = parse_arch(tgt_arch, src) if isinstance(tgt_arch, str) else tgt_arch
     return LeTs(src, tgt, **kwargs)

@@ -32,6 +32,7 @@ class AuxNet(nn.Module, ABC):
         flags: entries of `config` that are true or false. All others are whole numbers, or sizes of a ViT.
         arch_options: options of main.py that give the sizes in stage 1, and what they name on a model card.
         options: options of main.py that stage 1 of no other method takes.
+        defaults: what options of stage 1 are unless they are given.
         usage: how a command asks for stage 1, for messages; default: ``--method`` and the name.
     """
 
@@ -43,6 +44,15 @@ class AuxNet(nn.Module, ABC):
     flags: tuple[str, ...] = ()
     arch_options: Mapping[str, str] = {"model": "architecture"}
     options: tuple[str, ...] = ()
+    defaults: Mapping[str, object] = {
+        "descendants": 0,
+        "descendant_weight": 0.5,
+        "descendant_sampling": "random",
+        "descendant_warmup_epochs": 0,
+        "descendant_coarse_to_fine": False,
+        "chain_weight": 0.0,
+        "distillation_mean": "logits",
+    }
     usage: str | None = None
 
     def __init__(self, arch: ViTArch, vit_options: dict, **kwargs):
@@ -137,6 +147,10 @@ class AuxNet(nn.Module, ABC):
     def complete_header(cls, header: dict) -> dict:
         """``header`` with the entries that files of earlier versions do not have."""
         return header
+
+    @classmethod
+    def check_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping) -> None:
+        """Raises InputError where tensors of the right names and shapes, as a file has them, cannot be used."""
 
     @classmethod
     def archs(cls, header: Mapping) -> dict[str, ViTArch]:

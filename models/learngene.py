@@ -94,10 +94,14 @@ class Learngene:
     def num_classes(self) -> int:
         return self.config["num_classes"]
 
+    @property
+    def num_params(self) -> int:
+        """The numbers that are trained."""
+        return sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
+
     def __str__(self) -> str:
         src = f"{ViTArch(**self.config['src_arch'])} → " if "src_arch" in self.config else ""
-        params = sum(t.numel() for t in self.tensors.values())
-        sizes = f"{src}{self.arch}, {self.num_classes} classes, {params:,} parameters"
+        sizes = f"{src}{self.arch}, {self.num_classes} classes, {self.num_params:,} parameters"
         origin = self.origin + ", averaged weights" * self.averaged
         return f"{self.method_class.title} learngene ({origin}), {sizes}"
 
@@ -307,13 +311,17 @@ def _check_config(config: Mapping, flags: Sequence[str] = ()) -> None:
 
 def _check_tensors(gene: Learngene) -> None:
     """Raises InputError unless the tensors have the names and shapes of the method at these sizes."""
-    expected = {name: tuple(t.shape) for name, t in gene.empty_aux_net().state_dict().items()}
+    empty = gene.empty_aux_net().state_dict()
+    floating = {name: t.is_floating_point() for name, t in empty.items()}
+    expected = {name: tuple(t.shape) for name, t in empty.items()}
     found = {name: tuple(t.shape) for name, t in gene.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise InputError(f"{name} has shape {found.get(name)}, expected {expected.get(name)}")
-        if not gene.tensors[name].is_floating_point():
-            raise InputError(f"{name} holds {gene.tensors[name].dtype}, expected floating-point numbers")
+        if gene.tensors[name].is_floating_point() != floating[name]:
+            kind = "floating-point" if floating[name] else "whole"
+            raise InputError(f"{name} holds {gene.tensors[name].dtype}, expected {kind} numbers")
+    gene.method_class.check_tensors(gene.tensors, gene.config)
 
 
 def to_published(gene: Learngene) -> dict[str, Tensor]:

@@ -284,7 +284,7 @@ class LeTs(AuxNet):
 
     @classmethod
     def is_meant_by(cls, config: object) -> bool:
-        return bool(config.src_arch or config.tgt_arch)
+        return bool(config.tgt_arch)
 
     @classmethod
     def check_config(cls, config: object) -> None:
