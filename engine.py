@@ -221,6 +221,7 @@ def train_one_epoch(
     log_interval: int = 50,
     skip_nan: bool = False,
     position: Position | None = None,
+    before_batch: Callable[[int], None] = lambda step: None,
     after_step: Callable[[], None] = lambda: None,
     report: Callable[[dict[str, float]], None] = lambda numbers: None,
 ) -> dict[str, float]:
@@ -233,7 +234,8 @@ def train_one_epoch(
         ema_source: the module, without wrappers, that ``ema`` averages.
         seed: determines mixup, dropout and drop-path, together with the epoch, the step and the rank.
         log_interval: log every N steps; the only host–device synchronisation (``skip_nan`` adds one per step).
-        after_step, report: called after every optimiser step, and with the numbers of `StepMeter.flush` at every log.
+        before_batch, after_step, report: called before each batch with its number in the epoch; after each optimiser
+            step; at each log with the numbers of `StepMeter.flush`.
 
     Returns:
         ``loss``, the mean over the epoch and all processes, and ``lr`` of the first parameter group.
@@ -242,16 +244,14 @@ def train_one_epoch(
         NotFiniteError: the loss or the gradient is not finite; all processes raise it at the same step.
     """
     model.train()
-    position = position or Position()
-    meter = StepMeter(position, device, optimizer, epoch, skip_nan)
+    meter = StepMeter(position := position or Position(), device, optimizer, epoch, skip_nan)
     first, num_batches = position.steps, len(loader)
     batches = restore_buffers_if_stopped(meter.timed(loader), model, accum_iter)
-    batches = prepared(batches, device, mixup, seed, epoch, first)
+    batches = prepared(batches, device, mixup, seed, epoch, first, before_batch)
     groups = accumulate_gradients(batches, num_batches, accum_iter, model, criterion, teacher, scaler, autocast, meter)
     for done, images in groups:
         log_now = len(meter.losses) >= log_interval or done == num_batches
-        # optimisers that draw random numbers need the same ones in all processes
-        random_seed(derived_seed(seed, epoch, first + done - 1, ALL_PROCESSES))
+        random_seed(derived_seed(seed, epoch, first + done - 1, ALL_PROCESSES))  # for optimisers that draw numbers
         norm, stepped = optimizer_step(model, optimizer, scaler, clip_grad, log_now, skip_nan)
         if stepped and ema is not None:
             ema.update(ema_source)
@@ -285,10 +285,17 @@ def restore_buffers_if_stopped(batches: Iterator, model: nn.Module, accum_iter: 
 
 
 def prepared(
-    batches: Iterable, device: torch.device, mixup: Mixup | None, seed: int, epoch: int, first: int
+    batches: Iterable,
+    device: torch.device,
+    mixup: Mixup | None,
+    seed: int,
+    epoch: int,
+    first: int,
+    before_batch: Callable[[int], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Move batches to the device and apply mixup. Seeds the random numbers of each step, counted from ``first``."""
     for step, (images, targets) in enumerate(batches, first):
+        before_batch(step)
         random_seed(derived_seed(seed, epoch, step, utils.rank()))
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         yield (images, targets) if mixup is None else mixup(images, targets)

@@ -26,31 +26,42 @@ class BinaryCrossEntropy(nn.Module):
         return F.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
+def soft_divergence(logits: Tensor, target_logits: Tensor, tau: float, mean: str) -> Tensor:
+    """KL divergence between the softmax of ``target_logits`` and of ``logits`` at temperature τ, times τ².
+
+    Args:
+        logits, target_logits: (batch, classes).
+        mean: over ``images``; or over ``logits``, as in DeiT, which divides by the number of classes, too: beside
+            labels the divergence then weighs little.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(logits / tau, dim=1),
+        F.log_softmax(target_logits / tau, dim=1),
+        reduction="sum",
+        log_target=True,
+    )
+    return divergence * tau**2 / (logits.numel() if mean == "logits" else len(logits))
+
+
 class DistillationLoss(nn.Module):
     """(1 − α) · base criterion + α · distillation (DeiT, equations 2 and 3, without a distillation token).
 
-    ``soft``: KL divergence between the log-softmax of teacher and student at temperature τ, summed, over the number
-    of logits, times τ². ``hard``: cross-entropy with the teacher's decision. ``none``: the base criterion alone.
+    ``soft``: `soft_divergence` from the teacher at temperature τ. ``hard``: cross-entropy with the teacher's decision.
+    ``none``: the base criterion alone.
     """
 
-    def __init__(self, base_criterion: nn.Module, kind: str, alpha: float, tau: float):
+    def __init__(self, base_criterion: nn.Module, kind: str, alpha: float, tau: float, mean: str = "logits"):
         super().__init__()
         if kind not in DISTILLATION_TYPES:
             raise ValueError(f"unknown distillation {kind!r}: expected {', '.join(DISTILLATION_TYPES)}")
-        self.base_criterion, self.kind, self.alpha, self.tau = base_criterion, kind, alpha, tau
+        self.base_criterion, self.kind, self.alpha, self.tau, self.mean = base_criterion, kind, alpha, tau, mean
 
     def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` (batch, classes), where the teacher has ``teacher_logits`` for the same images."""
         if self.kind == "none":
             return self.base_criterion(logits, targets)
         if self.kind == "soft":
-            distillation = F.kl_div(
-                F.log_softmax(logits / self.tau, dim=1),
-                F.log_softmax(teacher_logits / self.tau, dim=1),
-                reduction="sum",
-                log_target=True,
-            )
-            distillation = distillation * self.tau**2 / logits.numel()
+            distillation = soft_divergence(logits, teacher_logits, self.tau, self.mean)
         else:
             distillation = F.cross_entropy(logits, teacher_logits.argmax(dim=1))
         return self.base_criterion(logits, targets) * (1 - self.alpha) + distillation * self.alpha
@@ -59,16 +70,26 @@ class DistillationLoss(nn.Module):
 class FamilyLoss(nn.Module):
     """(1 − w) · loss of the Aux-Net + w · mean loss of the descendants that are trained beside it.
 
-    With w = 1 there is no Aux-Net. All of them have the same criterion.
+    With w = 1 there is no Aux-Net. All of them have the same criterion. A share β of the loss of every member but the
+    largest of its step is the divergence from the next larger one, as in "Scala" (Zhang et al., NeurIPS 2024):
+    (1 − β) · criterion + β · `soft_divergence`, the mean over images.
     """
 
-    def __init__(self, criterion: DistillationLoss, weight: float):
+    def __init__(self, criterion: DistillationLoss, weight: float, chain_weight: float = 0.0):
         super().__init__()
-        self.criterion, self.weight = criterion, weight
+        self.criterion, self.weight, self.chain_weight = criterion, weight, chain_weight
 
     def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-        """The loss of ``logits`` (1 + descendants, batch, classes), the Aux-Net's first unless w = 1."""
-        losses = torch.stack([self.criterion(own, targets, teacher_logits) for own in logits])
-        if self.weight == 1:
+        """The loss of ``logits`` (members, batch, classes), from the largest to the smallest.
+
+        The first are the Aux-Net's unless w = 1.
+        """
+        losses = [self.criterion(own, targets, teacher_logits) for own in logits]
+        if self.chain_weight:
+            for i in range(1, len(losses)):
+                chain = soft_divergence(logits[i], logits[i - 1].detach(), self.criterion.tau, "images")
+                losses[i] = losses[i] * (1 - self.chain_weight) + chain * self.chain_weight
+        losses = torch.stack(losses)
+        if self.weight == 1 or len(losses) == 1:
             return losses.mean()
         return losses[0] * (1 - self.weight) + losses[1:].mean() * self.weight

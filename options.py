@@ -18,6 +18,11 @@ BASELINES = ("weight_selection", "stacking", "interpolation", "magnitude", "tayl
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "copy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
 DISTILLATION_TYPES = ("none", "soft", "hard")
+DISTILLATION_MEANS = ("logits", "images")
+SIZE_SAMPLINGS = ("random", "sandwich")
+ORDERS = ("none", "magnitude", "taylor")
+DEPTH_ORDERS = ("even", "magnitude", "taylor", "output")
+OF_METHOD = "; default: the method's"
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 COLOURS = ("R", "G", "B")
@@ -28,6 +33,7 @@ RUNS = """Train learngenes, initialise ViTs from them, and train any timm model.
 
 stage 1, LeTs    main.py --src-arch deit_small_patch16_224_L8 --tgt-arch deit_base_patch16_224_L16_H12 …
                  main.py --src-arch vit_small_patch16_224.augreg_in1k --src-path timm --tgt-arch @L16-H12 …
+stage 1, elastic main.py --src-arch vit_small_patch16_224.augreg_in1k --src-path timm …
 stage 1, TLEG    main.py --model aux_deit_small_patch16_224 …
 stage 2          main.py --des-arch deit_base_patch16_224_L12 --load-gene learngene.safetensors …
                  main.py --des-arch @L6-H3 --load-gene learngene.safetensors …
@@ -44,6 +50,14 @@ def whole_numbers(text: str) -> list[int] | None:
         return None if text.lower() == "none" else [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,4") from None
+
+
+def ratios(text: str) -> list[float] | None:
+    """'1,2.5,4', or 'none' to take back what a YAML file says."""
+    try:
+        return None if text.lower() == "none" else [positive(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,2.5,4") from None
 
 
 def parts(text: str) -> list[str]:
@@ -226,7 +240,7 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         type=at_least(1),
         default=512,
         metavar="N",
-        help="--init taylor: training images whose gradients say what is important",
+        help="training images on which --init, --order and --depth-order look for what is important",
     )
     g.add_argument(
         "--layers-per-row",
@@ -238,8 +252,20 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--src-path",
         type=place_or_none,
-        help="LeTs stage 1: a trained ViT of --src-arch that the learngene starts from: checkpoint, model folder, "
-        f"{WEIGHTS}",
+        help="stage 1 of LeTs and elastic: a trained ViT of --src-arch that the learngene starts from: checkpoint, "
+        f"model folder, {WEIGHTS}",
+    )
+    g.add_argument(
+        "--order",
+        choices=ORDERS,
+        help="elastic: which neurons and heads of the source come first, and are those that Des-Nets keep; default: "
+        "none, as they are",
+    )
+    g.add_argument(
+        "--depth-order",
+        choices=DEPTH_ORDERS,
+        help="elastic: which layers Des-Nets keep: evenly spaced ones (default), those of the highest score, or those "
+        "without which the output changes most",
     )
     g.add_argument("--freeze-src", action=flag, default=False, help="LeTs stage 1: train only what expands --src-path")
     g.add_argument(
@@ -262,16 +288,47 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--descendants",
         type=at_least(0),
-        default=0,
         metavar="K",
-        help="stage 1: train K Des-Nets of random sizes beside the Aux-Net in every step",
+        help="stage 1: train K Des-Nets beside the Aux-Net in every step; default: 0, elastic: 2",
     )
     g.add_argument(
-        "--descendant-depths", type=whole_numbers, help="… of these depths; default: from the learngene's (TLEG: 2) up"
+        "--descendant-depths",
+        type=whole_numbers,
+        help="… of these depths; default: from the learngene's (TLEG: 2, elastic: half the source's) up",
     )
-    g.add_argument("--descendant-heads", type=whole_numbers, help="… and heads; default: from the learngene's up")
     g.add_argument(
-        "--descendant-weight", type=ratio(), default=0.5, help="… their share of the loss; 1: without the Aux-Net"
+        "--descendant-heads",
+        type=whole_numbers,
+        help="… and heads; default: from the learngene's (elastic: half the source's) up",
+    )
+    g.add_argument(
+        "--descendant-mlp-ratios",
+        type=ratios,
+        help="… and hidden neurons, as multiples of the width; default: the Aux-Net's",
+    )
+    g.add_argument(
+        "--descendant-weight",
+        type=ratio(),
+        help="… their share of the loss; 1: without the Aux-Net; default: 0.5, elastic: 1",
+    )
+    g.add_argument(
+        "--descendant-sampling",
+        choices=SIZE_SAMPLINGS,
+        help="… of random sizes, or the largest, the smallest and random ones between" + OF_METHOD,
+    )
+    g.add_argument(
+        "--descendant-warmup-epochs", type=at_least(0), metavar="N", help="… the largest alone in the first N epochs"
+    )
+    g.add_argument(
+        "--descendant-coarse-to-fine",
+        action=flag,
+        help="… at first of the smallest and largest depth, heads and MLP ratio; then of those in the middle, too; at "
+        "last of all",
+    )
+    g.add_argument(
+        "--chain-weight",
+        type=ratio(),
+        help="share of the loss of a descendant that comes from the next larger one of its step" + OF_METHOD,
     )
     g.add_argument(
         "--finetune",
@@ -424,13 +481,21 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--decay-rate", "--dr", type=float, default=0.1)
 
     g = p.add_argument_group("distillation")
-    g.add_argument("--teacher-model", default="regnety_160")
+    g.add_argument(
+        "--teacher-model", default="regnety_160", help="an architecture, or source: stage 1's own --src-path"
+    )
     g.add_argument(
         "--teacher-path", type=place_or_none, help="checkpoint or http(s) address; default: timm's pretrained weights"
     )
     g.add_argument("--distillation-type", default="none", choices=DISTILLATION_TYPES)
     g.add_argument("--distillation-alpha", type=float, default=0.5)
     g.add_argument("--distillation-tau", type=float, default=1.0)
+    g.add_argument(
+        "--distillation-mean",
+        choices=DISTILLATION_MEANS,
+        help="the divergence of soft distillation over the number of logits, as in DeiT, or of images, which a mixture "
+        "with labels needs; default: logits, elastic: images",
+    )
     g.add_argument(
         "--teacher-cache",
         type=place_or_none,

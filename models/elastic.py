@@ -75,7 +75,9 @@ class Elastic(AuxNet):
     title = "Elastic"
     choices = ()
     parts: ClassVar = {
-        **{label.replace(" of the learngene", ""): stems for label, stems in LeTs.parts.items() if "learngene" in label},
+        **{
+            label.replace(" of the learngene", ""): stems for label, stems in LeTs.parts.items() if "learngene" in label
+        },
         "position embedding": ("pos_embed",),
     }
     arch_options: ClassVar = {"src_arch": "source"}
@@ -155,7 +157,9 @@ class Elastic(AuxNet):
         source = ViTArch(**header["tgt_arch"])
         check_kind(arch, source)
         if arch.head_dim != source.head_dim:
-            raise InputError(f"the Des-Net has heads of {arch.head_dim} neurons; those of the source have {source.head_dim}")
+            raise InputError(
+                f"the Des-Net has heads of {arch.head_dim} neurons; those of the source have {source.head_dim}"
+            )
         for size, unit in (("depth", "layers"), ("num_heads", "heads"), ("hidden", "hidden neurons in a layer")):
             asked, most = getattr(arch, size), getattr(source, size)
             if asked > most:

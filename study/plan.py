@@ -18,10 +18,10 @@ from main import builder_of
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from study.results import slug
-from training.build_model import CHANNELS, build_supernet, create_sized, descendants_of
+from training.build_model import CHANNELS, build_supernet, create_sized, size_sampler
 from training.checks import check
 from training.command_line import Parser, arguments_of, parse_options
-from training.config import TIMM, Config, ModelConfig, weight_sources
+from training.config import SOURCE, TIMM, Config, weight_sources
 from training.config import resolve as resolve_config
 from training.setup import is_address
 
@@ -291,7 +291,7 @@ def checked_options(run: Run) -> Config:
         with torch.device("meta"):
             network = builder_of(model)(model, config.data.input_size, 1, None)
             if model.descendants:
-                build_supernet(model, network, config.data.input_size)
+                build_supernet(config, network, 1)
     return config
 
 
@@ -301,19 +301,20 @@ def costs_of(config: Config) -> tuple[int, int, int]:
     images, classes = size_of_data(data.data_set, data.data_path, data.inat_category, data.train_images, data.holdout)
     if data.batch_size > images:
         raise InputError(f"batch-size {data.batch_size} is more than the {images} training images")
-    seen = config.schedule.epochs * (images // data.batch_size * data.batch_size)
+    epochs = config.schedule.epochs
+    seen = epochs * (images // data.batch_size * data.batch_size)
     size, model, teacher = data.input_size, config.model, config.teacher
     forward = macs_of(model.arch, size, classes)
-    if model.descendants:  # alone or beside the Aux-Net
-        forward = descendant_macs(model, size, classes) + forward * (model.descendant_weight < 1)
-    teacher_macs = macs_of(teacher.teacher_model, size, classes) if teacher.distillation_type != "none" else 0
+    if model.descendants and epochs:  # alone or beside the Aux-Net
+        sampler = size_sampler(model, size, classes, epochs)
+        forward = round(mean(map(sampler.mean_macs, range(epochs)))) + forward * (not sampler.alone)
+    teacher_macs = 0
+    if teacher.distillation_type != "none":
+        teacher_macs = macs_of(
+            model.src_arch if teacher.teacher_model == SOURCE else teacher.teacher_model, size, classes
+        )
     macs = seen * (FORWARD_AND_BACKWARD * forward + teacher_macs)
     return seen, macs, macs + EVALUATED * forward + START
-
-
-def descendant_macs(config: ModelConfig, input_size: int, classes: int) -> int:
-    """Multiply-accumulates of the descendants of a step of stage 1 that an image passes through, in the mean."""
-    return round(config.descendants * mean(a.macs(classes, CHANNELS) for a in descendants_of(config, input_size)))
 
 
 @lru_cache

@@ -10,8 +10,8 @@ from common.errors import InputError, one_line
 from common.launchers import is_plain_task
 from losses import DistillationLoss, FamilyLoss
 from models.preprocessing import DEFAULT, Preprocessing
-from training.build_model import create_sized, wants_size
-from training.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TeacherConfig, options_of
+from training.build_model import create_sized, source_of, wants_size
+from training.config import SOURCE, Config, ModelConfig, OptimConfig, ScheduleConfig, TeacherConfig, options_of
 from training.foreign_weights import load_foreign_weights
 from training.optimizers import check_optimizer, compiles, create_optimizer, images_per_step, scaled_lr
 from training.preprocessing import of_teacher, preprocessing_of, shown
@@ -166,7 +166,9 @@ def build_teaching(
         dataset: the images to train on.
     """
     model = None
-    if not config.runtime.eval:
+    if config.teacher.teacher_model == SOURCE and not config.runtime.eval:
+        model = source_of(config.model, config.data.input_size, num_classes).to(device)
+    elif not config.runtime.eval:
         own = preprocessing_of(config.data)
         model = build_teacher(config.teacher, config.data.input_size, num_classes, device, own)
     if model is None:
@@ -190,9 +192,13 @@ def build_criterion(
 ) -> DistillationLoss | FamilyLoss:
     """Distillation over the base criterion; with descendants, the weighted sum over Aux-Net and descendants."""
     criterion = DistillationLoss(
-        base_criterion, teacher.distillation_type, teacher.distillation_alpha, teacher.distillation_tau
+        base_criterion,
+        teacher.distillation_type,
+        teacher.distillation_alpha,
+        teacher.distillation_tau,
+        teacher.distillation_mean or "logits",
     )
-    return FamilyLoss(criterion, model.descendant_weight) if model.descendants else criterion
+    return FamilyLoss(criterion, model.descendant_weight, model.chain_weight) if model.descendants else criterion
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import models
 from common.errors import InputError, error_context, one_line
 from models.formats.weights import load_weights
 from models.registry import choices_of_methods, method_of_stage_1
-from models.supernet import descendant_archs
+from models.sizes import SizeSampler, sizes_on_offer
 from models.vit import dropout_rates
-from training.config import TIMM, ModelConfig, option_name, tagged_name
+from training.config import TIMM, Config, ModelConfig, option_name, tagged_name
 from training.foreign_weights import load_foreign_weights, timm_weights
 from utils import print_main
 
@@ -53,9 +53,7 @@ def build_aux_net(
         sized(models.parse_arch(config.arch), input_size)
         aux_net = method.from_config(config, num_classes=num_classes, img_size=input_size, **rates)
     if config.src_path:
-        small = create_sized(config.src_arch, num_classes, input_size)
-        load_start(small, config, "src_path", input_size)
-        aux_net.start_from(small.state_dict())
+        aux_net.start_from(source_of(config, input_size, num_classes, other_head=True).state_dict())
     if config.freeze_src:
         aux_net.freeze_learngene()
     if config.finetune:
@@ -63,14 +61,31 @@ def build_aux_net(
     return aux_net
 
 
-def load_start(model: nn.Module, config: ModelConfig, option: str, input_size: int) -> None:
-    """Load the weights of --src-path or --finetune, which may be timm's own (`TIMM`), into ``model``."""
+def source_of(config: ModelConfig, input_size: int, num_classes: int, other_head: bool = False) -> nn.Module:
+    """The ViT of --src-arch with the weights of --src-path.
+
+    Args:
+        other_head: re-initialise a head for another number of classes, instead of raising an error.
+    """
+    source = create_sized(config.src_arch, num_classes, input_size)
+    load_start(source, config, "src_path", input_size, other_head)
+    return source
+
+
+def load_start(model: nn.Module, config: ModelConfig, option: str, input_size: int, other_head: bool = True) -> None:
+    """Load the weights of --src-path or --finetune, which may be timm's own (`TIMM`), into ``model``.
+
+    Args:
+        other_head: re-initialise a head for another number of classes, instead of raising an error.
+    """
     source = getattr(config, option)
     if source != TIMM:
-        return load_foreign_weights(model, source, option_name(option), other_head=True)
+        return load_foreign_weights(model, source, option_name(option), other_head)
     name = tagged_name(config, option)
     size = {"img_size": input_size} if wants_size(name) else {}
     with error_context(f"{option_name(option)} {source}"):
+        if not other_head and (found := get_pretrained_cfg(name).num_classes) != model.num_classes:
+            raise InputError(f"timm's {name} has {found} classes, the data {model.num_classes}")
         weights = timm_weights(name, num_classes=model.num_classes, **size)
     load_weights(model, weights, f"{option_name(option)} {source} ({name})")
 
@@ -138,24 +153,33 @@ def descend_choices(config: ModelConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in choices_of_methods() if hasattr(config, name)}
 
 
-def build_supernet(config: ModelConfig, aux_net: models.AuxNet, input_size: int) -> models.Supernet:
+def build_supernet(config: Config, aux_net: models.AuxNet, num_classes: int) -> models.Supernet:
     """The wrapper that trains --descendants beside the Aux-Net, or alone.
 
     Raises:
         InputError: the learngene makes no Des-Nets of these sizes, or not so many.
     """
-    with error_context(f"--descendants {config.descendants}, of --descendant-depths and --descendant-heads"):
-        return models.Supernet(
-            aux_net, descendants_of(config, input_size), config.descendants, alone=config.descendant_weight == 1
-        )
+    model = config.model
+    with error_context(f"--descendants {model.descendants} of the sizes that --descendant-… give"):
+        sampler = size_sampler(model, config.data.input_size, num_classes, config.schedule.epochs)
+        return models.Supernet(aux_net, sampler)
 
 
-def descendants_of(config: ModelConfig, input_size: int) -> list[models.ViTArch]:
-    """The sizes that stage 1 samples descendants from; the Aux-Net's own if it is not trained anyway."""
+def size_sampler(config: ModelConfig, input_size: int, num_classes: int, epochs: int) -> SizeSampler:
+    """What draws the sizes of the --descendants of a step."""
     archs = method_of_stage_1(config).archs_from_config(config)
     smallest, aux = (replace(arch, img_size=input_size) for arch in archs)
     alone = config.descendant_weight == 1
-    return descendant_archs(smallest, aux, config.descendant_depths, config.descendant_heads, alone)
+    axes = config.descendant_depths, config.descendant_heads, config.descendant_mlp_ratios
+    return SizeSampler(
+        {arch: arch.macs(num_classes, CHANNELS) for arch in sizes_on_offer(smallest, aux, *axes, alone)},
+        per_step=config.descendants,
+        kind=config.descendant_sampling,
+        alone=alone,
+        warmup_epochs=config.descendant_warmup_epochs,
+        coarse_to_fine=config.descendant_coarse_to_fine,
+        epochs=epochs,
+    )
 
 
 def create_sized(name: str, num_classes: int, input_size: int, **kwargs) -> nn.Module:

@@ -11,6 +11,7 @@ from models.preprocessing import SMALL
 from models.registry import METHODS, method_of_stage_1
 from pipeline.shards import is_remote
 from training.config import (
+    SOURCE,
     TAGGED,
     TIMM,
     AugmentConfig,
@@ -27,7 +28,9 @@ from training.config import (
 # kinds of run besides stage 1 of a method, whose kind is the name of the method
 STAGE_2, PLAIN = "descend", "plain"
 OPTIONS_OF_STAGE_2 = ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select", "skip_init", "gene_ema")
-OPTIONS_OF_DESCENDANTS = ("descendants", "descendant_depths", "descendant_heads", "descendant_weight")
+OPTIONS_OF_DESCENDANTS = ("descendants", "descendant_depths", "descendant_heads", "descendant_mlp_ratios")
+OPTIONS_OF_DESCENDANTS += ("descendant_weight", "descendant_sampling", "descendant_warmup_epochs")
+OPTIONS_OF_DESCENDANTS += ("descendant_coarse_to_fine", "chain_weight")
 
 
 def check(config: Config) -> str:
@@ -45,6 +48,7 @@ def check(config: Config) -> str:
     kind = kind_of_run(config.model)
     check_kind(kind, config)
     check_timm(config.model)
+    check_source_teacher(config)
     check_augmentation(config.augment, config.data)
     check_mixup(config)
     check_teacher_cache(config.teacher, config.data)
@@ -81,7 +85,9 @@ def kind_of_run(config: ModelConfig) -> str:
     if config.init and (config.finetune or not models.is_vit(config.model or "")):
         raise InputError("--init makes a ViT from another one: give --model deit_… or a ViT of timm's, no --finetune")
     if not config.model:
-        raise InputError("nothing to run: give --src-arch and --tgt-arch, or --des-arch and --load-gene, or --model")
+        raise InputError(
+            "nothing to run: give --src-arch, with or without --tgt-arch, or --des-arch and --load-gene, or --model"
+        )
     return PLAIN
 
 
@@ -124,16 +130,19 @@ def check_descend(config: ModelConfig) -> None:
 
 def check_kind(kind: str, config: Config) -> None:
     """Raises InputError where an option is given that a run of this kind does not use."""
-    options, defaults = options_of(config), options_of(Config())
-    given = [name for name, value in options.items() if value != defaults[name]]
+    options, usual = options_of(config), options_of(Config())
+    if kind in METHODS:
+        usual |= METHODS[kind].defaults
+    given = [name for name, value in options.items() if value != usual[name]]
     for name in given:
         owners = [cls for cls in METHODS.values() if name in cls.options]
         if owners and kind not in [cls.method for cls in owners]:
             usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
             raise InputError(f"--{name} needs {usage}: it says how the weights of a {titles} Aux-Net are made")
-        if name == "order_images" and config.model.init not in NEED_GRADIENTS:
+        if name == "order_images" and not orders_by_images(config.model):
             raise InputError(
-                f"--{name} needs --init {' or '.join(NEED_GRADIENTS)}: the gradients on these images order"
+                "--order-images needs --init taylor, --order taylor, or --depth-order taylor or output: the images say "
+                "what is important"
             )
         if name in OPTIONS_OF_STAGE_2 and kind != STAGE_2:
             raise InputError(f"--{name} needs --load-gene: it says how a Des-Net is made from a learngene")
@@ -143,6 +152,25 @@ def check_kind(kind: str, config: Config) -> None:
             raise InputError(f"--descendants is missing: --{name} says which are trained beside the Aux-Net, and how")
     if config.model.descendants and config.runtime.compile:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
+
+
+def orders_by_images(config: ModelConfig) -> bool:
+    """Whether gradients or outputs on training images say what is important."""
+    return bool({config.init, config.order, config.depth_order} & {*NEED_GRADIENTS, "output"})
+
+
+def check_source_teacher(config: Config) -> None:
+    """Raises InputError unless --teacher-model source has a source."""
+    if config.teacher.teacher_model != SOURCE:
+        return
+    if method_of_stage_1(config.model) is None or not config.model.src_path:
+        raise InputError("--src-path is missing: --teacher-model source is the ViT that stage 1 starts from")
+    if config.teacher.teacher_path:
+        raise InputError(
+            "--teacher-path belongs to another teacher: the weights of --teacher-model source are --src-path"
+        )
+    if config.teacher.distillation_type == "none":
+        raise InputError("--distillation-type is missing: it says how --teacher-model source teaches")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

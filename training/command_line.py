@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import InputError, error_context, nearest
 from common.files import read_yaml
-from options import Accepted, Refused, number_or_none, option_parser, parts, text_or_none, whole_numbers
+from options import Accepted, Refused, number_or_none, option_parser, parts, ratios, text_or_none, whole_numbers
 from pipeline.shards import COMMAND
 from training.config import Config
 
@@ -127,7 +127,7 @@ def argument_of(action: argparse.Action, option: str, key: object, value: object
     plain = isinstance(value, list) and not any(isinstance(v, (list, dict)) for v in value)
     if plain and action.nargs is not None:
         return [option, *map(str, value)]
-    if plain and action.type in (whole_numbers, parts):
+    if plain and action.type in (whole_numbers, ratios, parts):
         return [f"{option}={','.join(map(str, value))}"]
     if isinstance(value, (list, dict, bool)):
         raise InputError(f"{source}: {key} is {yaml_value(value)}, expected a single value")

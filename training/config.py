@@ -16,6 +16,7 @@ from models.registry import method_of_stage_1
 import torch
 
 LEARNGENE, MODEL, CHECKPOINT = "learngene.safetensors", "model.safetensors", "checkpoint.pth"
+SOURCE = "source"  # in the place of a teacher: the ViT of --src-path
 TIMM = "timm"  # in the place of a path: the weights of the architecture's tag, as timm offers them
 TAGGED = ("src_path", "finetune", "init_path")  # options that take it
 
@@ -51,10 +52,18 @@ class ModelConfig:
     freeze_src: bool = False
     trans_init_scheme: tuple[str, str] | None = None
     trans_init_noise: tuple[float, float] = (0.03, 0.03)
-    descendants: int = 0
+    order: str | None = None
+    depth_order: str | None = None
+    # None: what the method says (`AuxNet.defaults`)
+    descendants: int | None = None
     descendant_depths: tuple[int, ...] | None = None
     descendant_heads: tuple[int, ...] | None = None
-    descendant_weight: float = 0.5
+    descendant_mlp_ratios: tuple[float, ...] | None = None
+    descendant_weight: float | None = None
+    descendant_sampling: str | None = None
+    descendant_warmup_epochs: int | None = None
+    descendant_coarse_to_fine: bool | None = None
+    chain_weight: float | None = None
     finetune: str | None = local_path()
     drop: float = 0.0
     drop_path: float = 0.1
@@ -63,12 +72,14 @@ class ModelConfig:
     @property
     def arch(self) -> str | None:
         """The name of the ViT that is trained: Aux-Net, Des-Net or model."""
-        return self.tgt_arch or self.des_arch or self.model
+        return self.tgt_arch or self.des_arch or self.model or self.src_arch
 
     @property
     def arch_option(self) -> str:
         """The option that gives `arch`, for messages."""
-        return f"--tgt-arch {self.tgt_arch}" if self.tgt_arch else self.des_option
+        if self.tgt_arch or self.src_arch:
+            return f"--tgt-arch {self.tgt_arch}" if self.tgt_arch else f"--src-arch {self.src_arch}"
+        return self.des_option
 
     @property
     def des_name(self) -> str:
@@ -181,6 +192,7 @@ class TeacherConfig:
     distillation_type: str = "none"
     distillation_alpha: float = 0.5
     distillation_tau: float = 1.0
+    distillation_mean: str | None = None  # None: what the method says
     teacher_cache: str | None = local_path()
     teacher_cache_top: int | None = None
 
@@ -263,6 +275,9 @@ def resolve(config: Config) -> Config:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config = config.with_options(model_ema=model_ema, device=device, tgt_arch=target_name(config.model))
+    if (method := method_of_stage_1(config.model)) is not None:
+        given = options_of(config)
+        config = config.with_options(**{name: v for name, v in method.defaults.items() if given[name] is None})
     arch = config.model.arch
     if size is None and arch and (not config.model.load_gene or models.follows_grammar(arch)):
         with error_context(config.model.arch_option):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from common.download import fetch
 from common.errors import InputError
 from models.formats.class_names import class_names, first_difference
-from training.config import MODEL, TAGGED, TIMM, ModelConfig, TeacherConfig, option_name, tagged_name
+from training.config import MODEL, SOURCE, TAGGED, TIMM, ModelConfig, TeacherConfig, option_name, tagged_name
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
@@ -27,7 +27,7 @@ def check_teacher_names(teacher: TeacherConfig, ours: Sequence[str] | None) -> N
     Raises:
         InputError: they differ.
     """
-    if teacher.distillation_type == "none":
+    if teacher.distillation_type == "none" or teacher.teacher_model == SOURCE:
         return
     path, name = teacher.teacher_path, teacher.teacher_model
     theirs = names_in(path) if path else names_of_timm(name, ours)

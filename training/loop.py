@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.files import atomic_write, read_checkpoint, remove_unfinished
 from engine import Position, evaluate, not_finite, train_one_epoch
 from models.formats.timm_folder import AVERAGED_FOLDER
+from models.vit import FORWARD_AND_BACKWARD
 from training.build import doubtful_options
 from training.checkpoints import check_state, keep_best, restore, write_checkpoint
 from training.config import options_file
@@ -50,6 +51,7 @@ def train(run: Run) -> int:
             if run.epoch == 0 and run.position.images == 0 and (initialised or config.schedule.epochs == 0):
                 finish_epoch(run, -1, {}, signals)  # accuracy of the initialisation
             train_epochs(run, signals)
+            say_cost(run)
         except utils.Stopped as stopped:
             return stop(run, stopped)
         finally:
@@ -60,6 +62,19 @@ def train(run: Run) -> int:
             if isinstance(run.teacher, TeacherCache):
                 run.teacher.flush()
     return 0
+
+
+def say_cost(run: Run) -> None:
+    """Print what stage 1 of many sizes took, and what they would take one by one."""
+    if run.supernet is None or run.epoch == 0:
+        return
+    macs, sizes = run.macs_of_epochs(), run.supernet.sampler.macs
+    images = run.epoch * run.steps * run.config.data.batch_size * utils.world_size()
+    alone = FORWARD_AND_BACKWARD * images * sum(sizes.values())
+    print_main(
+        f"{len(sizes)} sizes took {macs:.3g} MACs, {macs / alone:.2f} of what they take when each is trained alone for "
+        f"{run.epoch} epoch{'s' * (run.epoch != 1)}, without those of a teacher"
+    )
 
 
 def stop(run: Run, stopped: utils.Stopped) -> int:
@@ -130,6 +145,7 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
                 log_interval=config.runtime.log_interval,
                 skip_nan=config.runtime.on_nan == "skip",
                 position=run.position,
+                before_batch=partial(draw_sizes, run),
                 after_step=timer.after_step,
                 report=partial(report, run),
             )
@@ -164,8 +180,17 @@ class CheckpointTimer:
         self.steps, self.time = self.run.steps_done, time.monotonic()
 
 
+def draw_sizes(run: Run, step: int) -> None:
+    """Draw the sizes that the next batch trains, where descendants are trained."""
+    if run.supernet is not None:
+        run.supernet.drawn = run.sizes_of_step(run.epoch, step)
+
+
 def report(run: Run, numbers: dict[str, float]) -> None:
     """Show and log the numbers of the last steps."""
+    if run.supernet is not None:
+        steps = range(max(0, run.position.steps - run.config.runtime.log_interval), run.position.steps)
+        numbers |= {"MACs of a step": run.macs_of_steps(run.epoch, steps) / len(steps)}
     run.progress.advance(run.steps_done - run.progress.done)
     run.progress.show({"epoch": run.epoch, **numbers})
     if run.log is not None:
@@ -192,6 +217,8 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
     run.epoch, run.position = epoch + 1, Position()
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     line = {**numbers, "epoch": epoch, "n_parameters": parameters}
+    if run.supernet is not None and epoch >= 0:
+        line["train_macs"] = run.macs_of_epochs()
     if run.log is None:
         run.epochs.append(line)
         return
@@ -225,8 +252,8 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
     Where descendants are trained without their Aux-Net, it is that of the largest of them.
     """
     utils.broadcast_buffers(model)
-    if run.supernet is not None and run.supernet.alone:
-        model = models.Learngene.of(model).descend(run.supernet.archs[-1]).eval()
+    if run.supernet is not None and run.supernet.sampler.alone:
+        model = models.Learngene.of(model).descend(run.supernet.sampler.archs[-1]).eval()
     elif isinstance(model, models.AuxNet):
         model = model.to_vit()
     if run.config.optim.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:

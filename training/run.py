@@ -7,9 +7,11 @@ from pathlib import Path
 
 import models
 import utils
-from engine import Position
+from engine import ALL_PROCESSES, Position
 from losses import DistillationLoss, FamilyLoss
+from models.vit import FORWARD_AND_BACKWARD
 from pipeline.loader import CheckedLoader
+from samplers import derived_seed
 from training.config import Config
 from training.logs import EpochLog, Output, Progress
 from training.teacher import Teacher, TeacherCache
@@ -52,6 +54,8 @@ class Run:
     rollbacks: int = 0  # since the newest checkpoint
     supernet: models.Supernet | None = None  # around the model, where descendants are trained
 
+    epoch_macs: list[int] = field(default_factory=list)  # of the epochs that are counted already
+
     @property
     def trained(self) -> nn.Module:
         """The module that is trained: the model, or the wrapper that samples its descendants."""
@@ -69,6 +73,26 @@ class Run:
     @property
     def epochs_done(self) -> float:
         return self.epoch + self.position.steps / max(1, self.steps)
+
+    def sizes_of_step(self, epoch: int, step: int) -> list[models.ViTArch]:
+        """The sizes of the Des-Nets that a step trains: the same in all processes, and after a resume."""
+        return self.supernet.sampler.draw(epoch, derived_seed(self.config.runtime.seed, epoch, step, ALL_PROCESSES))
+
+    def macs_of_steps(self, epoch: int, steps: range) -> int:
+        """Multiply-accumulates of some steps of stage 1, forward and backward, in all processes together.
+
+        Without those of a teacher, and those that compute the weights.
+        """
+        sampler, arch, shape = self.supernet.sampler, self.model.arch, (self.model.num_classes, self.model.in_chans)
+        aux = 0 if sampler.alone else arch.macs(*shape) * len(steps)
+        members = sum(sampler.macs[drawn] for step in steps for drawn in self.sizes_of_step(epoch, step))
+        return FORWARD_AND_BACKWARD * (aux + members) * self.config.data.batch_size * utils.world_size()
+
+    def macs_of_epochs(self) -> int:
+        """`macs_of_steps` of all epochs that are done; it follows from the options, also after a resume."""
+        for epoch in range(len(self.epoch_macs), self.epoch):
+            self.epoch_macs.append(self.macs_of_steps(epoch, range(self.steps)))
+        return sum(self.epoch_macs[: self.epoch])
 
     def set_learning_rate(self) -> None:
         """Epoch e trains at s(max(e − 1, 0)) of the schedule s, as in the published programs.

@@ -65,7 +65,7 @@ def set_up(config: Config, build: Builder) -> Run:
     if utils.is_main():  # the others have the same files
         check_names(config, classes, gene)
     model = model_of(config, build, len(classes), gene, device)
-    supernet = build_supernet(config.model, model, config.data.input_size) if config.model.descendants else None
+    supernet = build_supernet(config, model, len(classes)) if config.model.descendants else None
     if config.model.grad_checkpointing:
         checkpoint_gradients(supernet or model, config.model.arch)
     mixup, base_criterion = build_mixup(config.augment, config.data.input_size, len(classes))

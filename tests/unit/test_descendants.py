@@ -1,7 +1,6 @@
 """Des-Nets that are trained beside the Aux-Net in stage 1."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import models
 from common.errors import InputError
 from datasets import build_dataset, build_transform
 from losses import DistillationLoss, FamilyLoss
-from training.build_model import descendants_of
+from models.sizes import SizeSampler
+from training.build_model import size_sampler
 from training.command_line import parse_options
-from training.config import options_of
+from training.config import options_of, resolve
 
 import pytest
 import torch
@@ -42,7 +42,14 @@ def supernet(
         for parameter in aux.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     sizes = [models.parse_arch(f"deit_nano_patch8_16_{size}") for size in SIZES]
-    return models.Supernet(aux, sizes, per_step, alone).train()
+    return wrapped(aux, sizes, per_step, alone=alone).train()
+
+
+def wrapped(aux: models.AuxNet, sizes: list[models.ViTArch], per_step: int, **kwargs: object) -> models.Supernet:
+    """With the sizes of a step drawn."""
+    net = models.Supernet(aux, SizeSampler({arch: arch.macs(10) for arch in sizes}, per_step, **kwargs))
+    net.drawn = net.sampler.draw(epoch=0, seed=0)
+    return net
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_descendants_of_the_aux_nets_depth_leave_its_own_plan_alone():
     src, tgt, images = "deit_nano_patch8_16_L2_H1", "deit_nano_patch8_16_L10_H2", torch.randn(2, 3, 16, 16)
     aux = models.create_aux_net(src, tgt, num_classes=10, layers_per_row=4)  # of whose rows the last has two layers
     expected = aux.eval()(images)
-    net = models.Supernet(aux, [models.parse_arch("deit_nano_patch8_16_L10_H1")], 1)
+    net = wrapped(aux, [models.parse_arch("deit_nano_patch8_16_L10_H1")], 1)
     torch.testing.assert_close(net.train()(images)[0], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(net.eval()(images), expected, atol=1e-6, rtol=0)
 
@@ -87,7 +94,6 @@ def test_activation_checkpointing_of_descendants_gives_the_same_gradients(create
     for recompute in (False, True):
         net = supernet(4, create=create)
         net.set_grad_checkpointing(recompute)
-        random.seed(0)
         net(images).square().sum().backward()
         found.append({name: p.grad for name, p in net.aux_net.named_parameters()})
     for name in found[0]:
@@ -95,13 +101,11 @@ def test_activation_checkpointing_of_descendants_gives_the_same_gradients(create
 
 
 def test_each_step_samples_new_sizes():
-    net, images = supernet(2), torch.randn(2, 3, 16, 16)
-    random.seed(0)
-    steps = [net(images) for _ in range(20)]
-    assert not any(torch.equal(logits[1], logits[2]) for logits in steps)
-    assert len({tuple(drawn.flatten().tolist()) for logits in steps for drawn in logits[1:]}) == len(SIZES)
-    random.seed(0)
-    assert torch.equal(net(images), steps[0])
+    sampler = supernet(2).sampler
+    steps = [sampler.draw(epoch=0, seed=seed) for seed in range(20)]
+    assert all(len(set(drawn)) == 2 for drawn in steps)
+    assert {arch for drawn in steps for arch in drawn} == set(sampler.archs)
+    assert sampler.draw(epoch=0, seed=0) == steps[0]
 
 
 def test_descendants_give_gradients_to_the_whole_learngene():
@@ -115,7 +119,7 @@ def test_descendants_give_gradients_to_the_whole_learngene():
 def test_aux_net_among_descendants_that_are_trained_alone():
     net, images = supernet(1), torch.randn(2, 3, 16, 16)
     expected = net(images)[0]
-    alone = models.Supernet(net.aux_net, [net.aux_net.arch], 1, alone=True).train()
+    alone = wrapped(net.aux_net, [net.aux_net.arch], 1, alone=True).train()
     torch.testing.assert_close(alone(images)[0], expected, atol=1e-6, rtol=0)
     alone.eval()
     assert not any(vit.training for vit in (alone.aux_net.vit, *alone.vits.values()))
@@ -124,9 +128,7 @@ def test_aux_net_among_descendants_that_are_trained_alone():
 def test_descendants_alone_leave_the_aux_net_out():
     images = torch.randn(2, 3, 16, 16)
     beside, alone = supernet(4), supernet(4, alone=True)
-    random.seed(0)
     both = beside(images)
-    random.seed(0)
     assert torch.equal(alone(images), both[1:])
     loss = DistillationLoss(nn.CrossEntropyLoss(), "none", alpha=0.0, tau=1.0)
     expected = torch.stack([loss(logits, torch.arange(2)) for logits in both[1:]]).mean()
@@ -152,9 +154,9 @@ def test_lets_plus_recipe_differs_from_the_published_one_in_these_options_alone(
         "descendant_weight",
     }
     aux = models.create_aux_net(improved.model.src_arch, improved.model.tgt_arch, num_classes=10)
-    sizes = descendants_of(improved.model, 224)
-    net = models.Supernet(aux, sizes, improved.model.descendants, alone=True)
-    assert (len(net.archs), str(net.archs[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
+    sampler = size_sampler(resolve(improved).model, 224, num_classes=10, epochs=1)
+    sizes = models.Supernet(aux, sampler).sampler.archs
+    assert (len(sizes), str(sizes[-1])) == (70, "L12-H12 (width 768), patch 16, image 224")
 
 
 def test_the_loss_is_shared():
@@ -239,13 +241,13 @@ def test_without_the_aux_net_the_largest_descendant_is_evaluated(outcomes, name)
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("too wide", "--descendants 1, of --descendant-depths and --descendant-heads: the Des-Net has width 128"),
+        ("too wide", "--descendants 1 of the sizes that --descendant-… give: the Des-Net has width 128"),
         (
             "too many",
-            "--descendants 9, of --descendant-depths and --descendant-heads: 9 descendants in a step of 2 sizes",
+            "--descendants 9 of the sizes that --descendant-… give: 9 descendants in a step of 2 sizes",
         ),
         ("compiled", "--compile needs the same sizes in every step"),
-        ("TLEG, default sizes", "--descendants 1, of --descendant-depths and --descendant-heads: 1 descendants in a"),
+        ("TLEG, default sizes", "--descendants 1 of the sizes that --descendant-… give: 1 descendants in a"),
         ("plain", "--descendants needs stage 1 of a method"),
         ("none", "--descendants is missing"),
     ],

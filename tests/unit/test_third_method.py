@@ -155,7 +155,7 @@ def test_no_published_format(stage_1: Path, tmp_path: Path):
 
 
 def test_unknown_methods_are_refused():
-    with pytest.raises(InputError, match="unknown method 'grow': expected one of lets, tleg"):
+    with pytest.raises(InputError, match="unknown method 'grow': expected one of lets, elastic, tleg"):
         method_class("grow")
     with pytest.raises(InputError, match="unknown method"):
         models.Learngene("grow", {}, {"num_classes": 1, "in_chans": 3}).aux_net()
