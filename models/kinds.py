@@ -1,8 +1,8 @@
 """Kinds of ViT: the architectures of timm that can have another width and depth.
 
 A kind is the name of an architecture of timm, without the tag of its weights. A ViT of a kind differs from timm's in
-the sizes that `ViTArch` lists, and in nothing else: tokens, pooling, norms, activations, position embedding and the
-ratio of hidden neurons to the width are those of the architecture.
+the sizes that `ViTArch` lists, and in nothing else: tokens, pooling, norms, activations and position embedding are
+those of the architecture, and so is the ratio of hidden neurons to the width unless the sizes give another.
 """
 
 from functools import cache
@@ -55,10 +55,10 @@ def plain_size(size: object) -> Size:
 
 @cache
 def sizes_of(kind: str) -> dict[str, Size]:
-    """Sizes of the architecture as timm has it: the fields of `ViTArch` but ``kind``, and two more.
+    """Sizes of the architecture as timm has it: the fields of `ViTArch` but ``kind`` and ``mlp_ratio``, and three more.
 
     ``pool_head_dim`` are the neurons of a head of its pooling block, ``packed`` the rows of a weight that holds both
-    gate and value of a SwiGLU; 0 without such.
+    gate and value of a SwiGLU; 0 without such. The hidden neurons of a layer are a multiple of ``hidden_unit``.
 
     Raises:
         InputError: timm does not know the architecture, or it is no ViT that can have other sizes.
@@ -74,11 +74,12 @@ def sizes_of(kind: str) -> dict[str, Size]:
         "pool_head_dim": 0 if pool is None else pool.head_dim,
         "packed": _packed_rows(vit) if isinstance(vit, VisionTransformer) else 0,  # of Eva always even
     }
+    rows = 2 if sizes["packed"] else 1  # of one hidden neuron
     try:  # whether the sizes of all layers are given at once
-        _without_weights(kind, depth=1)
+        smallest = _without_weights(kind, depth=1, mlp_ratio=ratio_for(rows, vit.embed_dim))
     except AssertionError as error:
         raise InputError(f"{kind} cannot have another depth: {one_line(error)}") from error
-    return sizes
+    return sizes | {"hidden_unit": smallest.blocks[0].mlp.fc2.in_features}
 
 
 def _packed_rows(vit: nn.Module) -> int:
@@ -109,8 +110,32 @@ def _without_weights(kind: str, **kwargs: object) -> nn.Module:
     return vit
 
 
-def kind_args(kind: str, width: int, depth: int, num_heads: int, patch_size: Size, img_size: Size) -> dict:
+def hidden_neurons(ratio: float, width: int, kind: str | None = None) -> int:
+    """Hidden neurons of a layer: ``ratio * width``, rounded down as timm does, then up to the unit of the kind."""
+    unit = 1 if kind is None else sizes_of(kind)["hidden_unit"]
+    count = int(ratio * width + 1e-6)  # 2.3 * 30 is 68.99…
+    return -(-count // unit) * unit
+
+
+def ratio_for(rows: int, width: int) -> float:
+    """The ratio of which timm makes ``rows = int(ratio * width)``."""
+    ratio = rows / width
+    return ratio if int(ratio * width) == rows else (rows + 0.5) / width
+
+
+def kind_args(
+    kind: str,
+    width: int,
+    depth: int,
+    num_heads: int,
+    patch_size: Size,
+    img_size: Size,
+    mlp_ratio: float | None = None,
+) -> dict:
     """What ``timm.create_model(kind, **kind_args(kind, …))`` needs to make a ViT of these sizes; plain data.
+
+    Its ``mlp_ratio`` is timm's, which counts both gate and value of a packed SwiGLU; pooling blocks of timm's
+    ``VisionTransformer`` have it, too.
 
     Raises:
         InputError: as `sizes_of`; or the heads of a pooling block do not fit the width.
@@ -123,6 +148,8 @@ def kind_args(kind: str, width: int, depth: int, num_heads: int, patch_size: Siz
             raise InputError(f"attn_pool of {kind} has heads of {pool} neurons, of which width {width} is no multiple")
         args["attn_pool_num_heads"] = width // pool
     rows = sizes["packed"] * width // sizes["width"]
-    if rows % 2:  # timm rounds down, and then cannot take gate and value apart
+    if mlp_ratio is not None:
+        args["mlp_ratio"] = ratio_for(hidden_neurons(mlp_ratio, width, kind) * (2 if rows else 1), width)
+    elif rows % 2:  # timm rounds down, and then cannot take gate and value apart
         args["mlp_ratio"] = (rows + 1.5) / width
     return args

@@ -285,7 +285,7 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
 
 
 def _check_config(config: Mapping, flags: Sequence[str] = ()) -> None:
-    """Raises InputError unless all sizes are whole numbers, and none so large that a model cannot even be described.
+    """Raises InputError unless all sizes are numbers, and none so large that a model cannot even be described.
 
     Args:
         flags: entries that are true or false.
@@ -297,6 +297,8 @@ def _check_config(config: Mapping, flags: Sequence[str] = ()) -> None:
                 expected, kept = "true or false", isinstance(size, bool)
             elif name == "kind":
                 expected, kept = "a name", isinstance(size, str)
+            elif name == "mlp_ratio":
+                expected, kept = "a number", type(size) in (int, float)
             elif name in ("img_size", "patch_size") and isinstance(size, (list, tuple)):
                 expected, kept = "two whole numbers", [type(s) for s in size] == [int, int]
             if not kept:

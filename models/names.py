@@ -2,8 +2,12 @@
 
 deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}]      a plain ViT
 aux_deit_{size}_patch{P}_{IMG}                      a TLEG Aux-Net of 12 layers
-NAME[.tag][@L{depth}-H{heads}]                      a ViT of the kind NAME, an architecture of timm
-@L{depth}-H{heads}                                  a ViT of the kind at hand, that of a learngene or of a source
+NAME[.tag][@L{depth}-H{heads}[-M{ratio}]]           a ViT of the kind NAME, an architecture of timm
+deit_…@L{depth}-H{heads}[-M{ratio}]                 a plain ViT of another depth, width and MLP ratio
+@L{depth}-H{heads}[-M{ratio}]                       a ViT of the kind at hand, that of a learngene or of a source
+
+M is the ratio of a layer's hidden neurons to the width: ``vit_small_patch16_224@L6-H3-M2.5``. Without it the ratio is
+that of the ViT before the @, or of the one at hand.
 """
 
 import re
@@ -23,13 +27,15 @@ AUX_DEPTH = 12  # of the published TLEG Aux-Nets, whose names do not carry a dep
 
 GRAMMAR = (
     "deit_{size}_patch{P}_{IMG}_L{depth}[_H{heads}] or aux_deit_{size}_patch{P}_{IMG}[_L{depth}][_H{heads}], "
-    f"with size one of {', '.join(SIZES)}; or a ViT of timm's, NAME[.tag][@L{{depth}}-H{{heads}}]"
+    f"with size one of {', '.join(SIZES)}; or a ViT of timm's, NAME[.tag]; and of any of them "
+    "NAME@L{depth}-H{heads}[-M{ratio}]"
 )
 _NUMBER = r"([1-9]\d{0,5})"
 _STEM = rf"deit_({'|'.join(SIZES)})_patch{_NUMBER}_{_NUMBER}"
 _PLAIN = re.compile(rf"{_STEM}_L{_NUMBER}(?:_H{_NUMBER})?")
 _AUX = re.compile(rf"aux_{_STEM}(?:_L{_NUMBER})?(?:_H{_NUMBER})?")
-_SIZED = re.compile(rf"([^@]*)@L{_NUMBER}-H{_NUMBER}")
+_RATIO = r"(\d{1,3}(?:\.\d{1,30})?)"
+_SIZED = re.compile(rf"([^@]*)@L{_NUMBER}-H{_NUMBER}(?:-M{_RATIO})?")
 
 PUBLISHED_NAMES = (
     *(f"deit_{size}_patch16_224_L{depth}" for size in ("tiny", "small", "base") for depth in range(3, 13)),
@@ -49,7 +55,7 @@ def follows_grammar(name: str) -> bool:
 
 
 def is_sized_name(name: str) -> bool:
-    """Whether ``name`` asks for a ViT of a kind in other sizes: ``NAME@L6-H3`` or ``@L6-H3``."""
+    """Whether ``name`` asks for a ViT of a kind in other sizes: ``NAME@L6-H3``, ``@L6-H3`` or ``@L6-H3-M2``."""
     return _SIZED.fullmatch(name) is not None
 
 
@@ -62,18 +68,19 @@ def parse_arch(name: str, base: ViTArch | None = None) -> ViTArch:
     """The sizes, and the kind, that an architecture name stands for.
 
     Args:
-        base: the ViT at hand, of a learngene or of a source, whose kind ``@L6-H3`` alone has.
+        base: the ViT at hand, of a learngene or of a source, whose kind and MLP ratio ``@L6-H3`` alone has.
 
     Raises:
         InputError: ``name`` does not parse, or is no ViT that can have other sizes; the message shows the grammar and
             the nearest names.
     """
     if match := _SIZED.fullmatch(name):
-        of, depth, heads = match.groups()
+        of, depth, heads, ratio = match.groups()
         if not of and base is None:
             raise InputError(f"{name} alone is of the kind of a learngene or source, and there is none: add its name")
         base = parse_arch(of) if of else base
-        return replace(base, depth=int(depth), num_heads=int(heads), width=int(heads) * base.head_dim)
+        sizes = dict(depth=int(depth), num_heads=int(heads), width=int(heads) * base.head_dim)
+        return replace(base, **sizes, mlp_ratio=float(ratio) if ratio else base.mlp_ratio)
     match = _PLAIN.fullmatch(name) or _AUX.fullmatch(name)
     if match is None and timm.is_model(without_tag(name)):
         check_tag(name)
@@ -100,8 +107,11 @@ def name_of(arch: ViTArch) -> str:
     The name of a kind does not say the size of the images, which ``--input-size`` does.
     """
     if arch.kind is not None:
-        name = f"{arch.kind}@L{arch.depth}-H{arch.num_heads}"
+        name = f"{arch.kind}@{arch.label}"
         return name if replace(parse_arch(name), img_size=arch.img_size) == arch else in_python(arch)
+    if arch.mlp_ratio is not None:
+        base = name_of(replace(arch, mlp_ratio=None))
+        return f"{base}@{arch.label}" if follows_grammar(base) else f"{in_python(arch)}, which has no name"
     for suffix in ("", f"_H{arch.num_heads}"):
         for size in reversed(SIZES):
             name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from functools import cached_property, lru_cache, partial
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from models.axes import Structure, any_layer, structure_of
-from models.kinds import Size, kind_args, plain_size, sizes_of
+from models.kinds import Size, hidden_neurons, kind_args, plain_size, ratio_for, sizes_of
 from models.meta import WeightsOnMeta
 
 import timm
@@ -20,6 +21,7 @@ from torch import nn
 # no ViT comes near; they keep a damaged or hostile file from filling the memory with layers or positions
 MAX_DEPTH = 256
 MAX_POSITIONS = 2**27  # neurons of all patches of an image
+MAX_MLP_RATIO = 64
 FORWARD_AND_BACKWARD = 3  # times the MACs of a forward pass: backward computes two products for each of its own
 PLAIN_VIT = "vit_base_patch16_224"  # the entry of timm's registry that makes a plain ViT, given its sizes
 
@@ -32,6 +34,8 @@ class ViTArch:
         width: in neurons.
         patch_size, img_size: in pixels; height and width, where they differ.
         kind: the architecture of timm whose sizes these replace (`models.kinds`); None for the plain ViT.
+        mlp_ratio: hidden neurons of a layer as a multiple of the width, as in `hidden_neurons`; None, and so the ratio
+            that makes as many, for those of the architecture, 4 of the plain ViT.
     """
 
     width: int
@@ -40,6 +44,7 @@ class ViTArch:
     patch_size: Size
     img_size: Size
     kind: str | None = None
+    mlp_ratio: float | None = None
 
     def __post_init__(self):
         for name in ("patch_size", "img_size"):
@@ -54,6 +59,17 @@ class ViTArch:
             raise InputError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
         if self.num_patches * self.width > MAX_POSITIONS:
             raise InputError(f"{self.num_patches:,} patches of width {self.width:,} are too many")
+        if self.mlp_ratio is not None:
+            object.__setattr__(self, "mlp_ratio", self._checked_ratio())
+
+    def _checked_ratio(self) -> float | None:
+        if not 0 < self.mlp_ratio <= MAX_MLP_RATIO:  # nor one that is not a number
+            found = shown(self.mlp_ratio)
+            raise InputError(f"mlp_ratio is {found}, expected a number above 0 and up to {MAX_MLP_RATIO}")
+        hidden = hidden_neurons(self.mlp_ratio, self.width, self.kind)
+        if hidden < 1:
+            raise InputError(f"mlp_ratio {self.mlp_ratio} of width {self.width} is less than one hidden neuron")
+        return None if hidden == replace(self, mlp_ratio=None).hidden else float(self.mlp_ratio)
 
     @property
     def head_dim(self) -> int:
@@ -72,7 +88,14 @@ class ViTArch:
     @property
     def hidden(self) -> int:
         """Hidden neurons of a layer."""
+        if self.mlp_ratio is not None:
+            return hidden_neurons(self.mlp_ratio, self.width, self.kind)
         return 4 * self.width if self.kind is None else described(self).shapes["blocks.*.mlp.fc2.weight"][1]
+
+    @property
+    def label(self) -> str:
+        """Layers, heads and, where it is not that of the architecture, the MLP ratio: ``L6-H3``, ``L6-H3-M2.5``."""
+        return f"L{self.depth}-H{self.num_heads}" + (f"-M{shown_ratio(self.mlp_ratio)}" if self.mlp_ratio else "")
 
     @property
     def pool_hidden(self) -> int:
@@ -91,7 +114,7 @@ class ViTArch:
         return sizes_of(self.kind)["pool_head_dim"] if self.kind is not None else 0
 
     def as_dict(self) -> dict:
-        """The fields as plain data, for headers of files; without the kind of the plain ViT."""
+        """The fields as plain data, for headers of files; without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def num_params(self, num_classes: int, in_chans: int = 3) -> int:
@@ -114,9 +137,14 @@ class ViTArch:
     def __str__(self) -> str:
         kind = f"{self.kind}, " if self.kind else ""
         return (
-            f"{kind}L{self.depth}-H{self.num_heads} (width {self.width}), "
+            f"{kind}{self.label} (width {self.width}), "
             f"patch {shown_size(self.patch_size)}, image {shown_size(self.img_size)}"
         )
+
+
+def shown_ratio(ratio: float) -> str:
+    """The shortest decimal number that is read as ``ratio``: ``2``, ``2.5``, ``0.00001``."""
+    return f"{Decimal(repr(ratio)).normalize():f}"
 
 
 def check_kind(arch: ViTArch, learngene: ViTArch) -> None:
@@ -196,17 +224,7 @@ def create_vit(arch: ViTArch, **kwargs) -> VisionTransformer | Eva:
     kwargs = dropout_rates(kwargs.pop("drop_rate", 0.0)) | kwargs
     if arch.kind is not None:
         return timm.create_model(arch.kind, **timm_kwargs(arch) | kwargs)
-    sizes = dict(
-        img_size=arch.img_size,
-        patch_size=arch.patch_size,
-        embed_dim=arch.width,
-        depth=arch.depth,
-        num_heads=arch.num_heads,
-        class_token=False,
-        global_pool="avg",
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )
-    sizes.update(kwargs)
+    sizes = timm_kwargs(arch) | dict(norm_layer=partial(nn.LayerNorm, eps=1e-6)) | kwargs
     pretrained_cfg = dict(
         input_size=(sizes.get("in_chans", 3), *pair(sizes["img_size"])),
         num_classes=1000,
@@ -245,7 +263,7 @@ def timm_kwargs(arch: ViTArch) -> dict:
     """
     if arch.kind is not None:
         return kind_args(**asdict(arch))
-    return dict(
+    sizes = dict(
         img_size=arch.img_size,
         patch_size=arch.patch_size,
         embed_dim=arch.width,
@@ -254,3 +272,4 @@ def timm_kwargs(arch: ViTArch) -> dict:
         class_token=False,
         global_pool="avg",
     )
+    return sizes | ({} if arch.mlp_ratio is None else {"mlp_ratio": ratio_for(arch.hidden, arch.width)})
