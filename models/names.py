@@ -34,7 +34,7 @@ _NUMBER = r"([1-9]\d{0,5})"
 _STEM = rf"deit_({'|'.join(SIZES)})_patch{_NUMBER}_{_NUMBER}"
 _PLAIN = re.compile(rf"{_STEM}_L{_NUMBER}(?:_H{_NUMBER})?")
 _AUX = re.compile(rf"aux_{_STEM}(?:_L{_NUMBER})?(?:_H{_NUMBER})?")
-_RATIO = r"(\d{1,3}(?:\.\d{1,20})?)"
+_RATIO = r"(\d{1,3}(?:\.\d{1,30})?)"
 _SIZED = re.compile(rf"([^@]*)@L{_NUMBER}-H{_NUMBER}(?:-M{_RATIO})?")
 
 PUBLISHED_NAMES = (
@@ -108,20 +108,16 @@ def name_of(arch: ViTArch) -> str:
     """
     if arch.kind is not None:
         name = f"{arch.kind}@{arch.label}"
-        return name if _is_name_of(name, replace(arch, img_size=sizes_of(arch.kind)["img_size"])) else in_python(arch)
+        return name if replace(parse_arch(name), img_size=arch.img_size) == arch else in_python(arch)
     if arch.mlp_ratio is not None:
-        name = f"{name_of(replace(arch, mlp_ratio=None))}@{arch.label}"
-        return name if _is_name_of(name, arch) else f"{in_python(arch)}, which has no name"
+        base = name_of(replace(arch, mlp_ratio=None))
+        return f"{base}@{arch.label}" if follows_grammar(base) else f"{in_python(arch)}, which has no name"
     for suffix in ("", f"_H{arch.num_heads}"):
         for size in reversed(SIZES):
             name = f"deit_{size}_patch{arch.patch_size}_{arch.img_size}_L{arch.depth}{suffix}"
             if _PLAIN.fullmatch(name) and parse_arch(name) == arch:
                 return name
     return f"{in_python(arch)}, which has no name"
-
-
-def _is_name_of(name: str, arch: ViTArch) -> bool:
-    return is_sized_name(name) and parse_arch(name) == arch
 
 
 def in_python(arch: ViTArch) -> str:
