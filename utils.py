@@ -110,6 +110,13 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def broadcast_weights(model: nn.Module) -> None:
+    """Copy the parameters and buffers of rank 0 to all processes, whose hardware may have rounded differently."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
 def shutdown_distributed() -> None:
     """Destroy the process group after a barrier: with older torch a process that is left alone can hang."""
     if dist.is_initialized():
