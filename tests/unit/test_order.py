@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import models
-from models.order import in_order, rank_layers, rank_layers_by_output
+from models.order import in_order, rank_layers, rank_layers_by_output, taylor_scores
 from models.pruning import Scores, choose
 from models.selection import first_neurons, keep_neurons
 from models.stateless import vit_from_weights
@@ -145,3 +145,21 @@ def test_layers_are_left_out_one_after_the_other():
             dropped.append(min(changes, key=changes.get))
             kept.remove(dropped[-1])
     assert found == [*kept, *reversed(dropped)]
+
+
+def test_taylor_scores_add_up_batches():
+    """The weights of a neuron cancel in a batch, those of one batch do not cancel those of another."""
+    torch.manual_seed(1)
+    weights = create_vit(SMALL, num_classes=3).state_dict()
+    batches = [{name: torch.randn(w.shape) for name, w in weights.items()} for _ in range(2)]
+    scores = taylor_scores(weights, SMALL, batches)
+
+    def product(name: str, gradients: dict[str, Tensor]) -> Tensor:
+        return (weights[name] * gradients[name]).double()
+
+    fc1, bias, fc2 = (f"blocks.1.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
+    hidden = sum((product(fc1, g).sum(1) + product(bias, g) + product(fc2, g).sum(0)).abs() for g in batches)
+    torch.testing.assert_close(scores.hidden[1], hidden)
+    layer = [name for name in weights if name.startswith("blocks.0.")]
+    expected = sum(sum(product(name, g).sum() for name in layer).abs() for g in batches)
+    torch.testing.assert_close(scores.layers[0], expected)

@@ -11,7 +11,8 @@ from training.launch import prepare
 
 import pytest
 import torch
-from conftest import Outcome, Run, epochs_of, run_many, set_up_run
+from conftest import Outcome, Run, epochs_of, free_port, run_many, set_up_run
+from forked_cases import Case, run_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -85,6 +86,34 @@ def test_two_processes_find_the_same_order(runs):
     said = runs.of("two").stdout
     assert said.count("neurons and heads are in order of importance, by Taylor scores, over 64 training images") == 1
     assert said.count("Des-Nets drop layers in the order") == 1
+
+
+DIFFERENT = """
+import os
+import training.launch, training.ordering, training.loop
+if os.environ["RANK"] == "1":
+    scores_of = training.ordering.scores_of
+    training.ordering.scores_of = lambda vit, source: scores_of({name: -1 - w for name, w in vit.items()}, source)
+begin = training.loop.begin_writing
+def shown(run):
+    for model in (run.model, run.ema.module):
+        print("model", [tensor.double().sum(-1).tolist() for tensor in model.state_dict().values()])
+    begin(run)
+training.loop.begin_writing = shown
+"""
+
+
+@pytest.mark.full
+def test_processes_that_round_differently_start_from_one_order(runs, tmp_path):
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    places = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    options = f"{ELASTIC} OUT/source --order magnitude --depth-order magnitude --epochs 0"
+    case = Case(options.replace("OUT", str(runs.out)).split(), places, DIFFERENT)
+    outcome = run_cases({"": case}, tmp_path / "cases")[""]
+    assert outcome.codes == [0, 0], outcome.said
+    first, second = ([line for line in said.splitlines() if line.startswith("model")] for said in outcome.said)
+    assert len(first) == 2
+    assert first == second
 
 
 def test_a_resumed_run_does_not_order_again(runs):
