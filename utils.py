@@ -114,7 +114,9 @@ def broadcast_weights(model: nn.Module) -> None:
     """Copy the parameters and buffers of rank 0 to all processes, whose hardware may have rounded differently."""
     if dist.is_initialized():
         for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
+            whole = tensor.contiguous()  # the tensor itself, or a copy
+            dist.broadcast(whole, src=0)
+            tensor.copy_(whole)
 
 
 def shutdown_distributed() -> None:
