@@ -19,7 +19,7 @@ def write_results(members: Sequence[Member], family: Family) -> None:
     rows = [
         dict(zip(sizes, (m.arch.depth, m.arch.num_heads, m.arch.width, m.params, m.macs), strict=True))
         | {name: m.record[name] for name in RECORD[2:]}
-        | {"stored_parameters": stored}
+        | {"stored_parameters": stored, "mlp_ratio": round(m.arch.mlp_ratio or m.arch.hidden / m.arch.width, 4)}
         for m in members
     ]
     with (
@@ -31,7 +31,7 @@ def write_results(members: Sequence[Member], family: Family) -> None:
         writer.writerows(rows)
     with atomic_write(out / "family.md") as unfinished:
         Path(unfinished).write_text(
-            "\n".join([*family_table(rows), "", *summary(members, stored, family)]) + "\n", encoding="utf-8"
+            "\n".join([*family_table(members), "", *summary(members, stored, family)]) + "\n", encoding="utf-8"
         )
     if all(member.accuracy is not None for member in members):
         gene, data_set = Path(family.options.load_gene).name, family.options.data_set
@@ -46,15 +46,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]
 
 
-def family_table(rows: Sequence[dict]) -> list[str]:
+def family_table(members: Sequence[Member]) -> list[str]:
+    """A line for each member. Hidden neurons have a column if not all members have the MLP ratio of the kind."""
     header = ["Des-Net", "width", "parameters", "MACs", "ms, 1 image", "ms, 64 images", "untrained", "fine-tuned"]
-    lines = []
-    for row in rows:
-        times = [f"{row[name]:.2f}" if row[name] is not None else "" for name in ("latency_ms_1", "latency_ms_64")]
-        both = [f"{row[name]:.2f} %" if row[name] is not None else "" for name in ("accuracy_before", "accuracy_after")]
-        counts = [str(row["width"]), f"{row['parameters']:,}", f"{row['macs']:,}"]
-        lines.append([f"L{row['depth']}-H{row['heads']}", *counts, *times, *both])
-    return markdown([header, *lines])
+    with_hidden = any(m.arch.mlp_ratio is not None for m in members)
+    lines = [[*header[:2], *["hidden"] * with_hidden, *header[2:]]]
+    for m in members:
+        numbers = m.record
+        times = [f"{numbers[t]:.2f}" if numbers[t] is not None else "" for t in ("latency_ms_1", "latency_ms_64")]
+        both = [f"{numbers[a]:.2f} %" if numbers[a] is not None else "" for a in ("accuracy_before", "accuracy_after")]
+        sizes = [m.arch.width, *[m.arch.hidden] * with_hidden]
+        lines.append([m.name, *map(str, sizes), f"{m.params:,}", f"{m.macs:,}", *times, *both])
+    return markdown(lines)
 
 
 def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]:
