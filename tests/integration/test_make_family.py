@@ -292,11 +292,16 @@ def test_hidden_neurons_are_an_axis_of_the_grid(gene, tmp_path, run_here):
 
 
 def test_depths_that_a_learngene_does_not_make_are_left_out(tmp_path, run_here):
-    source = models.create_aux_net("deit_nano_patch8_16_L3_H2", num_classes=10)
-    models.Learngene.of(source).save(tmp_path / "gene.safetensors")
+    name = "deit_nano_patch8_16_L3_H2"
+    source = models.create_aux_net(name, num_classes=10)
+    trained = {"src_arch": name, "epochs": 2, "data_set": "DIGITS", "descendants": 1, "descendant_depths": [1, 2]}
+    models.Learngene.of(source, trained).save(tmp_path / "gene.safetensors")
     options = ["--load-gene", tmp_path / "gene.safetensors", "--depths", "2-4", "--heads", "2", "--mlp-ratios", "1,4"]
-    outcome = run_here(*options, "--output-dir", tmp_path / "out")
+    outcome = run_here(*options, *DIGITS, "--no-eval", "--output-dir", tmp_path / "out")
     assert outcome.code == 0, outcome
+    sizes = [models.parse_arch(f"deit_nano_patch8_16_L{depth}_H{heads}") for depth in (1, 2) for heads in (1, 2)]
+    stage_1 = 3 * 2 * 1437 * sum(arch.macs(10) for arch in sizes) / 4  # one of them in each step
+    assert f"| MACs of stage 1 | {stage_1:.3e} |" in (tmp_path / "out" / "family.md").read_text()
     left_out = [line for line in outcome.stdout.splitlines() if line.startswith("left out")]
     assert [line.partition(": ")[0] for line in left_out] == ["left out, L4-H2-M1", "left out, L4-H2"]
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
