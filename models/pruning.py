@@ -126,7 +126,7 @@ def prune(
         gradients: as in `scores_of`.
 
     Raises:
-        InputError: ``arch`` is deeper or wider.
+        InputError: ``arch`` is larger.
     """
     check_smaller("pruning", source, arch)
     layers, neurons = choose(scores_of(vit, source, gradients), source, arch)
@@ -137,3 +137,8 @@ def check_smaller(what: str, source: ViTArch, arch: ViTArch) -> None:
     """Raises InputError unless ``arch`` is no larger than the source."""
     if arch.depth > source.depth or arch.width > source.width:
         raise InputError(f"{what} needs a larger ViT than {arch}; it is {source}")
+    if arch.hidden > source.hidden:
+        raise InputError(
+            f"{what} needs a ViT of at least {arch.hidden} hidden neurons in a layer, as in {arch}; it has "
+            f"{source.hidden}"
+        )
