@@ -60,7 +60,7 @@ def sizes(gene: models.Learngene) -> list[str]:
     if gene.preprocessing != DEFAULT:
         prepared = (f"{name} {value}" for name, value in gene.preprocessing.as_config().items())
         lines.append(f"  images are prepared with {', '.join(prepared)}")
-    return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.config)]
+    return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.tensors, gene.config)]
 
 
 def part_sizes(gene: models.Learngene) -> dict[str, int]:
@@ -92,7 +92,7 @@ def options(gene: models.Learngene) -> list[str]:
 def des_nets(gene: models.Learngene) -> list[str]:
     """One line per number of heads of which the learngene makes a Des-Net.
 
-    `Learngene.descend` is called for one layer: any depth is possible, and each further layer has as many parameters.
+    `Learngene.descend` is called for one layer: each further layer has as many parameters.
     """
     aux, own = gene.arch, next(iter(gene.method_class.archs(gene.config).values())).num_heads
     depths = sorted({max(1, aux.depth * quarter // 4) for quarter in (1, 2, 3, 4)})
@@ -109,8 +109,13 @@ def des_nets(gene: models.Learngene) -> list[str]:
         counts = (f"{first + (depth - 1) * layer:,}" for depth in depths)
         rows.append((str(heads), str(arch.width), *counts, source(heads, own)))
         made.append(arch)
+    try:
+        gene.descend(replace(made[0], depth=aux.depth + 1))
+        depth = "of any depth"
+    except models.InputError:
+        depth = f"of up to {aux.depth} layers"
     return [
-        f"  of any depth, with heads of {aux.head_dim} neurons; parameters by number of layers:",
+        f"  {depth}, with heads of {aux.head_dim} neurons; parameters by number of layers:",
         *table(rows, left=(len(rows[0]) - 1,)),
         f"  the smallest of these: {name_of(replace(made[0], depth=depths[0]))}",
         f"  the largest of these: {name_of(replace(made[-1], depth=depths[-1]))}",
