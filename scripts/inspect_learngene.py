@@ -109,18 +109,24 @@ def des_nets(gene: models.Learngene) -> list[str]:
         counts = (f"{first + (depth - 1) * layer:,}" for depth in depths)
         rows.append((str(heads), str(arch.width), *counts, source(heads, own)))
         made.append(arch)
-    try:
-        gene.descend(replace(made[0], depth=aux.depth + 1))
-        depth = "of any depth"
-    except models.InputError:
-        depth = f"of up to {aux.depth} layers"
     return [
-        f"  {depth}, with heads of {aux.head_dim} neurons; parameters by number of layers:",
+        f"  of {depths_of(gene)}, with heads of {aux.head_dim} neurons, up to {aux.hidden} hidden neurons in a layer;",
+        "  parameters by number of layers:",
         *table(rows, left=(len(rows[0]) - 1,)),
         f"  the smallest of these: {name_of(replace(made[0], depth=depths[0]))}",
         f"  the largest of these: {name_of(replace(made[-1], depth=depths[-1]))}",
         *refusal,
     ]
+
+
+def depths_of(gene: models.Learngene) -> str:
+    """How deep its Des-Nets can be, in words."""
+    shapes = {name: tensor.to("meta") for name, tensor in gene.tensors.items()}
+    try:
+        gene.method_class.descend(shapes, gene.config, replace(gene.arch, depth=gene.arch.depth + 1))
+    except models.InputError:
+        return f"up to {gene.arch.depth} layers"
+    return "any depth"
 
 
 def source(heads: int, own: int) -> str:
