@@ -211,7 +211,7 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
         average = evaluate_run(run, run.ema.module, signals.check)
         numbers |= {f"ema_test_{name}": value for name, value in average.items()}
     shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
-    shown += " of a linear probe" * (run.probe_loader is not None)
+    shown += " (linear probe)" * (run.probe_loader is not None)
     shown += f", unreadable images: {replaced} replaced, {left_out} left out of the test" * (replaced + left_out > 0)
     run.train_loader.skipped = run.test_loader.skipped = 0
     check_state(run)
