@@ -186,8 +186,6 @@ def check_features(config: Config) -> None:
         raise InputError(
             f"--distillation-type feature has no use for --teacher-model {teacher.teacher_model}: expected source"
         )
-    if not model.descendants:
-        raise InputError("--descendants 0 leaves nothing to train with --distillation-type feature")
     if teacher.teacher_cache:
         raise InputError("--teacher-cache keeps logits: the features of --distillation-type feature are too many")
     usual = method.defaults | {"distillation_tau": TeacherConfig().distillation_tau}
