@@ -1,10 +1,12 @@
 """The loss of stage 1: a base criterion, and distillation from a teacher."""
 
-from options import DISTILLATION_TYPES
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+OF_LOGITS = ("none", "soft", "hard")
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -52,8 +54,8 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, base_criterion: nn.Module, kind: str, alpha: float, tau: float, mean: str = "logits"):
         super().__init__()
-        if kind not in DISTILLATION_TYPES:
-            raise ValueError(f"unknown distillation {kind!r}: expected {', '.join(DISTILLATION_TYPES)}")
+        if kind not in OF_LOGITS:
+            raise ValueError(f"unknown distillation {kind!r} of logits: expected {', '.join(OF_LOGITS)}")
         self.base_criterion, self.kind, self.alpha, self.tau, self.mean = base_criterion, kind, alpha, tau, mean
 
     def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
@@ -67,6 +69,43 @@ class DistillationLoss(nn.Module):
         return self.base_criterion(logits, targets) * (1 - self.alpha) + distillation * self.alpha
 
 
+def unexplained_variance(features: Tensor, targets: Tensor) -> Tensor:
+    """The share of the variance of ``targets`` that ``features`` leave unexplained: Σ |f − t|² / Σ |t|².
+
+    Both (…, width) are centred first: a linear head has a bias. So 0 is perfect, and features that do not depend on the
+    image have 1, whatever the width and the scale of the targets. One scale for all neurons, and none for each, keeps
+    neurons that hardly vary from weighing as much as those that heads read.
+    """
+    features, targets = (x.float().flatten(0, -2) for x in (features, targets))
+    features, targets = features - features.mean(dim=0), targets - targets.mean(dim=0)
+    return (features - targets).square().sum() / targets.square().sum().clamp_min(1e-6)  # 0 of a single image
+
+
+class FeatureLoss(nn.Module):
+    """(1 − α) · base criterion + α · mean of `unexplained_variance` of the pooled feature and of those of the patches.
+
+    Mean and variance are those of the batch: for features of a ViT, over images; for those of patches, over images and
+    patches. With α = 1 there are no logits, and no labels are used.
+    """
+
+    def __init__(self, base_criterion: nn.Module, alpha: float):
+        super().__init__()
+        self.base_criterion, self.alpha = base_criterion, alpha
+
+    def forward(self, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor, teacher: Tensor) -> Tensor:
+        """
+        Args:
+            outputs: `models.features.Features` (batch, 1 + patches, width) of a member, unless α = 1 with its logits.
+            teacher: those of the source.
+        """
+        features, logits = (outputs, None) if self.alpha == 1 else outputs
+        parts = [unexplained_variance(features[:, i], teacher[:, i]) for i in (slice(1), slice(1, None))]
+        loss = torch.stack(parts).mean()
+        if logits is None:
+            return loss
+        return self.base_criterion(logits, targets) * (1 - self.alpha) + loss * self.alpha
+
+
 class FamilyLoss(nn.Module):
     """(1 − w) · loss of the Aux-Net + w · mean loss of the descendants that are trained beside it.
 
@@ -75,14 +114,14 @@ class FamilyLoss(nn.Module):
     (1 − β) · criterion + β · `soft_divergence`, the mean over images.
     """
 
-    def __init__(self, criterion: DistillationLoss, weight: float, chain_weight: float = 0.0):
+    def __init__(self, criterion: DistillationLoss | FeatureLoss, weight: float, chain_weight: float = 0.0):
         super().__init__()
         self.criterion, self.weight, self.chain_weight = criterion, weight, chain_weight
 
-    def forward(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor | Sequence, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` (members, batch, classes), from the largest to the smallest.
 
-        The first are the Aux-Net's unless w = 1.
+        The first are the Aux-Net's unless w = 1. For `FeatureLoss`, what the members have instead.
         """
         losses = [self.criterion(own, targets, teacher_logits) for own in logits]
         if self.chain_weight:

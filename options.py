@@ -17,7 +17,7 @@ PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
 BASELINES = ("weight_selection", "stacking", "interpolation", "magnitude", "taylor", "front")
 DEPTH_SCHEMES = ("stackbert_noisy", "stackbert", "alternate_noisy", "copy", "rand", "rand_softmax")
 WIDTH_SCHEMES = ("rand", "rand_softmax", "sel", "sel_noisy")
-DISTILLATION_TYPES = ("none", "soft", "hard")
+DISTILLATION_TYPES = ("none", "soft", "hard", "feature")
 DISTILLATION_MEANS = ("logits", "images")
 SIZE_SAMPLINGS = ("random", "sandwich")
 ORDERS = ("none", "magnitude", "taylor")
@@ -488,8 +488,17 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--teacher-path", type=place_or_none, help="checkpoint or http(s) address; default: timm's pretrained weights"
     )
-    g.add_argument("--distillation-type", default="none", choices=DISTILLATION_TYPES)
-    g.add_argument("--distillation-alpha", type=float, default=0.5)
+    g.add_argument(
+        "--distillation-type",
+        default="none",
+        choices=DISTILLATION_TYPES,
+        help="what the teacher is asked for: logits (soft), decisions (hard), or features, of elastic stage 1's source",
+    )
+    g.add_argument(
+        "--distillation-alpha",
+        type=float,
+        help="its share of the loss, the rest is that of the labels; default: 0.5, with features 1 and no head",
+    )
     g.add_argument("--distillation-tau", type=float, default=1.0)
     g.add_argument(
         "--distillation-mean",

@@ -18,6 +18,7 @@ from models.formats.timm_folder import save_model
 from models.names import name_of
 from training.logs import Progress
 from training.preprocessing import evaluation_config
+from training.probe import fit_head
 
 import torch
 from torch import nn
@@ -39,6 +40,8 @@ def initialise(member: Member, family: Family) -> bool:
     if not (new or measure or assess):
         return True
     vit = family.descend(member.arch).to(family.device)
+    if family.probe_loader is not None:
+        fit_head(vit, family.probe_loader, family.shape["num_classes"], family.autocast)
     if measure:
         record["device"] = family.device_name
         record["latency_ms_1"], record["latency_ms_64"] = (latency(vit, batch, family) for batch in BATCHES)

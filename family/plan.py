@@ -16,6 +16,7 @@ from common.files import sha256
 from family.records import read_record
 from models import ViTArch
 from models.names import name_of
+from pipeline.loader import CheckedLoader
 from training.build import autocast_of, device_of
 from training.build_data import build_loaders
 from training.build_model import CHANNELS, sized
@@ -24,6 +25,7 @@ from training.command_line import parse_options
 from training.config import Config, options_of, recipe, resolve, square
 from training.label_check import names_known, warn_of_head
 from training.preprocessing import PREPROCESSING_OPTIONS, not_default, resolve_preprocessing
+from training.probe import probe_loader
 from training.setup import writable_folder
 
 import torch
@@ -144,6 +146,13 @@ class Family:
         return list(tqdm(test_loader, desc="reading the test images", leave=False, disable=None))
 
     @cached_property
+    def probe_loader(self) -> CheckedLoader | None:
+        """The images that heads are fitted to, where the learngene has none and the data are given."""
+        if self.gene.num_classes or self.loaders is None:
+            return None
+        return probe_loader(self.run_options, self.device)
+
+    @cached_property
     def device_name(self) -> str:
         """Device, threads and precision, which latencies depend on."""
         if self.device.type == "cuda":
@@ -199,9 +208,9 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
     if options.data_set:
         (*loaders, classes), in_chans = build_loaders(run_options, device), CHANNELS
         if gene.num_classes != len(classes):
-            print(
-                f"the learngene has {gene.num_classes} classes, the data {len(classes)}: the heads are re-initialised"
-            )
+            found = f"{gene.num_classes} classes, the data {len(classes)}: the heads are re-initialised"
+            found = found if gene.num_classes else "no head: those of its members come from a linear probe"
+            print(f"the learngene has {found}")
         warn_of_head(f"--load-gene {options.load_gene}", gene.classes, names_known(options.data_set, classes))
     identity, training = reproducible_options(options, run_options, gene, path)
     shape = {"num_classes": len(classes) or gene.num_classes, "in_chans": in_chans}

@@ -77,6 +77,7 @@ def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]
         "",
         f"Learngene: {family.gene}.",
         "",
+        *probe_note(family),
         "MACs are multiply-accumulates of one image's forward pass, counted from shapes. Training takes three times as "
         "many per image, forward and backward, and an epoch sees every training image once. Stage 1 trains "
         + stage_1.trains
@@ -86,6 +87,13 @@ def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]
         + (f" The cost of stage 1 is unknown: {stage_1.unknown}." if stage_1.unknown else ""),
         *(["", f"Latency, the median of 3 runs or more after a warm-up: {'; '.join(devices)}."] if devices else []),
     ]  # fmt: skip
+
+
+def probe_note(family: Family) -> list[str]:
+    if family.probe_loader is None:
+        return []
+    images = f"{len(family.probe_loader.dataset):,} training images"
+    return [f"The learngene has no head. Untrained members have that of a linear probe, fitted to {images}.", ""]
 
 
 def cost_table(members: Sequence[Member], stored: int, family: Family) -> list[str]:

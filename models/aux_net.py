@@ -29,6 +29,7 @@ class AuxNet(nn.Module, ABC):
         choices: arguments of `Learngene.descend` that the method takes; others are refused.
         parts: groups of parameters: label → what their names are, or begin with up to an underscore.
         published: the published format of its learngenes, or None.
+        training_only: parameters that stage 1 alone needs: they are no part of the learngene.
         flags: entries of `config` that are true or false. All others are whole numbers, or sizes of a ViT.
         arch_options: options of main.py that give the sizes in stage 1, and what they name on a model card.
         options: options of main.py that stage 1 of no other method takes.
@@ -41,6 +42,7 @@ class AuxNet(nn.Module, ABC):
     choices: tuple[str, ...] = ("width_select",)
     parts: Mapping[str, Sequence[str]] = {}
     published: PublishedFormat | None = None
+    training_only: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     arch_options: Mapping[str, str] = {"model": "architecture"}
     options: tuple[str, ...] = ()

@@ -30,7 +30,8 @@ from models.stateless import random_vit_weights
 from models.vit import ViTArch, check_kind, described
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def cut(p: Mapping[str, Tensor], structure: Structure, source: ViTArch, arch: ViTArch) -> dict[str, Tensor]:
@@ -82,6 +83,7 @@ class Elastic(AuxNet):
     }
     arch_options: ClassVar = {"src_arch": "source"}
     options = ("src_path", "order", "depth_order")
+    training_only = ("feature_maps",)
     usage = "--src-arch without --tgt-arch"
     defaults: ClassVar = AuxNet.defaults | {
         "descendants": 2,
@@ -215,8 +217,40 @@ class Elastic(AuxNet):
         return [Curves(norms, "neuron, in the order in which Des-Nets keep them", "l2 norm", scale="layer")]
 
     def no_weight_decay(self) -> set[str]:
-        # vectors before they were stacked
-        return {tensor_name(name) for name in self.structure.names if is_vector(name)} | {"pos_embed"}
+        # vectors before they were stacked; maps, as decay would only pull them from the identity, and nothing is left
+        # of them
+        return {tensor_name(name) for name in self.structure.names if is_vector(name)} | {"pos_embed", "feature_maps"}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Features of the source as targets
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def add_feature_maps(self, embedding: Sequence[int] | None = None) -> None:
+        """Add the linear maps from features of each width to those of the source, which stage 1 alone needs.
+
+        ``feature_maps`` (heads, 2, D, D) has for h heads, of w neurons together, the first w columns of entry h − 1:
+        one map for the pooled feature and one for those of the patches. It is one tensor, as every parameter has to get
+        a gradient in every step, whichever widths are drawn. At first every map sends a neuron to itself, so that the
+        features of the source itself are their own targets.
+
+        Args:
+            embedding: the neuron of the source that each embedding neuron was, if they are in another order.
+        """
+        width = self.arch.width
+        identity = torch.eye(width, device=self.layers.device)
+        if embedding is not None:
+            identity = identity[:, torch.as_tensor(embedding, device=identity.device)]
+        self.feature_maps = nn.Parameter(identity.repeat(self.arch.num_heads, 2, 1, 1))
+
+    def map_features(self, features: Tensor) -> Tensor:
+        """The features (batch, 1 + patches, D) of a source of width D that those of a Des-Net stand for.
+
+        Args:
+            features: `models.features.Features` of a Des-Net, (batch, 1 + patches, width).
+        """
+        width = features.shape[-1]
+        pooled, patches = self.feature_maps[width // self.arch.head_dim - 1, ..., :width]
+        return torch.cat([F.linear(features[:, :1], pooled), F.linear(features[:, 1:], patches)], dim=1)
 
 
 def tensors_of_vit(vit: Mapping[str, Tensor], structure: Structure) -> dict[str, Tensor]:

@@ -69,7 +69,8 @@ class Learngene:
     ) -> "Learngene":
         """The learngene inside an Aux-Net. The tensors are the Aux-Net's own, not copies."""
         known = dict(averaged=averaged, classes=classes, preprocessing=preprocessing)
-        return cls(aux_net.method, aux_net.state_dict(), aux_net.config, options or {}, **known)
+        tensors = without_training_only(aux_net.state_dict(), type(aux_net))
+        return cls(aux_net.method, tensors, aux_net.config, options or {}, **known)
 
     @property
     def header(self) -> dict:
@@ -211,6 +212,11 @@ class Learngene:
             save_file(tensors, unfinished, metadata=metadata)
 
 
+def without_training_only(tensors: Mapping[str, Tensor], method: type[AuxNet]) -> dict[str, Tensor]:
+    """The tensors of a learngene, from the state of an Aux-Net in stage 1."""
+    return {name: tensor for name, tensor in tensors.items() if name not in method.training_only}
+
+
 def new_heads(arch: ViTArch, num_classes: int, in_chans: int) -> dict[str, Tensor]:
     """The heads of a ViT as timm initialises them; none for 0 classes."""
     shapes = described(arch, num_classes, in_chans).shapes
@@ -243,7 +249,7 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
     try:
         gene = _recognise(content, path, head_dim, use_ema)
         _check_tensors(gene)
-        gene.classes = class_names(path, content)
+        gene.classes = class_names(path, content) if gene.num_classes else None
         gene.preprocessing = preprocessing_in(path, content) or DEFAULT
     except InputError as error:
         raise InputError(f"{path} is not a learngene that can be used: {error}") from None
@@ -284,6 +290,7 @@ def _recognise(content: Mapping, path: str | os.PathLike, head_dim: int, use_ema
         kind = "published checkpoint" if "optimizer" in content else "published weights"
         weights = layout.rename_from_published(weights, published.layout_of(published_as, config))
     else:
+        weights = without_training_only(weights, method)
         kind = "checkpoint of this program" if "optimizer" in content else "learngene file"
     return Learngene(method.method, weights, config, options, averaged, ", ".join([kind, *remarks]))
 

@@ -4,6 +4,7 @@ Every step draws some of the sizes. All Des-Nets are functions of the same learn
 """
 
 from models.aux_net import AuxNet
+from models.features import Features
 from models.sizes import SizeSampler
 from models.stateless import recompute_activations
 from models.vit import ViTArch
@@ -21,11 +22,15 @@ class Supernet(nn.Module):
     Attributes:
         aux_net: the Aux-Net, whose parameters are the only ones.
         sampler: draws the sizes of a step.
+        features: whether its members give features instead of logits.
         drawn: the sizes of the next step, from the largest to the smallest; whoever trains sets them.
     """
 
-    def __init__(self, aux_net: AuxNet, sampler: SizeSampler):
+    def __init__(self, aux_net: AuxNet, sampler: SizeSampler, features: bool = False):
         """
+        Args:
+            features: let the members give features, for which the Aux-Net, an `Elastic`, has maps.
+
         Raises:
             InputError: the learngene makes no Des-Net of one of the sizes.
         """
@@ -33,21 +38,32 @@ class Supernet(nn.Module):
         shapes = {name: tensor.to("meta") for name, tensor in aux_net.state_dict().items()}
         for arch in sampler.archs:
             aux_net.descend(shapes, aux_net.config, arch)
-        self.aux_net, self.sampler = aux_net, sampler
+        self.aux_net, self.sampler, self.features = aux_net, sampler, features
         self.vits = {arch: aux_net.des_vit(arch) for arch in sampler.archs}  # not registered: they have no parameters
         self.drawn: list[ViTArch] = []
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | list[Tensor] | list[tuple[Tensor, Tensor]]:
         """Logits (members, batch, classes) of the Aux-Net, unless it is left out, and of the sizes that are drawn.
 
-        In evaluation mode the logits of the Aux-Net, (batch, classes).
+        With ``features`` a list of their `Features` (batch, 1 + patches, width of the source), through the maps of the
+        Aux-Net; each with the member's logits, if it has a head. In evaluation mode the logits of the Aux-Net, (batch,
+        classes).
         """
         if not self.training:
             return self.aux_net(images)
-        logits = [] if self.sampler.alone else [self.aux_net(images)]
-        for arch in self.drawn:
-            logits.append(functional_call(self.vits[arch], self.aux_net.des_weights(arch), (images,)))
-        return torch.stack(logits)
+        outputs = [] if self.sampler.alone else [self._run(self.aux_net.vit, self.aux_net.expand(), images)]
+        outputs += [self._run(self.vits[arch], self.aux_net.des_weights(arch), images) for arch in self.drawn]
+        return outputs if self.features else torch.stack(outputs)
+
+    def _run(self, vit: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.features:
+            return functional_call(vit, weights, (images,))
+        has_head = self.aux_net.num_classes > 0
+        found = functional_call(Features(vit, has_head), {f"vit.{name}": w for name, w in weights.items()}, (images,))
+        if not has_head:
+            return self.aux_net.map_features(found)
+        features, logits = found
+        return self.aux_net.map_features(features), logits
 
     def train(self, mode: bool = True) -> "Supernet":
         for vit in self.vits.values():

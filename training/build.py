@@ -8,7 +8,8 @@ import models
 import utils
 from common.errors import InputError, one_line
 from common.launchers import is_plain_task
-from losses import DistillationLoss, FamilyLoss
+from losses import DistillationLoss, FamilyLoss, FeatureLoss
+from models.features import Features
 from models.preprocessing import DEFAULT, Preprocessing
 from training.build_model import create_sized, source_of, wants_size
 from training.config import SOURCE, Config, ModelConfig, OptimConfig, ScheduleConfig, TeacherConfig, options_of
@@ -166,7 +167,9 @@ def build_teaching(
         dataset: the images to train on.
     """
     model = None
-    if config.teacher.teacher_model == SOURCE and not config.runtime.eval:
+    if config.teacher.distillation_type == "feature" and not config.runtime.eval:
+        model = Features(source_of(config.model, config.data.input_size, 0, other_head=True)).to(device)
+    elif config.teacher.teacher_model == SOURCE and not config.runtime.eval:
         model = source_of(config.model, config.data.input_size, num_classes).to(device)
     elif not config.runtime.eval:
         own = preprocessing_of(config.data)
@@ -191,13 +194,16 @@ def build_criterion(
     base_criterion: nn.Module, teacher: TeacherConfig, model: ModelConfig
 ) -> DistillationLoss | FamilyLoss:
     """Distillation over the base criterion; with descendants, the weighted sum over Aux-Net and descendants."""
-    criterion = DistillationLoss(
-        base_criterion,
-        teacher.distillation_type,
-        teacher.distillation_alpha,
-        teacher.distillation_tau,
-        teacher.distillation_mean or "logits",
-    )
+    if teacher.distillation_type == "feature":
+        criterion = FeatureLoss(base_criterion, teacher.distillation_alpha)
+    else:
+        criterion = DistillationLoss(
+            base_criterion,
+            teacher.distillation_type,
+            teacher.distillation_alpha,
+            teacher.distillation_tau,
+            teacher.distillation_mean or "logits",
+        )
     return FamilyLoss(criterion, model.descendant_weight, model.chain_weight) if model.descendants else criterion
 
 

@@ -165,8 +165,20 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
 def order_loader(config: Config, device: torch.device) -> CheckedLoader:
     """The --order-images training images whose gradients say what is important, as test images are prepared.
 
-    They are the same in each process and for each seed, and of those that the run trains on: each class has its share,
-    or, in shards, which hold images in a random order, they are the first.
+    They are the same in each process.
+    """
+    return plain_loader(config, config.model.order_images, device)
+
+
+def plain_loader(config: Config, count: int, device: torch.device, share: slice = slice(None)) -> CheckedLoader:
+    """Training images as test images are prepared.
+
+    They are the same for each seed, and of those that the run trains on: each class has its share, or, in shards, which
+    hold images in a random order, they are the first.
+
+    Args:
+        count: how many images, unless there are fewer.
+        share: those that this process reads.
     """
     data = config.data
     transform = transform_of(data, config.augment, is_train=False)
@@ -174,13 +186,12 @@ def order_loader(config: Config, device: torch.device) -> CheckedLoader:
         data.data_set, data.data_path, True, transform, data.inat_category, shard_cache_of(data), single_split=True
     )
     if data.data_set == "WDS":
-        chosen = range(min(config.model.order_images, len(train)))
+        chosen = range(min(count, len(train)))
     else:
         trained = data.train_images or len(train) - (data.holdout or 0)
-        count = min(config.model.order_images, trained)
-        chosen = train_holdout_split(train.targets, count, data.holdout)[0]
+        chosen = train_holdout_split(train.targets, min(count, trained), data.holdout)[0]
     loader = DataLoader(
-        CheckedDataset(Subset(train, chosen)),
+        CheckedDataset(Subset(train, chosen[share])),
         batch_size=data.batch_size,
         num_workers=workers_of(data),
         collate_fn=collate,

@@ -159,10 +159,12 @@ def build_supernet(config: Config, aux_net: models.AuxNet, num_classes: int) -> 
     Raises:
         InputError: the learngene makes no Des-Nets of these sizes, or not so many.
     """
-    model = config.model
+    model, features = config.model, config.teacher.distillation_type == "feature"
+    if features:
+        aux_net.add_feature_maps()
     with error_context(f"--descendants {model.descendants} of the sizes that --descendant-… give"):
         sampler = size_sampler(model, config.data.input_size, num_classes, config.schedule.epochs)
-        return models.Supernet(aux_net, sampler)
+        return models.Supernet(aux_net, sampler, features)
 
 
 def size_sampler(config: ModelConfig, input_size: int, num_classes: int, epochs: int) -> SizeSampler:

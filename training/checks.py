@@ -49,6 +49,7 @@ def check(config: Config) -> str:
     check_kind(kind, config)
     check_timm(config.model)
     check_source_teacher(config)
+    check_features(config)
     check_augmentation(config.augment, config.data)
     check_mixup(config)
     check_teacher_cache(config.teacher, config.data)
@@ -183,6 +184,30 @@ def check_source_teacher(config: Config) -> None:
         )
     if config.teacher.distillation_type == "none":
         raise InputError("--distillation-type is missing: it says how --teacher-model source teaches")
+
+
+def check_features(config: Config) -> None:
+    """Raises InputError where --distillation-type feature is given to another run, or with what it has no use for."""
+    model, teacher, method = config.model, config.teacher, method_of_stage_1(config.model)
+    if teacher.distillation_type != "feature":
+        return
+    if method is None or "feature_maps" not in method.training_only:
+        owners = " or ".join(cls.usage for cls in METHODS.values() if "feature_maps" in cls.training_only)
+        raise InputError(f"--distillation-type feature needs {owners}: it maps features of parts to those of the whole")
+    if teacher.teacher_model != SOURCE:
+        raise InputError(
+            f"--distillation-type feature has no use for --teacher-model {teacher.teacher_model}: expected source"
+        )
+    if teacher.teacher_cache:
+        raise InputError("--teacher-cache keeps logits: the features of --distillation-type feature are too many")
+    usual = method.defaults | {"distillation_tau": TeacherConfig().distillation_tau}
+    for option in ("chain_weight", "distillation_tau", "distillation_mean"):
+        value = options_of(config)[option]
+        if value != usual[option]:
+            raise InputError(f"{option_name(option)} {value} is about logits, and has no effect on features")
+    for option in ("order", "depth_order"):
+        if teacher.without_labels and getattr(model, option) == "taylor":
+            raise InputError(f"{option_name(option)} taylor needs the loss of a head, and features alone have none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,11 +190,16 @@ class TeacherConfig:
     teacher_model: str = "regnety_160"
     teacher_path: str | None = local_path()
     distillation_type: str = "none"
-    distillation_alpha: float = 0.5
+    distillation_alpha: float | None = None  # None: 0.5, of features 1
     distillation_tau: float = 1.0
     distillation_mean: str | None = None  # None: what the method says
     teacher_cache: str | None = local_path()
     teacher_cache_top: int | None = None
+
+    @property
+    def without_labels(self) -> bool:
+        """Whether features alone are learnt. What is trained then has no head."""
+        return self.distillation_type == "feature" and self.distillation_alpha == 1
 
     @property
     def option(self) -> str:
@@ -278,6 +283,9 @@ def resolve(config: Config) -> Config:
     if (method := method_of_stage_1(config.model)) is not None:
         given = options_of(config)
         config = config.with_options(**{name: v for name, v in method.defaults.items() if given[name] is None})
+    if config.teacher.distillation_alpha is None:
+        alpha = 1.0 if config.teacher.distillation_type == "feature" else 0.5
+        config = config.with_options(distillation_alpha=alpha)
     arch = config.model.arch
     if size is None and arch and (not config.model.load_gene or models.follows_grammar(arch)):
         with error_context(config.model.arch_option):

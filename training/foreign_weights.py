@@ -70,7 +70,7 @@ def timm_weights(name: str, **kwargs: int) -> dict[str, torch.Tensor]:
     offered = get_pretrained_cfg(name)
     classes, size = offered.num_classes, max(offered.input_size[1:])
     if kwargs.get("num_classes", classes) != classes:
-        print_main(f"timm's {name} has {classes} classes, the data {kwargs['num_classes']}: the head is re-initialised")
+        print_main(f"timm's {name} has {classes} classes, {of_head(kwargs['num_classes'])}")
     if kwargs.get("img_size", size) != size and hasattr(model, "pos_embed"):
         print_main(f"timm's {name} is for {size} pixels, here are {kwargs['img_size']}: its positions are resampled")
     return model.state_dict()
@@ -169,11 +169,16 @@ def fit_head(
         elif head is not None and head.ndim and head.shape[0] != model.num_classes:
             if not other_head:
                 raise InputError(f"has {head.shape[0]} classes, the data {model.num_classes}")
-            remarks.append(f"it has {head.shape[0]} classes, the data {model.num_classes}: the head is re-initialised")
+            remarks.append(f"it has {head.shape[0]} classes, {of_head(model.num_classes)}")
         else:
             continue
         weights = {key: value for key, value in weights.items() if key not in theirs} | own
     return weights, remarks
+
+
+def of_head(num_classes: int) -> str:
+    """What happens to a head for another number of classes, for messages."""
+    return f"the data {num_classes}: the head is re-initialised" if num_classes else "the head is left out"
 
 
 def pooled_norm(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

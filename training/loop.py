@@ -22,6 +22,7 @@ from training.checkpoints import check_state, keep_best, restore, write_checkpoi
 from training.config import options_file
 from training.logs import Progress
 from training.outputs import write_weights
+from training.probe import fit_head
 from training.run import Run
 from training.teacher import TeacherCache
 from utils import NotFiniteError, print_main
@@ -210,6 +211,7 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
         average = evaluate_run(run, run.ema.module, signals.check)
         numbers |= {f"ema_test_{name}": value for name, value in average.items()}
     shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
+    shown += " (linear probe)" * (run.probe_loader is not None)
     shown += f", unreadable images: {replaced} replaced, {left_out} left out of the test" * (replaced + left_out > 0)
     run.train_loader.skipped = run.test_loader.skipped = 0
     check_state(run)
@@ -258,6 +260,8 @@ def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = l
         model = model.to_vit()
     if run.config.optim.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
         model = copy.deepcopy(model).to(run.device)  # the average stays where it is
+    if run.probe_loader is not None:
+        fit_head(model, run.probe_loader, len(run.classes), run.autocast)
     with Progress(len(run.test_loader), "evaluating") as progress:
 
         def advance() -> None:

@@ -24,7 +24,8 @@ def write_weights(run: Run) -> None:
     """Stage 1: the learngene files. Else: the model, and its average, in timm's own format."""
     if isinstance(run.model, models.AuxNet):
         data = run.config.data
-        known = dict(classes=names_known(data.data_set, run.classes), preprocessing=preprocessing_of(data))
+        classes = names_known(data.data_set, run.classes) if run.model.num_classes else None
+        known = dict(classes=classes, preprocessing=preprocessing_of(data))
         learngene = partial(models.Learngene.of, options=recipe(run.config), **known)
         learngene(run.model).save(run.output_dir / "learngene.safetensors")
         if run.ema is not None:

@@ -29,6 +29,7 @@ from training.label_check import check_teacher_names, names_known, warn_of_head,
 from training.logs import EpochLog
 from training.ordering import put_in_order
 from training.preprocessing import resolve_preprocessing
+from training.probe import probe_loader
 from training.run import Run
 
 import torch
@@ -65,8 +66,9 @@ def set_up(config: Config, build: Builder) -> Run:
     train_loader, test_loader, classes = build_loaders(config, device)
     if utils.is_main():  # the others have the same files
         check_names(config, classes, gene)
-    model = model_of(config, build, len(classes), gene, device)
-    supernet = build_supernet(config, model, len(classes)) if config.model.descendants else None
+    num_classes = 0 if config.teacher.without_labels else len(classes)
+    model = model_of(config, build, num_classes, gene, device)
+    supernet = build_supernet(config, model, num_classes) if config.model.descendants else None
     if config.model.grad_checkpointing:
         checkpoint_gradients(supernet or model, config.model.arch)
     mixup, base_criterion = build_mixup(config.augment, config.data.input_size, len(classes))
@@ -93,6 +95,7 @@ def set_up(config: Config, build: Builder) -> Run:
         epoch=config.schedule.start_epoch,
         facts=facts,
         supernet=supernet,
+        probe_loader=probe_loader(config, device) if config.teacher.without_labels else None,
     )
     begin(run)
     return run
@@ -134,7 +137,7 @@ def check_names(config: Config, classes: list[str], gene: models.Learngene | Non
     ours = names_known(config.data.data_set, classes)
     if not config.runtime.eval:
         check_teacher_names(config.teacher, ours)
-    if config.runtime.resume:  # its weights replace all others
+    if config.runtime.resume or config.teacher.without_labels:  # its weights replace all others; or have no head
         return
     if gene is not None:
         warn_of_head(f"--load-gene {config.model.load_gene}", gene.classes, ours)
