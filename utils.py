@@ -110,6 +110,15 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def broadcast_weights(model: nn.Module) -> None:
+    """Copy the parameters and buffers of rank 0 to all processes, whose hardware may have rounded differently."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            whole = tensor.contiguous()  # the tensor itself, or a copy
+            dist.broadcast(whole, src=0)
+            tensor.copy_(whole)
+
+
 def shutdown_distributed() -> None:
     """Destroy the process group after a barrier: with older torch a process that is left alone can hang."""
     if dist.is_initialized():

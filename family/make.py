@@ -52,7 +52,8 @@ def initialise_members(family: Family) -> tuple[list[Member], Member | None]:
             rejected.append(member)
         progress.advance()
         known = {"accuracy": member.accuracy} if member.accuracy is not None else {}
-        progress.show({"depth": member.arch.depth, "heads": member.arch.num_heads, **known})
+        ratio = {"mlp_ratio": member.arch.mlp_ratio} if member.arch.mlp_ratio is not None else {}
+        progress.show({"depth": member.arch.depth, "heads": member.arch.num_heads, **ratio, **known})
     progress.close()
     nearest = min(rejected, key=lambda member: member.excess(family.options), default=None)
     if not members:

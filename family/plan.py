@@ -61,6 +61,7 @@ class FamilyOptions:
     gene_ema: bool = False
     width_select: str | None = None
     head_dim: int = 64
+    mlp_ratios: Sequence[float] | None = None
 
     def __post_init__(self):
         if self.epochs and (self.data_set is None or self.no_eval):
@@ -80,7 +81,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        return f"L{self.arch.depth}-H{self.arch.num_heads}"
+        return self.arch.label
 
     @property
     def accuracy(self) -> float | None:
@@ -162,10 +163,25 @@ class Family:
             name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
         return f"{name}, {getattr(self.autocast, 'fast_dtype', torch.float32)}".replace("torch.", "")
 
+    @property
+    def choices(self) -> dict[str, object]:
+        """How members are made, as `models.Learngene.descend` takes it."""
+        return {name: getattr(self.run_options.model, name) for name in INITIALISATION}
+
     def descend(self, arch: ViTArch) -> nn.Module:
         random_seed(self.run_options.runtime.seed)  # a re-initialised head does not depend on the members before it
-        choices = {name: getattr(self.run_options.model, name) for name in INITIALISATION}
-        return self.gene.descend(arch, **self.shape, **choices).eval()
+        return self.gene.descend(arch, **self.shape, **self.choices).eval()
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """The tensors of the learngene on the meta device."""
+        return {name: tensor.to("meta") for name, tensor in self.gene.tensors.items()}
+
+    def check(self, arch: ViTArch) -> None:
+        """Raises InputError if the learngene makes no Des-Net of ``arch``."""
+        choices = {name: choice for name, choice in self.choices.items() if name != "skip_init"}
+        choices = self.gene.own_choices(choices)
+        self.gene.method_class.descend(self.shapes, self.gene.config, arch, **choices)
 
 
 def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
@@ -248,34 +264,52 @@ def reproducible_options(
     return tuple(json.loads(json.dumps([identity, training if options.epochs else None])))
 
 
+def archs_of_grid(family: Family) -> list[ViTArch]:
+    """The sizes of the grid that the learngene can make; why others are left out is printed.
+
+    Widths and MLP ratios are tried out at depth 1. Which depths a method refuses is found out without memory.
+    """
+    options, archs = family.options, []
+    with error_context(f"--input-size {options.input_size}"):
+        aux = sized(family.gene.arch, options.input_size)
+    grid = [(heads, ratio) for heads in options.heads for ratio in options.mlp_ratios or [aux.mlp_ratio]]
+    for heads, ratio in grid:
+        of_ratio = f" and MLP ratio {ratio:g}" if options.mlp_ratios else ""
+        try:
+            arch = replace(aux, depth=1, num_heads=heads, width=heads * aux.head_dim, mlp_ratio=ratio)
+            family.descend(arch)
+        except InputError as error:
+            print(f"left out, {heads} heads{of_ratio}: {error}", flush=True)
+            continue
+        for depth in options.depths:
+            arch = replace(arch, depth=depth)
+            try:
+                family.check(arch)
+            except InputError as error:
+                print(f"left out, {arch.label}: {error}", flush=True)
+                continue
+            archs.append(arch)
+    return [*dict.fromkeys(archs)]  # ratios that make equally many hidden neurons are the same ViT
+
+
 def build_members(family: Family) -> list[Member]:
-    """The members of the grid that the learngene can make. Widths are tried out at depth 1: depth has no influence.
+    """The members of the grid that the learngene can make.
 
     Raises:
         InputError: there are none, or the folder of one holds another model.
     """
-    options, aux, members = family.options, family.gene.arch, []
-    with error_context(f"--input-size {options.input_size}"):
-        aux = sized(aux, options.input_size)
-    for heads in options.heads:
-        arch = replace(aux, depth=1, num_heads=heads, width=heads * aux.head_dim)
-        try:
-            family.descend(arch)
-        except InputError as error:
-            print(f"left out, {heads} heads: {error}", flush=True)
-            continue
-        for depth in options.depths:
-            arch = replace(arch, depth=depth)
-            counts = arch.num_params(**family.shape), arch.macs(**family.shape)
-            folder = Path(options.output_dir, f"L{depth}-H{heads}")
-            timed_on = family.device_name if family.timed else None
-            record = read_record(folder, family.identity, family.training, timed_on)
-            members.append(Member(arch, folder, *counts, record))
+    options, members = family.options, []
+    for arch in archs_of_grid(family):
+        counts = arch.num_params(**family.shape), arch.macs(**family.shape)
+        folder = Path(options.output_dir, arch.label)
+        timed_on = family.device_name if family.timed else None
+        record = read_record(folder, family.identity, family.training, timed_on)
+        members.append(Member(arch, folder, *counts, record))
     if not members:
         raise InputError(f"--heads {','.join(map(str, options.heads))}: this learngene can make none of these Des-Nets")
     if options.epochs and not models.is_vit(name_of(members[0].arch)):
         raise InputError(
-            f"--epochs {options.epochs}: main.py has no name for {members[0].arch}, with heads of {aux.head_dim} "
-            "neurons (deit_… have 32 or 64); without --epochs they can be made"
+            f"--epochs {options.epochs}: main.py has no name for {members[0].arch}, with heads of "
+            f"{members[0].arch.head_dim} neurons (deit_… have 32 or 64); without --epochs they can be made"
         )
     return members

@@ -2,13 +2,21 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from common.errors import InputError
 from common.files import atomic_write
 from family.plan import Family, Member
 from family.plots import plot_family
 from family.records import RECORD
+from models.learngene import Learngene
+from models.sizes import SizeSampler
 from models.vit import FORWARD_AND_BACKWARD
+from training.build_model import size_sampler
+from training.config import ModelConfig
+
+MAX_EPOCHS = 10**5  # of which the cost is summed; more are damage to the file
 
 
 def write_results(members: Sequence[Member], family: Family) -> None:
@@ -19,7 +27,7 @@ def write_results(members: Sequence[Member], family: Family) -> None:
     rows = [
         dict(zip(sizes, (m.arch.depth, m.arch.num_heads, m.arch.width, m.params, m.macs), strict=True))
         | {name: m.record[name] for name in RECORD[2:]}
-        | {"stored_parameters": stored}
+        | {"stored_parameters": stored, "mlp_ratio": round(m.arch.mlp_ratio or m.arch.hidden / m.arch.width, 4)}
         for m in members
     ]
     with (
@@ -31,7 +39,7 @@ def write_results(members: Sequence[Member], family: Family) -> None:
         writer.writerows(rows)
     with atomic_write(out / "family.md") as unfinished:
         Path(unfinished).write_text(
-            "\n".join([*family_table(rows), "", *summary(members, stored, family)]) + "\n", encoding="utf-8"
+            "\n".join([*family_table(members), "", *summary(members, stored, family)]) + "\n", encoding="utf-8"
         )
     if all(member.accuracy is not None for member in members):
         gene, data_set = Path(family.options.load_gene).name, family.options.data_set
@@ -46,20 +54,23 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]
 
 
-def family_table(rows: Sequence[dict]) -> list[str]:
+def family_table(members: Sequence[Member]) -> list[str]:
+    """A line for each member. Hidden neurons have a column if not all members have the MLP ratio of the kind."""
     header = ["Des-Net", "width", "parameters", "MACs", "ms, 1 image", "ms, 64 images", "untrained", "fine-tuned"]
-    lines = []
-    for row in rows:
-        times = [f"{row[name]:.2f}" if row[name] is not None else "" for name in ("latency_ms_1", "latency_ms_64")]
-        both = [f"{row[name]:.2f} %" if row[name] is not None else "" for name in ("accuracy_before", "accuracy_after")]
-        counts = [str(row["width"]), f"{row['parameters']:,}", f"{row['macs']:,}"]
-        lines.append([f"L{row['depth']}-H{row['heads']}", *counts, *times, *both])
-    return markdown([header, *lines])
+    with_hidden = any(m.arch.mlp_ratio is not None for m in members)
+    lines = [[*header[:2], *["hidden"] * with_hidden, *header[2:]]]
+    for m in members:
+        numbers = m.record
+        times = [f"{numbers[t]:.2f}" if numbers[t] is not None else "" for t in ("latency_ms_1", "latency_ms_64")]
+        both = [f"{numbers[a]:.2f} %" if numbers[a] is not None else "" for a in ("accuracy_before", "accuracy_after")]
+        sizes = [m.arch.width, *[m.arch.hidden] * with_hidden]
+        lines.append([m.name, *map(str, sizes), f"{m.params:,}", f"{m.macs:,}", *times, *both])
+    return markdown(lines)
 
 
 def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]:
     """Stored parameters and training cost, with the learngene and without, and how they are counted."""
-    epochs, images, unknown = stage_1_length(family)
+    stage_1 = stage_1_of(family)
     devices = sorted({m.record["device"] for m in members if m.record["device"] is not None})
     return [
         *cost_table(members, stored, family),
@@ -68,11 +79,12 @@ def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]
         "",
         *probe_note(family),
         "MACs are multiply-accumulates of one image's forward pass, counted from shapes. Training takes three times as "
-        "many per image, forward and backward, and an epoch sees every training image once. Stage 1 trains the Aux-Net"
-        + (f", for {epochs} epochs of {images:,} images" if not unknown else "")
+        "many per image, forward and backward, and an epoch sees every training image once. Stage 1 trains "
+        + stage_1.trains
+        + (f", for {stage_1.epochs} epochs of {stage_1.images:,} images" if not stage_1.unknown else "")
         + "; the forward passes of a teacher and the expansion of the weights are not counted. One by one, each ViT is "
         "trained for as many epochs of the same images as stage 1."
-        + (f" The cost of stage 1 is unknown: {unknown}." if unknown else ""),
+        + (f" The cost of stage 1 is unknown: {stage_1.unknown}." if stage_1.unknown else ""),
         *(["", f"Latency, the median of 3 runs or more after a warm-up: {'; '.join(devices)}."] if devices else []),
     ]  # fmt: skip
 
@@ -85,16 +97,14 @@ def probe_note(family: Family) -> list[str]:
 
 
 def cost_table(members: Sequence[Member], stored: int, family: Family) -> list[str]:
-    options, gene = family.options, family.gene
+    options, stage_1 = family.options, stage_1_of(family)
     params, macs = sum(m.params for m in members), sum(m.macs for m in members)
-    epochs, images, unknown = stage_1_length(family)
-    aux = gene.arch.macs(gene.num_classes, gene.config["in_chans"])
     images_tuned = options.epochs * len(family.loaders[0].dataset) if options.epochs else 0
     fine_tuning = FORWARD_AND_BACKWARD * images_tuned * macs
-    stage_1, alone = (FORWARD_AND_BACKWARD * epochs * images * per_image for per_image in (aux, macs))
-    costs = [stage_1, stage_1 + fine_tuning, alone]
-    first, together, each = ["unknown"] * 3 if unknown else [f"{cost:.3e}" for cost in costs]
-    saving = "" if unknown else f", {alone / costs[1]:.2f} times as many"
+    alone = FORWARD_AND_BACKWARD * stage_1.epochs * stage_1.images * macs
+    costs = [stage_1.macs, stage_1.macs + fine_tuning, alone]
+    first, together, each = ["unknown"] * 3 if stage_1.unknown else [f"{cost:.3e}" for cost in costs]
+    saving = "" if stage_1.unknown else f", {alone / costs[1]:.2f} times as many"
     return markdown([
         ["", "with the learngene", f"{len(members)} ViTs one by one"],
         ["parameters stored", f"{stored:,}", f"{params:,}, {params / stored:.2f} times as many"],
@@ -104,11 +114,51 @@ def cost_table(members: Sequence[Member], stored: int, family: Family) -> list[s
     ])  # fmt: skip
 
 
-def stage_1_length(family: Family) -> tuple[int, int, str]:
-    """The epochs and the training images of stage 1, and the reason if they are unknown."""
-    epochs, data_set = family.gene.options.get("epochs"), family.gene.options.get("data_set")
-    if type(epochs) is not int or epochs < 1:
-        return 0, 0, "the learngene does not record its epochs"
+@dataclass(frozen=True)
+class Stage1:
+    """What stage 1 cost.
+
+    Attributes:
+        trains: which ViTs, in words.
+        macs: of forward and backward passes, in all epochs.
+        images: of an epoch.
+        unknown: the reason, if the cost is unknown.
+    """
+
+    trains: str
+    macs: float = 0
+    epochs: int = 0
+    images: int = 0
+    unknown: str = ""
+
+
+def stage_1_of(family: Family) -> Stage1:
+    """The cost of stage 1, from the options that the learngene records."""
+    gene, options, trains = family.gene, family.gene.options, "the Aux-Net"
+    epochs, data_set = options.get("epochs"), options.get("data_set")
+    try:
+        sampler = sampler_of(gene)
+        if sampler is not None:
+            trains = ("" if sampler.alone else "the Aux-Net and ") + "Des-Nets of the sizes that each step draws"
+        if type(epochs) is not int or not 1 <= epochs <= MAX_EPOCHS:
+            return Stage1(trains, unknown="the learngene does not record its epochs")
+        macs = sum(sampler.mean_macs(epoch) for epoch in range(epochs)) if sampler is not None else 0
+    except (InputError, TypeError, ValueError, AttributeError, KeyError):
+        return Stage1(trains, unknown="the learngene records no options of stage 1 that can be used")
     if family.loaders is None or data_set != family.options.data_set:
-        return 0, 0, f"it was trained on {str(data_set)[:50]}, which is not the data set given here"
-    return epochs, len(family.loaders[0].dataset), ""
+        unknown = f"it was trained on {str(data_set)[:50]}, which is not the data set given here"
+        return Stage1(trains, unknown=unknown)
+    if sampler is None or not sampler.alone:
+        macs += epochs * gene.arch.macs(gene.num_classes, gene.config["in_chans"])
+    images = len(family.loaders[0].dataset)
+    return Stage1(trains, FORWARD_AND_BACKWARD * images * macs, epochs, images)
+
+
+def sampler_of(gene: Learngene) -> SizeSampler | None:
+    """What drew the sizes of each step of stage 1; None if it trained the Aux-Net alone."""
+    recorded = {name: gene.options.get(name) for name in (option.name for option in fields(ModelConfig))}
+    options = {**gene.method_class.defaults, **{name: value for name, value in recorded.items() if value is not None}}
+    if not options.get("descendants"):
+        return None
+    known = {name: value for name, value in options.items() if name in recorded}
+    return size_sampler(ModelConfig(**known), gene.arch.img_size, gene.num_classes, gene.options.get("epochs"))

@@ -30,8 +30,9 @@ KERNEL = "patch_embed.proj.weight"
 def source_arch(vit: Mapping[str, Tensor], arch: ViTArch) -> ViTArch:
     """The sizes of a trained ViT, which is taken to be of the kind of ``arch`` (`check_source`).
 
-    The width is that of the patch embedding, heads have as many neurons as those of ``arch``. The image is square,
-    unless it has as many patches as that of ``arch``; without position embedding it is that of ``arch``.
+    The width is that of the patch embedding, hidden neurons are those of the first MLP, heads have as many neurons as
+    those of ``arch``. The image is square, unless it has as many patches as that of ``arch``; without position
+    embedding it is that of ``arch``.
 
     Args:
         vit: its state dict.
@@ -51,8 +52,10 @@ def source_arch(vit: Mapping[str, Tensor], arch: ViTArch) -> ViTArch:
     if own is not None and positions is not None and positions.ndim == 3:
         grid = grid_of(positions.shape[1] - (own[1] - arch.num_patches), arch)
         img_size = tuple(cells * pixels for cells, pixels in zip(grid, patch_size, strict=True))
+    fc2 = vit.get("blocks.0.mlp.fc2.weight")
     return replace(
         arch,
+        mlp_ratio=None if fc2 is None or fc2.ndim != 2 else fc2.shape[1] / width,
         width=width,
         depth=len(layers),
         num_heads=width // arch.head_dim,
@@ -121,7 +124,7 @@ def weight_selection(vit: dict[str, Tensor], source: ViTArch, arch: ViTArch) -> 
     The neurons of q, k and v are spaced within each of the three, all heads together.
 
     Raises:
-        InputError: ``arch`` is deeper or wider.
+        InputError: ``arch`` is larger.
     """
     check_smaller("weight selection", source, arch)
     neurons = Neurons(
@@ -145,7 +148,7 @@ def stacking(vit: dict[str, Tensor], source: ViTArch, arch: ViTArch) -> dict[str
     Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019.
 
     Raises:
-        InputError: the widths differ.
+        InputError: the widths or the numbers of hidden neurons differ.
     """
     check_width(source, arch)
     return take_layers(vit, [l % source.depth for l in range(arch.depth)])
@@ -158,16 +161,20 @@ def interpolation(vit: dict[str, Tensor], source: ViTArch, arch: ViTArch) -> dic
     et al., "bert2BERT", ACL 2022, compare with stacking.
 
     Raises:
-        InputError: the widths differ.
+        InputError: the widths or the numbers of hidden neurons differ.
     """
     check_width(source, arch)
     return take_layers(vit, [l * source.depth // arch.depth for l in range(arch.depth)])
 
 
 def check_width(source: ViTArch, arch: ViTArch) -> None:
-    """Raises InputError unless both ViTs have the same width."""
+    """Raises InputError unless both ViTs have the same width and number of hidden neurons."""
     if source.width != arch.width:
         raise InputError(f"depth alone is changed, and the widths differ: {source.width} and {arch.width}")
+    if source.hidden != arch.hidden:
+        raise InputError(
+            f"depth alone is changed, and the hidden neurons of a layer differ: {source.hidden} and {arch.hidden}"
+        )
 
 
 BASELINES: dict[str, Callable[..., dict[str, Tensor]]] = {

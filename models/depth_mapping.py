@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from common.errors import InputError
 from models.initialisation import Row
-from models.vit import ViTArch, check_kind
+from models.vit import ViTArch, check_hidden, check_kind
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ def layers_of(
         mapping_layer, mapping_layer_coeff, depth_select: as in `LeTs.descend`.
 
     Raises:
-        InputError: wider than the Aux-Net, heads of another size, or mapping lists that do not fit.
+        InputError: wider than the Aux-Net or of more hidden neurons, heads of another size, or mapping lists that do
+            not fit.
     """
     src, tgt, layers_per_row = ViTArch(**config["src_arch"]), ViTArch(**config["tgt_arch"]), config["layers_per_row"]
     if arch.width > tgt.width:
@@ -114,6 +115,7 @@ def layers_of(
         raise InputError(
             f"the Des-Net has heads of {arch.head_dim} neurons; those of this learngene have {src.head_dim}"
         )
+    check_hidden(arch, tgt)
     groups = groups_of(config)
     mapping = mapping_or_default(config, arch.depth, mapping_layer, mapping_layer_coeff, depth_select)
     return [(groups[a], r // layers_per_row) for a, r in zip(*mapping, strict=True)]

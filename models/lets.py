@@ -10,7 +10,8 @@ leading axis over the layers, so that a step expands all of them in a handful of
     tensor                          shape               meaning
     E, C                            (D−s, s)            width matrices of the whole network
     Q, K, V                         (n, D−s, s)         width matrices of each layer's heads
-    M                               (n, 4(D−s), 4s)     width matrices of each layer's hidden neurons
+    M                               (n, 4(D−s), 4s)     width matrices of each layer's hidden neurons; of other MLP
+                                                        ratios than 4 with as many more rows as the Aux-Net has
     g, h                            (8, rows, 2)        depth coefficients of weights and biases, per module; instead
                                                         of pairs, groups of any number of layers can be mixed
     q_weight, …, fc2_bias           (n, …)              the learngene's layers
@@ -19,7 +20,6 @@ leading axis over the layers, so that a step expands all of them in a handful of
 
 Which matrix widens which axis of which parameter is in `models.axes`, for the plain ViT and for all other kinds, whose
 learngenes have more tensors: ``q_norm_weight``, ``ls1_gamma``, ``cls_token``, a pooling block with matrices of its own.
-M has as many rows as the Aux-Net has more hidden neurons.
 
 With ``full_width`` the width matrices are those of LiGO (Wang et al., ICLR 2023): ⟨A⟩ is A itself, with a row for every
 neuron of the Aux-Net, D instead of D−s, so that the old neurons are transformed too.
@@ -429,6 +429,10 @@ def check_sizes(src: ViTArch, tgt: ViTArch, layers_per_row: int, group_size: int
     check_kind(tgt, src)
     if tgt.width < src.width:
         raise InputError(f"the Aux-Net (width {tgt.width}) is narrower than the learngene (width {src.width})")
+    if tgt.hidden < src.hidden:
+        raise InputError(
+            f"the Aux-Net has {tgt.hidden} hidden neurons in a layer, fewer than the learngene, which has {src.hidden}"
+        )
     if tgt.head_dim != src.head_dim:
         raise InputError(
             f"the heads of learngene and Aux-Net differ in size, {src.head_dim} and {tgt.head_dim} neurons"

@@ -57,7 +57,17 @@ def scores_of(vit: Mapping[str, Tensor], source: ViTArch, gradients: Mapping[str
         source: its sizes.
         gradients: of the loss with respect to ``vit``, under the same names.
     """
-    products = {name: w if gradients is None else w * gradients[name] for name, w in vit.items()}
+    return sums_of({n: (w if gradients is None else w * gradients[n]).abs() for n, w in vit.items()}, source)
+
+
+def sums_of(numbers: Mapping[str, Tensor], source: ViTArch) -> Scores:
+    """Sums over all weights of each part of a ViT.
+
+    Args:
+        numbers: one for each weight, under the names of its state dict, all on one device.
+        source: its sizes.
+    """
+    device = next(iter(numbers.values())).device
     lengths = dict(
         embedding=(source.width,),
         heads=(source.depth, source.width),
@@ -66,18 +76,18 @@ def scores_of(vit: Mapping[str, Tensor], source: ViTArch, gradients: Mapping[str
         pool_heads=(source.width if source.pool_head_dim else 0,),
         pool_hidden=(source.pool_hidden,),
     )
-    found = {part: torch.zeros(length, dtype=torch.float64) for part, length in lengths.items()}
-    for name, product in split(products).items():
-        sizes = product.double().abs()
+    found = {part: torch.zeros(length, dtype=torch.float64, device=device) for part, length in lengths.items()}
+    for name, tensor in split(numbers).items():
+        tensor = tensor.double()
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
         if layer is not None:
-            found["layers"][layer] += sizes.sum()
+            found["layers"][layer] += tensor.sum()
         for number, axis in enumerate(axes_of(name)):
             if axis == ".":
                 continue
-            others = [other for other in range(sizes.ndim) if other != number]
-            scores = found[PARTS[axis]][layer] if axis in "QKVM" else found[PARTS[axis]]
-            scores += sizes.sum(others) if others else sizes
+            others = [other for other in range(tensor.ndim) if other != number]
+            sums = found[PARTS[axis]][layer] if axis in "QKVM" else found[PARTS[axis]]
+            sums += tensor.sum(others) if others else tensor
     for heads, head_dim in (("heads", source.head_dim), ("pool_heads", source.pool_head_dim)):
         if head_dim:
             found[heads] = found[heads].unflatten(-1, (-1, head_dim)).sum(-1)
@@ -116,7 +126,7 @@ def prune(
         gradients: as in `scores_of`.
 
     Raises:
-        InputError: ``arch`` is deeper or wider.
+        InputError: ``arch`` is larger.
     """
     check_smaller("pruning", source, arch)
     layers, neurons = choose(scores_of(vit, source, gradients), source, arch)
@@ -127,3 +137,8 @@ def check_smaller(what: str, source: ViTArch, arch: ViTArch) -> None:
     """Raises InputError unless ``arch`` is no larger than the source."""
     if arch.depth > source.depth or arch.width > source.width:
         raise InputError(f"{what} needs a larger ViT than {arch}; it is {source}")
+    if arch.hidden > source.hidden:
+        raise InputError(
+            f"{what} needs a ViT of at least {arch.hidden} hidden neurons in a layer, as in {arch}; it has "
+            f"{source.hidden}"
+        )

@@ -66,7 +66,7 @@ def first_neurons(arch: ViTArch) -> Neurons:
 
 
 def choose_neurons(vit: dict[str, Tensor], arch: ViTArch, how: str) -> Neurons:
-    """The neurons that a ViT of ``arch`` keeps of a wider one with the state dict ``vit``.
+    """The neurons that a ViT of ``arch`` keeps of a larger one with the state dict ``vit``.
 
     Embedding neurons by their rows of the patch embedding, heads by their rows of q, k and v in all layers together,
     hidden neurons by their rows of fc1 (of a SwiGLU, of gate and value together).
@@ -138,10 +138,10 @@ def old_neurons(src: ViTArch, arch: ViTArch, axis: str) -> int:
 def select_width(
     p: dict[str, Tensor], structure: Structure, src: ViTArch, arch: ViTArch, full_width: bool, how: str = "continuous"
 ) -> dict[str, Tensor]:
-    """The learngene cut down so that it expands to the width of ``arch``.
+    """The learngene cut down so that it expands to the width and the hidden neurons of ``arch``.
 
-    Of full width matrices some rows are kept. Else, a width above the learngene's keeps some rows of the width
-    matrices, and a width below it the first neurons of the learngene itself. One choice per axis: embedding neurons by
+    Of full width matrices some rows are kept. Else, an axis longer than the learngene's keeps some rows of its width
+    matrices, and one that is not the first neurons of the learngene itself. One choice per axis: embedding neurons by
     E's rows for the whole network (C and the position embedding follow), heads by their rows in Q, K and V together
     for the whole network, hidden neurons by M's rows in each layer; and so in a pooling block.
 
@@ -157,7 +157,8 @@ def select_width(
     def new(axis: str) -> int:
         return arch.neurons(axis) if full_width else arch.neurons(axis) - old(axis)
 
-    if (old("E"), new("E")) == (src.width, len(p["E"])):  # every row is kept
+    own = [(axis, p[matrix_of(axis)]) for axis in "EMm" if matrix_of(axis) in p]
+    if all((old(axis), new(axis)) == (src.neurons(axis), A.shape[-2]) for axis, A in own):  # every row is kept
         return p
     kept: dict[str, Tensor | slice] = {}
     for axes, head_dim in (("E", 0), ("QKV", src.head_dim), ("M", 0), ("qkv", src.pool_head_dim), ("m", 0)):

@@ -1,5 +1,6 @@
 """ViTs without weights of their own, to be run with computed ones; and ViTs of given weights."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -85,6 +86,11 @@ def move_buffers(vit: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and device.type != "meta":
                 module._buffers[name] = buffer.to(device)
+
+
+def classes_of(weights: Mapping[str, Tensor]) -> int:
+    """The classes of the head in the state dict of a ViT; 0 without one."""
+    return len(weights["head.weight"]) if "head.weight" in weights else 0
 
 
 def random_vit_weights(arch: ViTArch, **kwargs) -> dict[str, Tensor]:

@@ -15,12 +15,18 @@ from common.errors import InputError
 from models.aux_net import AuxNet
 from models.axes import tensor_name
 from models.figures import Figures, Points, root_mean_square
-from models.formats.layout import Layout, PublishedFormat, arch_from_weights, config_from_weights
+from models.formats.layout import (
+    Layout,
+    PublishedFormat,
+    arch_from_weights,
+    check_published_hidden,
+    config_from_weights,
+)
 from models.names import AUX_DEPTH, PUBLISHED_NAMES, is_aux_name, is_vit, parse_arch, register
 from models.registry import register_method
 from models.selection import choose_neurons, first_neurons, keep_neurons
 from models.stateless import random_vit_weights
-from models.vit import ViTArch, check_kind, described
+from models.vit import ViTArch, check_hidden, check_kind, described
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +122,12 @@ def layout(config: Mapping) -> Layout:
     """The published layout, which is the same for all sizes.
 
     Raises:
-        InputError: the learngene is of another kind than the plain ViT.
+        InputError: the learngene is of another kind than the plain ViT, or of another MLP ratio.
     """
     arch = ViTArch(**config["tgt_arch"])
     if arch.kind is not None:
         raise InputError(f"the published format is for plain ViTs, this learngene is of the kind {arch.kind}")
+    check_published_hidden(arch)
     names = names_of(arch, config["num_classes"])
     keys: Layout = {timm_name.replace("fc_norm", "norm"): (name, ()) for name, timm_name in names.others.items()}
     for name, timm_name in names.layers.items():
@@ -214,10 +221,11 @@ class TLEG(AuxNet):
         """The state dict of a Des-Net of ``arch`` sizes, whose ``fc_norm`` is the Aux-Net's ``norm``.
 
         Args:
-            width_select: which neurons a Des-Net narrower than the learngene keeps of one as wide, as in `choose_rows`.
+            width_select: which neurons a Des-Net narrower than the learngene, or of fewer hidden neurons, keeps of one
+                of its sizes, as in `choose_rows`.
 
         Raises:
-            InputError: the Des-Net is wider than the learngene, or has heads of another size.
+            InputError: the Des-Net is wider than the learngene, has more hidden neurons, or heads of another size.
         """
         aux = ViTArch(**header["tgt_arch"])
         check_kind(arch, aux)
@@ -226,11 +234,13 @@ class TLEG(AuxNet):
                 f"the Des-Net has {arch.num_heads} heads of {arch.head_dim} neurons; this TLEG learngene makes "
                 f"Des-Nets of up to {aux.num_heads} heads of {aux.head_dim} neurons (width {aux.width}), of any depth"
             )
+        check_hidden(arch, aux)
+        smaller = arch.width < aux.width or arch.hidden < aux.hidden
         names = names_of(arch, header["num_classes"])
-        if arch.width < aux.width and width_select == "continuous":  # A and B are cut once, not every layer
+        if smaller and width_select == "continuous":  # A and B are cut once, not every layer
             return expand(keep_first_neurons(tensors, names, arch), names, arch.depth)
         weights = expand(tensors, names, arch.depth)
-        if arch.width == aux.width:
+        if not smaller:
             return weights
         return keep_neurons(weights, choose_neurons(weights, arch, width_select))
 

@@ -154,6 +154,15 @@ def check_kind(arch: ViTArch, learngene: ViTArch) -> None:
         raise InputError(f"the Des-Net is a ViT of the kind {des}; this learngene makes ViTs of the kind {gene}")
 
 
+def check_hidden(arch: ViTArch, largest: ViTArch) -> None:
+    """Raises InputError if a Des-Net of ``arch`` has more hidden neurons than the largest that a learngene makes."""
+    if arch.hidden > largest.hidden:
+        raise InputError(
+            f"the Des-Net has {arch.hidden} hidden neurons in a layer; this learngene makes Des-Nets of up to "
+            f"{largest.hidden} (MLP ratio {largest.hidden / arch.width:g} of width {arch.width})"
+        )
+
+
 def pair(size: Size) -> tuple[int, int]:
     """Height and width."""
     return size if isinstance(size, tuple) else (size, size)

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""A family of Des-Nets from one learngene: every depth × heads of a grid, written, measured, and fine-tuned if asked.
+"""A family of Des-Nets from one learngene: every size of a grid, written, measured, and fine-tuned if asked.
+
+A grid is of depths × heads, and of MLP ratios if they are given.
 
 scripts/make_family.py --load-gene learngene.safetensors --depths 3-12 --heads 3,6,9,12 --output-dir output/family \\
     --data-set FOLDER --data-path /path/to/images --max-params 30M
@@ -24,7 +26,7 @@ from common.errors import InputError
 from datasets import DATA_SETS
 from family.make import make_family
 from family.plan import FamilyOptions
-from models.vit import MAX_DEPTH
+from models.vit import MAX_DEPTH, MAX_MLP_RATIO
 from options import at_least, place, place_or_none
 from training.command_line import Parser, with_dashes
 
@@ -40,6 +42,17 @@ def numbers(text: str) -> list[int]:
         if not 1 <= first <= last <= MAX_DEPTH:
             raise argparse.ArgumentTypeError(f"{part!r} is empty or too large: expected 1 to {MAX_DEPTH}, as in 3-6")
         found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def ratios(text: str) -> list[float]:
+    """'1,2.5' as [1.0, 2.5]."""
+    found = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\d{1,3}(\.\d{1,9})?", part.strip())
+        if match is None or not 0 < float(match[0]) <= MAX_MLP_RATIO:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0 and up to {MAX_MLP_RATIO}")
+        found.add(float(match[0]))
     return sorted(found)
 
 
@@ -67,6 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[FamilyOptions, list[str]]:
     )
     p.add_argument("--depths", type=numbers, required=True, help="numbers of layers, such as 3-12 or 3-6,9,12")
     p.add_argument("--heads", type=numbers, required=True, help="numbers of heads, likewise")
+    p.add_argument("--mlp-ratios", type=ratios, help="hidden neurons / width, such as 1,2,4; default: the learngene's")
     p.add_argument("--output-dir", type=place, required=True, help="a folder per Des-Net, and family.csv, .md and .png")
     p.add_argument("--data-set", choices=sorted(DATA_SETS), help="whose test images to evaluate on; default: none")
     p.add_argument("--data-path", type=place_or_none, help="the folder that holds it; not needed for DIGITS")

@@ -32,6 +32,7 @@ EVALUATED = 10_000  # images of an evaluation, about
 START = 10**10  # MACs that take about as long as the start of a run
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # where and how fast a run works
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
+WITHOUT_FILES |= {"order": "none", "depth_order": "even"}
 WEIGHTS = ("model.safetensors", "learngene.safetensors")  # files of a run that other runs may load
 
 

@@ -151,7 +151,19 @@ def check_kind(kind: str, config: Config) -> None:
             raise InputError(f"--{name} needs stage 1 of a method: Des-Nets are trained beside its Aux-Net")
         if name in OPTIONS_OF_DESCENDANTS and not config.model.descendants:
             raise InputError(f"--descendants is missing: --{name} says which are trained beside the Aux-Net, and how")
-    if config.model.descendants and config.runtime.compile:
+    if config.model.descendants:
+        check_descendants(config)
+
+
+def check_descendants(config: Config) -> None:
+    """Raises InputError where options of the descendants of a step exclude each other."""
+    model, epochs = config.model, config.schedule.epochs
+    if model.chain_weight and model.descendants + (model.descendant_weight < 1) < 2:
+        raise InputError("--chain-weight needs two members in a step, the next larger one and another: --descendants 2")
+    if 0 < epochs <= model.descendant_warmup_epochs:
+        warm_up = f"--descendant-warmup-epochs {model.descendant_warmup_epochs}"
+        raise InputError(f"{warm_up} leaves none of {epochs} epochs to the other sizes")
+    if config.runtime.compile:
         raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
 
 

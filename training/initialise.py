@@ -1,5 +1,7 @@
 """Weights of a model from a trained ViT of other sizes: --init."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import models
@@ -7,7 +9,7 @@ from common.errors import InputError, error_context
 from models.baselines import BASELINES, NEED_GRADIENTS, check_source, source_arch
 from models.formats.foreign import without_training_parts
 from models.formats.weights import load_weights
-from models.stateless import vit_from_weights, vit_without_weights
+from models.stateless import classes_of, vit_from_weights, vit_without_weights
 from models.vit import ViTArch
 from training.build_data import order_loader
 from training.config import TIMM, Config, tagged_name
@@ -54,17 +56,10 @@ def initialise_from(model: nn.Module, config: Config, num_classes: int, device: 
         print_main(f"{path}: {remark}")
 
 
-def classes_of(weights: dict[str, Tensor]) -> int:
-    """The classes of the head in a state dict; 0 without one."""
-    return len(weights["head.weight"]) if "head.weight" in weights else 0
-
-
 def gradients_of(
     weights: dict[str, Tensor], source: ViTArch, config: Config, num_classes: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Gradients of the cross entropy, summed over --order-images training images, without augmentation or dropout.
-
-    All processes read the same images and compute with deterministic operators, so that they choose the same neurons.
+    """Gradients of the cross entropy, summed over the images of `batch_gradients`, on the CPU.
 
     Args:
         weights: the state dict of a ViT of ``source``.
@@ -74,14 +69,48 @@ def gradients_of(
         InputError: the ViT has no head for the classes of the data, or an image cannot be read.
     """
     if (found := classes_of(weights)) != num_classes:
-        raise InputError(
-            f"--init {config.model.init} needs a source with a head for the {num_classes} classes of the data: this "
-            f"one has {f'{found} classes' if found else 'no head'}; train it on the data first, or use --init magnitude"
-        )
-    vit = vit_from_weights(source, weights, num_classes=num_classes).to(device).eval()
+        raise no_head("--init", num_classes, f"this one has {f'{found} classes' if found else 'no head'}")
+    total = {name: torch.zeros_like(w, device=device) for name, w in weights.items()}
+    for gradients in batch_gradients(weights, source, config, device):
+        total = {name: total[name] + g for name, g in gradients.items()}
+    return {name: g.cpu() for name, g in total.items()}
+
+
+def batch_gradients(
+    weights: dict[str, Tensor], source: ViTArch, config: Config, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the cross entropy, summed over each batch of the --order-images training images, on the device.
+
+    Without augmentation or dropout. All processes read the same images and compute with deterministic operators, so
+    that they choose the same neurons.
+
+    Args:
+        weights: the state dict of a ViT of ``source`` with a head for the classes of the data.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    vit = vit_from_weights(source, weights, num_classes=classes_of(weights)).to(device).eval()
+    for images, labels in order_loader(config, device):
+        if not len(images):  # none of the batch can be read
+            continue
+        vit.zero_grad()
+        with deterministic():
+            logits = vit(images.to(device))
+            nn.functional.cross_entropy(logits.float(), labels.to(device), reduction="sum").backward()
+        yield {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in vit.named_parameters()}
+
+
+def no_head(option: str, num_classes: int, found: str) -> InputError:
+    """The error for a source whose loss on the data has no meaning."""
+    return InputError(
+        f"{option} taylor needs a source with a head for the {num_classes} classes of the data: {found}; train it on "
+        f"the data first, or use {option} magnitude"
+    )
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Operators that compute the same in each process."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        for images, labels in order_loader(config, device):
-            if len(images):  # a batch is empty if none of its images can be read
-                logits = vit(images.to(device))
-                nn.functional.cross_entropy(logits.float(), labels.to(device), reduction="sum").backward()
-    return {name: torch.zeros_like(w) if w.grad is None else w.grad.cpu() for name, w in vit.named_parameters()}
+        yield

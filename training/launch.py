@@ -100,6 +100,10 @@ def start(config: Config, build: Builder) -> Run:
     """Build the run on all processes, after the first has downloaded what they need."""
     with utils.errors_reported_once(patience=SETTING_UP):
         run = set_up(config, build)
+    if not (config.runtime.resume or config.runtime.eval):  # all start from one order of neurons, also the averages
+        utils.broadcast_weights(run.model)
+        if run.ema is not None:
+            utils.broadcast_weights(run.ema.module)
     print_main(f"{kind_of_run(config.model)}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
     return run
 

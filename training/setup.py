@@ -27,6 +27,7 @@ from training.config import TIMM, Config, ModelConfig, recipe, resolve_with, tag
 from training.initialise import initialise_from
 from training.label_check import check_teacher_names, names_known, warn_of_head, warn_of_heads
 from training.logs import EpochLog
+from training.ordering import put_in_order
 from training.preprocessing import resolve_preprocessing
 from training.probe import probe_loader
 from training.run import Run
@@ -103,10 +104,12 @@ def set_up(config: Config, build: Builder) -> Run:
 def model_of(
     config: Config, build: Builder, num_classes: int, gene: models.Learngene | None, device: torch.device
 ) -> nn.Module:
-    """The model of the run on its device, with the weights of --init."""
+    """The model of the run on its device, with the weights of --init, or in the order of --order."""
     model = build(config.model, config.data.input_size, num_classes, gene)
     if config.model.init and not config.runtime.resume:  # the weights of a checkpoint replace all others
         initialise_from(model, config, num_classes, device)
+    if isinstance(model, models.Elastic) and not (config.runtime.resume or config.runtime.eval):
+        put_in_order(model, config, num_classes, device)
     return model.to(device)
 
 

@@ -75,6 +75,13 @@ def arch_from_weights(width: int, depth: int, head_dim: int, patch: Tensor, pos_
     return ViTArch(width, depth, width // head_dim, patch_size, patch_size * math.isqrt(pos_embed.shape[1]))
 
 
+def check_published_hidden(*archs: ViTArch) -> None:
+    """Raises InputError unless all have the MLP ratio of the published ViTs."""
+    for arch in archs:
+        if arch.mlp_ratio is not None:
+            raise InputError(f"the published format is for an MLP ratio of 4, this learngene has {arch.mlp_ratio:g}")
+
+
 def config_from_weights(arch: ViTArch, head: Tensor, patch: Tensor) -> dict:
     """What `AuxNet.config` states for every method.
 

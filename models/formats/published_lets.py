@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from common.errors import InputError
 from models.axes import tensor_name
-from models.formats.layout import Layout, arch_from_weights, config_from_weights
+from models.formats.layout import Layout, arch_from_weights, check_published_hidden, config_from_weights
 from models.names import parse_arch
 from models.vit import ViTArch, described
 
@@ -33,6 +33,7 @@ def layout(config: Mapping) -> Layout:
     src = ViTArch(**config["src_arch"])
     if src.kind is not None:
         raise InputError(f"the published format is for plain ViTs, this learngene is of the kind {src.kind}")
+    check_published_hidden(src, ViTArch(**config["tgt_arch"]))
     modules = [tensor_name(module) for module in described(src).structure.modules]
     depth, rows = config["src_arch"]["depth"], range(0, config["tgt_arch"]["depth"], config["layers_per_row"])
     keys: Layout = {"pos_embed": ("pos_embed", ())}

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_checkpoint, read_json
 from models.formats.weights import weights_of
-from models.kinds import is_kind
+from models.kinds import is_kind, sizes_of
 from models.meta import WeightsOnMeta
 from models.names import parse_arch
 from models.preprocessing import Preprocessing
@@ -135,8 +135,11 @@ def _arch_of(name: str, model_args: Mapping) -> ViTArch:
         InputError: these are not the arguments of `timm_kwargs`.
     """
     sizes = {size: model_args[size] for size in ("depth", "num_heads", "patch_size", "img_size")}
-    plain = name == PLAIN_VIT and "class_token" in model_args
-    arch = ViTArch(model_args["embed_dim"], **sizes, kind=None if plain else name)
+    kind, width = None if name == PLAIN_VIT and "class_token" in model_args else name, model_args["embed_dim"]
+    if "mlp_ratio" in model_args:  # timm's, which counts both gate and value of a packed SwiGLU
+        rows = int(float(model_args["mlp_ratio"]) * width)
+        sizes["mlp_ratio"] = rows / (2 if kind and sizes_of(kind)["packed"] else 1) / width
+    arch = ViTArch(width, **sizes, kind=kind)
     expected = json.loads(json.dumps(timm_kwargs(arch)))
     if model_args != expected:
         raise InputError(f"model_args are not those of a ViT of these sizes: expected {expected}")

@@ -160,7 +160,7 @@ ERRORS = {
     f"{TAYLOR} --init-path OUT/headless.pth": ("a source with a head for the 10 classes", "this one has no head"),
     f"{TAYLOR} --init-path OUT/seven.pth": ("a source with a head for the 10 classes", "this one has 7 classes"),
     f"{named('plain')} --order-images 8 --init magnitude --init-path OUT/plain": (
-        "--order_images needs --init taylor",
+        "--order-images needs --init taylor",
     ),
     f"{named('tokens', (1, 0))} --init taylor --init-path OUT/tokens": (
         "--init-path OUT/tokens: ",

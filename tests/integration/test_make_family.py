@@ -16,6 +16,7 @@ from models.formats.timm_folder import read_model
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ENVIRONMENT, SECONDS, TESTS
 from PIL import Image
@@ -258,6 +259,56 @@ def test_what_is_too_slow_is_dropped(gene, tmp_path, run_here):
     assert all(0 < float(row["latency_ms_1"]) < 1e6 for row in rows_of(tmp_path))
 
 
+def test_hidden_neurons_are_an_axis_of_the_grid(gene, tmp_path, run_here):
+    options = ["--load-gene", gene, "--depths", "1-2", "--heads", "1,3", "--output-dir", tmp_path]
+    outcome = run_here(*options, "--mlp-ratios", "2.5,4,5")
+    assert outcome.code == 0, outcome
+    left_out = [line for line in outcome.stdout.splitlines() if line.startswith("left out")]
+    assert len(left_out) == 1
+    assert left_out[0].startswith("left out, 3 heads and MLP ratio 5: ")
+    assert "480 hidden neurons" in left_out[0]
+    assert "up to 384" in left_out[0]
+    names = {f"L{depth}-{size}" for depth in (1, 2) for size in ("H1", "H1-M2.5", "H1-M5", "H3", "H3-M2.5")}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == names
+    learngene = models.load_learngene(gene)
+    for row in rows_of(tmp_path):
+        own = "" if float(row["mlp_ratio"]) == 4 else f"-M{float(row['mlp_ratio']):g}"
+        name = f"L{row['depth']}-H{row['heads']}{own}"
+        expected = learngene.descend(f"@{name}")
+        vit, config = read_model(tmp_path / name)
+        assert all(torch.equal(tensor, vit.state_dict()[key]) for key, tensor in expected.state_dict().items())
+        assert vit.blocks[0].mlp.fc2.in_features == float(row["mlp_ratio"]) * int(row["width"])
+        assert int(row["parameters"]) == sum(p.numel() for p in vit.parameters())
+        alone = timm.create_model(config["architecture"], num_classes=10, **config["model_args"])
+        alone.load_state_dict(vit.state_dict())
+    lines = [line.strip("|").split(" | ") for line in (tmp_path / "family.md").read_text().splitlines()]
+    assert lines[0][2] == "hidden"
+    hidden = {line[0].strip(): line[2] for line in lines if line[0].strip() in names}
+    assert (hidden["L1-H1-M2.5"], hidden["L2-H3"]) == ("80", "384")
+    kept = (tmp_path / "L1-H1" / "model.safetensors").stat().st_mtime_ns
+    assert run_here(*options).code == 0  # the same members without -M
+    assert (tmp_path / "L1-H1" / "model.safetensors").stat().st_mtime_ns == kept
+    assert said_in_one_sentence(run_here(*options, "--mlp-ratios", "2,0"), "--mlp-ratios", "above 0")
+
+
+def test_depths_that_a_learngene_does_not_make_are_left_out(tmp_path, run_here):
+    name = "deit_nano_patch8_16_L3_H2"
+    source = models.create_aux_net(name, num_classes=10)
+    trained = {"src_arch": name, "epochs": 2, "data_set": "DIGITS", "descendants": 1, "descendant_depths": [1, 2]}
+    models.Learngene.of(source, trained).save(tmp_path / "gene.safetensors")
+    options = ["--load-gene", tmp_path / "gene.safetensors", "--depths", "2-4", "--heads", "2", "--mlp-ratios", "1,4"]
+    outcome = run_here(*options, *DIGITS, "--no-eval", "--output-dir", tmp_path / "out")
+    assert outcome.code == 0, outcome
+    sizes = [models.parse_arch(f"deit_nano_patch8_16_L{depth}_H{heads}") for depth in (1, 2) for heads in (1, 2)]
+    stage_1 = 3 * 2 * 1437 * sum(arch.macs(10) for arch in sizes) / 4  # one of them in each step
+    assert f"| MACs of stage 1 | {stage_1:.3e} |" in (tmp_path / "out" / "family.md").read_text()
+    left_out = [line for line in outcome.stdout.splitlines() if line.startswith("left out")]
+    assert [line.partition(": ")[0] for line in left_out] == ["left out, L4-H2-M1", "left out, L4-H2"]
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+        f"L{depth}-H2{ratio}" for depth in (2, 3) for ratio in ("", "-M1")
+    }
+
+
 def test_tleg_family_without_evaluation(tmp_path, run_here):
     aux_net = models.create_model("aux_deit_nano_patch8_24_L6_H2", num_classes=7, in_chans=1)
     models.Learngene.of(aux_net).save(tmp_path / "gene.safetensors")
@@ -279,6 +330,18 @@ def test_tleg_family_without_evaluation(tmp_path, run_here):
     assert (tmp_path / "digits" / "L2-H2" / "model.safetensors").stat().st_mtime_ns == before
     assert all(0 <= float(row["accuracy_before"]) <= 100 for row in rows_of(tmp_path / "digits"))
     assert (tmp_path / "digits" / "family.png").exists()
+
+
+def test_fine_tuning_of_a_size_with_an_mlp_ratio(gene, tmp_path, run_here, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["--load-gene", gene, "--depths", "1", "--heads", "1", "--mlp-ratios", "2", *DIGITS]
+    fast = ["--aa", "none", "--reprob", "0", "--batch-size", "256", "--warmup-epochs", "0"]
+    outcome = run_here(*options, "--output-dir", tmp_path, "--epochs", 1, *MAIN_OPTIONS, *fast)
+    assert outcome.code == 0, outcome
+    assert (tmp_path / "L1-H1-M2" / "log.txt").exists()
+    assert float(rows_of(tmp_path)[0]["accuracy_after"]) > 0
+    assert read_model(tmp_path / "L1-H1-M2")[0].blocks[0].mlp.fc2.in_features == 64
+    assert (tmp_path / "family.png").exists()
 
 
 def test_fine_tuning(gene, tmp_path, run_here, monkeypatch):
