@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
+from losses import unexplained_variance
 from models.formats.timm_folder import save_model
 from training.command_line import parse_options
 from training.launch import prepare
@@ -16,7 +17,7 @@ from training.launch import prepare
 import pytest
 import timm
 import torch
-from conftest import TESTS, Outcome, Run, assert_same_result, epochs_of, run_many
+from conftest import TESTS, Outcome, Run, assert_same_result, epochs_of, run_many, set_up_run
 from safetensors import safe_open
 
 BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 128 --warmup-epochs 0 --device cpu"
@@ -143,6 +144,18 @@ def test_rotary_positions_labels_and_evaluation(runs):
     assert set(runs.outcomes["evaluated"].codes) == {0}
     found = json.loads(runs.outcomes["evaluated"].stdout.splitlines()[-1])
     assert found["test_acc1"] == epochs_of(runs.out / "whole")[-1]["test_acc1"]
+
+
+@pytest.mark.parametrize("order", ["none", "magnitude"])
+def test_source_leaves_nothing_to_learn_in_any_order_of_its_neurons(runs, order):
+    options = f"{BASE} {FEATURES} --descendant-depths 3 --descendant-heads 1,2 --order {order}"
+    run = set_up_run(options.replace("OUT", str(runs.out)).split())
+    run.supernet.train().drawn = run.supernet.sampler.archs[::-1]
+    images, _ = next(iter(run.test_loader))
+    with torch.no_grad():
+        teacher = run.teacher(images)
+        whole, part = (unexplained_variance(features, teacher).item() for features in run.supernet(images))
+    assert whole < 1e-5 < 0.01 < part
 
 
 @pytest.mark.parametrize(
