@@ -54,6 +54,8 @@ def save_source(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     arch = models.parse_arch(name)
     vit = models.create_vit(arch, num_classes=0, img_size=2 * arch.patch_size)
+    for parameter in vit.requires_grad_(False).parameters():  # so that the class token depends on the image
+        parameter.add_(0.05 * torch.randn_like(parameter))
     folder.mkdir()
     size = {"img_size": 2 * arch.patch_size}
     data = {"input_size": [3, *2 * [2 * arch.patch_size]], "mean": [0.5] * 3, "std": [0.5] * 3}
