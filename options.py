@@ -39,8 +39,9 @@ stage 2          main.py --des-arch deit_base_patch16_224_L12 --load-gene learng
                  main.py --des-arch @L6-H3 --load-gene learngene.safetensors …
 anything else    main.py --model resnet18 …           a teacher, or a baseline from scratch
 
-NAME[.tag]@L{depth}-H{heads} is the ViT NAME of timm's in another depth and width; @L{depth}-H{heads} alone is of the
-kind of the source (--tgt-arch) or of the learngene (--des-arch).
+NAME[.tag]@L{depth}-H{heads} is the ViT NAME of timm's in another depth and width, NAME@L{depth}-H{heads}-M{ratio} one
+whose layers have ratio × width hidden neurons; @L{depth}-H{heads} alone is of the kind of the source (--tgt-arch) or of
+the learngene (--des-arch).
 """
 
 

@@ -82,8 +82,8 @@ def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]
         "many per image, forward and backward, and an epoch sees every training image once. Stage 1 trains "
         + stage_1.trains
         + (f", for {stage_1.epochs} epochs of {stage_1.images:,} images" if not stage_1.unknown else "")
-        + "; the forward passes of a teacher and the expansion of the weights are not counted. One by one, each ViT is "
-        "trained for as many epochs of the same images as stage 1."
+        + "; the forward passes of a teacher, the expansion of the weights and the training of a ViT that stage 1 "
+        "starts from are not counted. One by one, each ViT is trained for as many epochs of the same images as stage 1."
         + (f" The cost of stage 1 is unknown: {stage_1.unknown}." if stage_1.unknown else ""),
         *(["", f"Latency, the median of 3 runs or more after a warm-up: {'; '.join(devices)}."] if devices else []),
     ]  # fmt: skip

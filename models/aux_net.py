@@ -160,7 +160,7 @@ class AuxNet(nn.Module, ABC):
         return {"Aux-Net": ViTArch(**header["tgt_arch"])}
 
     @classmethod
-    def remarks(cls, header: Mapping) -> list[str]:
+    def remarks(cls, tensors: Mapping[str, Tensor], header: Mapping) -> list[str]:
         """Lines on the sizes of a learngene, besides those of `archs`."""
         return []
 

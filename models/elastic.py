@@ -203,17 +203,23 @@ class Elastic(AuxNet):
         self.layers.copy_(table_of([sorted(ranking[:d]) for d in range(1, self.arch.depth + 1)]))
 
     @classmethod
-    def remarks(cls, header: Mapping) -> list[str]:
-        return ["Des-Nets are parts of the source: up to its depth, heads and hidden neurons"]
+    def archs(cls, header: Mapping) -> dict[str, ViTArch]:
+        return {"source": ViTArch(**header["tgt_arch"])}
+
+    @classmethod
+    def remarks(cls, tensors: Mapping[str, Tensor], header: Mapping) -> list[str]:
+        rows = enumerate(tensors["layers"].tolist(), 1)
+        kept = [", ".join(map(str, row[:depth])) for depth, row in rows]
+        return [f"layers of the source that a Des-Net keeps: {'; '.join(kept)}"]
 
     @classmethod
     def figures(cls, tensors: Mapping[str, Tensor], header: Mapping) -> Figures:
         """The norms of the neurons in their order: a Des-Net has the first ones."""
         norms = {
-            "embedding": {"": tensors["patch_embed_weight"].flatten(1).norm(dim=1)},
-            "hidden, per layer": dict(enumerate(tensors["fc2_weight"].norm(dim=1))),
+            "embedding, rows of fc2": dict(enumerate(tensors["fc2_weight"].norm(dim=2))),
+            "hidden, columns of fc2": dict(enumerate(tensors["fc2_weight"].norm(dim=1))),
         }
-        return [Curves(norms, "neuron", "l2 norm of its weights", scale="layer")]
+        return [Curves(norms, "neuron, in the order in which Des-Nets keep them", "l2 norm", scale="layer")]
 
     def no_weight_decay(self) -> set[str]:
         # vectors before they were stacked; maps, as decay would only pull them from the identity, and nothing is left

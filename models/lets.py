@@ -352,7 +352,7 @@ class LeTs(AuxNet):
         return expand(cut, Expansion(plan, structure, full_width))
 
     @classmethod
-    def remarks(cls, header: Mapping) -> list[str]:
+    def remarks(cls, tensors: Mapping[str, Tensor], header: Mapping) -> list[str]:
         shared = header["layers_per_row"]
         rows = -(-header["tgt_arch"]["depth"] // shared)
         return [f"Aux layers per row of depth coefficients: {shared} ({rows} rows)"]

@@ -60,7 +60,7 @@ def sizes(gene: models.Learngene) -> list[str]:
     if gene.preprocessing != DEFAULT:
         prepared = (f"{name} {value}" for name, value in gene.preprocessing.as_config().items())
         lines.append(f"  images are prepared with {', '.join(prepared)}")
-    return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.config)]
+    return lines + [f"  {remark}" for remark in gene.method_class.remarks(gene.tensors, gene.config)]
 
 
 def part_sizes(gene: models.Learngene) -> dict[str, int]:
@@ -92,7 +92,7 @@ def options(gene: models.Learngene) -> list[str]:
 def des_nets(gene: models.Learngene) -> list[str]:
     """One line per number of heads of which the learngene makes a Des-Net.
 
-    `Learngene.descend` is called for one layer: any depth is possible, and each further layer has as many parameters.
+    `Learngene.descend` is called for one layer: each further layer has as many parameters.
     """
     aux, own = gene.arch, next(iter(gene.method_class.archs(gene.config).values())).num_heads
     depths = sorted({max(1, aux.depth * quarter // 4) for quarter in (1, 2, 3, 4)})
@@ -110,12 +110,23 @@ def des_nets(gene: models.Learngene) -> list[str]:
         rows.append((str(heads), str(arch.width), *counts, source(heads, own)))
         made.append(arch)
     return [
-        f"  of any depth, with heads of {aux.head_dim} neurons; parameters by number of layers:",
+        f"  of {depths_of(gene)}, with heads of {aux.head_dim} neurons, up to {aux.hidden} hidden neurons in a layer;",
+        "  parameters by number of layers:",
         *table(rows, left=(len(rows[0]) - 1,)),
         f"  the smallest of these: {name_of(replace(made[0], depth=depths[0]))}",
         f"  the largest of these: {name_of(replace(made[-1], depth=depths[-1]))}",
         *refusal,
     ]
+
+
+def depths_of(gene: models.Learngene) -> str:
+    """How deep its Des-Nets can be, in words."""
+    shapes = {name: tensor.to("meta") for name, tensor in gene.tensors.items()}
+    try:
+        gene.method_class.descend(shapes, gene.config, replace(gene.arch, depth=gene.arch.depth + 1))
+    except models.InputError:
+        return f"up to {gene.arch.depth} layers"
+    return "any depth"
 
 
 def source(heads: int, own: int) -> str:

@@ -210,7 +210,10 @@ def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils
     if run.ema is not None and epoch >= 0:
         average = evaluate_run(run, run.ema.module, signals.check)
         numbers |= {f"ema_test_{name}": value for name, value in average.items()}
-    shown = ", ".join(f"{name} {numbers[name]:.2f} %" for name in ("test_acc1", "ema_test_acc1") if name in numbers)
+    if len(run.evaluated_members) > 1:
+        smallest = evaluate_run(run, run.model, signals.check, run.evaluated_members[0])
+        numbers |= {f"smallest_test_{name}": value for name, value in smallest.items()}
+    shown = ", ".join(f"{name} {value:.2f} %" for name, value in numbers.items() if name.endswith("test_acc1"))
     shown += " (linear probe)" * (run.probe_loader is not None)
     shown += f", unreadable images: {replaced} replaced, {left_out} left out of the test" * (replaced + left_out > 0)
     run.train_loader.skipped = run.test_loader.skipped = 0
@@ -248,14 +251,18 @@ def roll_back(run: Run, error: NotFiniteError) -> None:
     print_main(f"{error}; back to the weights of {path}, and on with the next batch of epoch {run.epoch}")
 
 
-def evaluate_run(run: Run, model: nn.Module, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+def evaluate_run(
+    run: Run, model: nn.Module, after_batch: Callable[[], None] = lambda: None, member: models.ViTArch | None = None
+) -> dict[str, float]:
     """Accuracy on the test images; the weights of an Aux-Net are expanded once for all of them.
 
-    Where descendants are trained without their Aux-Net, it is that of the largest of them.
+    Args:
+        member: the Des-Net of an Aux-Net to evaluate. Default: where descendants are trained without their Aux-Net, the
+            largest of them; else the Aux-Net.
     """
     utils.broadcast_buffers(model)
-    if run.supernet is not None and run.supernet.sampler.alone:
-        model = models.Learngene.of(model).descend(run.supernet.sampler.archs[-1]).eval()
+    if run.evaluated_members:
+        model = models.Learngene.of(model).descend(member or run.evaluated_members[-1]).eval()
     elif isinstance(model, models.AuxNet):
         model = model.to_vit()
     if run.config.optim.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:

@@ -53,8 +53,10 @@ def put_in_order(aux_net: models.Elastic, config: Config, num_classes: int, devi
         by_output = depth_order == "output"
         ranking = rank_by_output(vit, source, config, device) if by_output else rank_layers(scores[depth_order])
         aux_net.keep_layers(ranking)
-        dropped = ", ".join(map(str, reversed(ranking[1:])))
-        print_main(f"Des-Nets drop layers in the order {dropped}, {described(depth_order, config, device)}")
+        layers = ", ".join(map(str, reversed(ranking)))
+        print_main(
+            f"layers from the least to the most important are {layers}, {described(depth_order, config, device)}"
+        )
 
 
 def described(by: str, config: Config, device: torch.device) -> str:
@@ -74,15 +76,16 @@ def rank_by_output(vit: dict[str, Tensor], source: models.ViTArch, config: Confi
 
 
 class Images:
-    """The images of a loader without their labels, as often as they are asked for."""
+    """The images of a loader without their labels, as often as they are asked for.
+
+    A batch of which no image can be read is left out.
+    """
 
     def __init__(self, loader: CheckedLoader):
         self.loader = loader
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (
-            images for images, _ in self.loader if len(images)
-        )  # a batch is empty if none of its images can be read
+        return (images for images, _ in self.loader if len(images))
 
 
 def has_trained_head(vit: dict[str, Tensor]) -> bool:

@@ -75,6 +75,14 @@ class Run:
     def epochs_done(self) -> float:
         return self.epoch + self.position.steps / max(1, self.steps)
 
+    @property
+    def evaluated_members(self) -> list[models.ViTArch]:
+        """The smallest and the largest Des-Net, where they are trained without their Aux-Net; else none."""
+        if self.supernet is None or not self.supernet.sampler.alone:
+            return []
+        archs = self.supernet.sampler.archs
+        return [*dict.fromkeys([archs[0], archs[-1]])]
+
     def sizes_of_step(self, epoch: int, step: int) -> list[models.ViTArch]:
         """The sizes of the Des-Nets that a step trains: the same in all processes, and after a resume."""
         return self.supernet.sampler.draw(epoch, derived_seed(self.config.runtime.seed, epoch, step, ALL_PROCESSES))

@@ -42,6 +42,8 @@ PRETRAINED = {
     "vit_small_patch16_224.augreg_in1k": "test_vit.r160_in1k",
     "vit_small_patch14_dinov2.lvd142m": "test_vit2.r160_in1k",
 }
+ELASTIC = f"{IMAGES} --epochs 0 --no-model-ema --descendant-depths 3,6 --descendant-heads 1,2"
+ELASTIC_DATA = "--data-set FOLDER --input-size 16"
 SMALL_DES_NET = "deit_base_patch16_224_L3_H6"
 RULES = [
     Rule(r"^main\.py --help$"),
@@ -55,7 +57,11 @@ RULES = [
     ),
     Rule(r"conf_train_des_s\.yaml", f"{IMAGES} --epochs 0"),
     Rule(r"main\.py --eval --resume output/des/checkpoint\.pth", f"--model {SMALL_DES_NET} {IMAGES}"),
-    # pretrained weights, for which small ones stand
+    # pretrained weights, for which small ones stand: their source has 6 layers and 2 heads
+    Rule(r"--config configs/elastic\.yaml", f"{ELASTIC} --distillation-type none --teacher-model test_resnet"),
+    Rule(r"--distillation-type feature", f"{ELASTIC}"),
+    Rule(r"--load-gene output/elastic/.* --depths", f"--depths 3 --heads 1 {ELASTIC_DATA}"),
+    Rule(r"--load-gene output/elastic/", f"--des-arch @L3-H1 --distillation-type none {UNTRAINED}"),
     Rule(r"--src-path timm|--load-gene output/(dino_)?grown/", UNTRAINED),
     # the head of the small one has other classes than the data
     Rule(r"--init taylor --init-path timm", f"{UNTRAINED} --init magnitude --model test_vit.r160_in1k@L4-H1"),

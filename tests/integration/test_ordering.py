@@ -85,7 +85,7 @@ def test_two_processes_find_the_same_order(runs):
     assert_equal(runs.gene("two").tensors, runs.gene("taylor").tensors)
     said = runs.of("two").stdout
     assert said.count("neurons and heads are in order of importance, by Taylor scores, over 64 training images") == 1
-    assert said.count("Des-Nets drop layers in the order") == 1
+    assert said.count("layers from the least to the most important are ") == 1
 
 
 DIFFERENT = """
@@ -117,7 +117,7 @@ def test_processes_that_round_differently_start_from_one_order(runs, tmp_path):
 
 
 def test_a_resumed_run_does_not_order_again(runs):
-    said = "in order of importance", "drop layers"
+    said = "in order of importance", "from the least to the most important"
     assert all(line in runs.of("begun").stdout for line in said)
     assert not any(line in runs.of("resumed").stdout for line in said)
     start, trained = runs.start(f"{TAYLOR} --depth-order taylor --train-images 32"), runs.gene("resumed").tensors
