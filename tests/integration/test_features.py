@@ -92,6 +92,7 @@ def test_features_of_a_source_without_head_make_a_learngene_without_head(runs):
     loss = [epoch["train_loss"] for epoch in epochs_of(runs.out / "whole")]
     assert 0 < loss[1] < loss[0] < 2
     assert runs.outcomes["whole"].stdout.count("(linear probe)") == 2
+    assert {"test_acc1", "ema_test_acc1", "smallest_test_acc1"} <= epochs_of(runs.out / "whole")[-1].keys()
 
 
 def test_resumed_run_is_the_same(runs):
