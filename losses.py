@@ -74,7 +74,8 @@ def unexplained_variance(features: Tensor, targets: Tensor) -> Tensor:
 
     Both (…, width) are centred first: a linear head has a bias. So 0 is perfect, and features that do not depend on the
     image have 1, whatever the width and the scale of the targets. One scale for all neurons, and none for each, keeps
-    neurons that hardly vary from weighing as much as those that heads read.
+    neurons that hardly vary from weighing as much as those that heads read. Normalising each target on its own instead,
+    as in "data2vec" (Baevski et al., ICML 2022), would count what all images share, too.
     """
     features, targets = (x.float().flatten(0, -2) for x in (features, targets))
     features, targets = features - features.mean(dim=0), targets - targets.mean(dim=0)
@@ -84,8 +85,8 @@ def unexplained_variance(features: Tensor, targets: Tensor) -> Tensor:
 class FeatureLoss(nn.Module):
     """(1 − α) · base criterion + α · mean of `unexplained_variance` of the pooled feature and of those of the patches.
 
-    Mean and variance are those of the batch: for features of a ViT, over images; for those of patches, over images and
-    patches. With α = 1 there are no logits, and no labels are used.
+    Mean and variance are those of the batch: of the pooled feature over images, of the others over images and patches.
+    With α = 1 there are no logits, and no labels are used.
     """
 
     def __init__(self, base_criterion: nn.Module, alpha: float):

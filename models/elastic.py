@@ -71,7 +71,11 @@ def table_of(kept: Sequence[Sequence[int]]) -> Tensor:
 
 @register_method("elastic")
 class Elastic(AuxNet):
-    """A ViT whose parts are ViTs: the source itself, to be trained through Des-Nets of many sizes."""
+    """A ViT whose parts are ViTs: the source itself, to be trained through Des-Nets of many sizes.
+
+    Attributes:
+        embedding_order: for each embedding neuron which one of the source's file it is, before training.
+    """
 
     title = "Elastic"
     choices = ()
@@ -104,6 +108,7 @@ class Elastic(AuxNet):
         self.structure = described(self.arch, self.num_classes, self.in_chans).structure
         self.add_parameters(tensors_of_vit(random_vit_weights(self.arch, **size), self.structure))
         depth = self.arch.depth
+        self.embedding_order = torch.arange(self.arch.width)
         self.register_buffer("layers", table_of([evenly_spaced(d, depth) for d in range(1, depth + 1)]))
 
     @classmethod
@@ -225,21 +230,15 @@ class Elastic(AuxNet):
     # Features of the source as targets
     # -----------------------------------------------------------------------------------------------------------------
 
-    def add_feature_maps(self, embedding: Sequence[int] | None = None) -> None:
+    def add_feature_maps(self) -> None:
         """Add the linear maps from features of each width to those of the source, which stage 1 alone needs.
 
         ``feature_maps`` (heads, 2, D, D) has for h heads, of w neurons together, the first w columns of entry h − 1:
         one map for the pooled feature and one for those of the patches. It is one tensor, as every parameter has to get
-        a gradient in every step, whichever widths are drawn. At first every map sends a neuron to itself, so that the
-        features of the source itself are their own targets.
-
-        Args:
-            embedding: the neuron of the source that each embedding neuron was, if they are in another order.
+        a gradient in every step, whichever widths are drawn. At first every map sends a neuron to that of the source
+        which it was, so that the source itself leaves nothing to learn.
         """
-        width = self.arch.width
-        identity = torch.eye(width, device=self.layers.device)
-        if embedding is not None:
-            identity = identity[:, torch.as_tensor(embedding, device=identity.device)]
+        identity = torch.eye(self.arch.width)[:, self.embedding_order].to(self.layers.device)
         self.feature_maps = nn.Parameter(identity.repeat(self.arch.num_heads, 2, 1, 1))
 
     def map_features(self, features: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import models
 from models.baselines import is_head
-from models.order import in_order, rank_layers, rank_layers_by_output, taylor_scores
+from models.order import in_order, rank_layers, rank_layers_by_output, ranked, taylor_scores
 from models.pruning import Scores, scores_of
 from pipeline.loader import CheckedLoader
 from training.build_data import order_loader
@@ -47,6 +47,7 @@ def put_in_order(aux_net: models.Elastic, config: Config, num_classes: int, devi
         scores["taylor"] = taylor_scores(on_device, source, batch_gradients(vit, source, few, device))
     if order != "none":
         aux_net.start_from(in_order(vit, source, scores[order]))
+        aux_net.embedding_order = ranked(scores[order].embedding)
         print_main(f"neurons and heads are in order of importance, {described(order, config, device)}")
     if depth_order != "even":
         by_output = depth_order == "output"

@@ -124,7 +124,8 @@ def test_maps_undo_an_order_of_the_neurons():
     order, source = random_order(case.src, 0), case.source()
     aux_net = models.create_aux_net(case.src, num_classes=CLASSES)
     aux_net.start_from(reordered(source.state_dict(), order))
-    aux_net.add_feature_maps(order("E", None))
+    aux_net.embedding_order = order("E", None)
+    aux_net.add_feature_maps()
     features = aux_net.map_features(Features(aux_net.to_vit())(case.images()))
     torch.testing.assert_close(features, Features(source)(case.images()), atol=1e-5, rtol=1e-5)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
+from losses import unexplained_variance
 from models.formats.timm_folder import save_model
 from training.command_line import parse_options
 from training.launch import prepare
@@ -16,7 +17,7 @@ from training.launch import prepare
 import pytest
 import timm
 import torch
-from conftest import TESTS, Outcome, Run, assert_same_result, epochs_of, run_many
+from conftest import TESTS, Outcome, Run, assert_same_result, epochs_of, run_many, set_up_run
 from safetensors import safe_open
 
 BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 128 --warmup-epochs 0 --device cpu"
@@ -53,6 +54,8 @@ def save_source(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     arch = models.parse_arch(name)
     vit = models.create_vit(arch, num_classes=0, img_size=2 * arch.patch_size)
+    for parameter in vit.requires_grad_(False).parameters():  # so that the class token depends on the image
+        parameter.add_(0.05 * torch.randn_like(parameter))
     folder.mkdir()
     size = {"img_size": 2 * arch.patch_size}
     data = {"input_size": [3, *2 * [2 * arch.patch_size]], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -89,6 +92,7 @@ def test_features_of_a_source_without_head_make_a_learngene_without_head(runs):
     loss = [epoch["train_loss"] for epoch in epochs_of(runs.out / "whole")]
     assert 0 < loss[1] < loss[0] < 2
     assert runs.outcomes["whole"].stdout.count("(linear probe)") == 2
+    assert {"test_acc1", "ema_test_acc1", "smallest_test_acc1"} <= epochs_of(runs.out / "whole")[-1].keys()
 
 
 def test_resumed_run_is_the_same(runs):
@@ -143,6 +147,18 @@ def test_rotary_positions_labels_and_evaluation(runs):
     assert set(runs.outcomes["evaluated"].codes) == {0}
     found = json.loads(runs.outcomes["evaluated"].stdout.splitlines()[-1])
     assert found["test_acc1"] == epochs_of(runs.out / "whole")[-1]["test_acc1"]
+
+
+@pytest.mark.parametrize("order", ["none", "magnitude"])
+def test_source_leaves_nothing_to_learn_in_any_order_of_its_neurons(runs, order):
+    options = f"{BASE} {FEATURES} --descendant-depths 3 --descendant-heads 1,2 --drop-path 0 --order {order}"
+    run = set_up_run(options.replace("OUT", str(runs.out)).split())
+    run.supernet.train().drawn = run.supernet.sampler.archs[::-1]
+    images, _ = next(iter(run.test_loader))
+    with torch.no_grad():
+        teacher = run.teacher(images)
+        whole, part = (unexplained_variance(features, teacher).item() for features in run.supernet(images))
+    assert whole < 1e-5 < 0.01 < part
 
 
 @pytest.mark.parametrize(
