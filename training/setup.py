@@ -48,9 +48,7 @@ def set_up(config: Config, build: Builder) -> Run:
         InputError: a file, the data or an option that cannot be used.
     """
     output_dir = writable_folder(config.output.output_dir)
-    if config.output.push_to_hub and utils.is_main():
-        with error_context("--push-to-hub"):
-            check_upload(config.output.push_to_hub)
+    check_repository(config.output.push_to_hub)
     device = device_of(config.runtime.device)
     autocast, half = autocast_of(config.runtime.amp_dtype, device)
     if not config.runtime.eval:
@@ -130,6 +128,13 @@ def checkpoint_gradients(model: nn.Module, name: str | None) -> None:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:
         raise InputError(f"--grad-checkpointing: {name} cannot recompute its activations") from error
+
+
+def check_repository(push_to_hub: str | None) -> None:
+    """Raises InputError where --push-to-hub names a repository that this process is to write and cannot."""
+    if push_to_hub and utils.is_main():
+        with error_context("--push-to-hub"):
+            check_upload(push_to_hub)
 
 
 def check_names(config: Config, classes: list[str], gene: models.Learngene | None) -> None:

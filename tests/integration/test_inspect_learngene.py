@@ -191,9 +191,9 @@ def test_des_nets_are_those_that_the_learngene_makes(run, method):
 
 def test_widths_of_lets_come_from_the_learngene_or_from_the_width_matrices(run):
     found = inspect(run, FIXTURES["lets"], "--head-dim", 4)["Des-Nets"]
-    sources = [re.split(r"  +", line)[-1] for line in found[2:6]]
+    sources = [re.split(r"  +", line)[-1] for line in found[3:7]]
     assert sources == ["first 1 of 2", "all 2", "all 2 + 1 new", "all 2 + 2 new"]
-    assert "models.ViTArch(width=4, depth=4, num_heads=1, patch_size=16, img_size=32)" in found[6]
+    assert "models.ViTArch(width=4, depth=4, num_heads=1, patch_size=16, img_size=32)" in found[7]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,6 +205,19 @@ def test_names_stand_for_the_des_nets_of_the_table(run, tmp_path, method):
     counts = [count for row in table.values() for count in row.values()]
     gene = models.load_learngene(path)
     assert [parameters_of(gene.descend(name)) for name in names] == [min(counts), max(counts)]
+
+
+def test_an_elastic_learngene(run, tmp_path):
+    aux_net = models.create_aux_net("deit_nano_patch8_16_L4_H2", num_classes=10)
+    aux_net.keep_layers([2, 0, 3, 1])
+    found = inspect(run, own_file(tmp_path / "learngene.safetensors", aux_net))
+    assert "layers of the source that a Des-Net keeps: 2; 0, 2; 0, 2, 3; 0, 1, 2, 3" in found["Sizes"][-1]
+    assert sum(parts_of(found["Parameters"]).values()) == parameters_of(aux_net)
+    assert found["Des-Nets"][0].startswith("  of up to 4 layers, with heads of 32 neurons, up to 256 hidden neurons")
+    assert (
+        found["Des-Nets"][-1]
+        == "  not with 3 heads: the Des-Net has 3 heads, the source 2: an elastic learngene makes parts of its source"
+    )
 
 
 def test_recorded_options(run, tmp_path):

@@ -72,7 +72,7 @@ def test_untrained_des_net_is_that_of_the_learngene(runs):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("more", ["L3-H2-M4", "256 hidden neurons", "up to 224"]),
+        ("more", ["--des-arch deit_nano_patch8_16_L3", "256 hidden neurons", "up to 224"]),
         ("more-pruned", ["--init-path", "192 hidden neurons", "it has 128"]),
     ],
 )
