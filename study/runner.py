@@ -88,6 +88,8 @@ class Runner:
     def context(self) -> multiprocessing.context.BaseContext:
         """Start runs as forks of a server process that has imported all modules once."""
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+        # a fork of a process that has threads of OpenMP waits for them forever; runs set their own number of threads
+        os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
         # with the script itself: a process that imported it again would see later edits
         context.set_forkserver_preload(["__main__", "training.launch", "study.runner", *LATE])

@@ -139,7 +139,9 @@ def check_kind(kind: str, config: Config) -> None:
         owners = [cls for cls in METHODS.values() if name in cls.options]
         if owners and kind not in [cls.method for cls in owners]:
             usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
-            raise InputError(f"--{name} needs {usage}: it says how the weights of a {titles} Aux-Net are made")
+            raise InputError(
+                f"{option_name(name)} needs {usage}: it says how the weights of a {titles} Aux-Net are made"
+            )
         if name == "order_images" and not orders_by_images(config.model):
             raise InputError(
                 "--order-images needs --init taylor, --order taylor, or --depth-order taylor or output: the images say "
@@ -148,9 +150,11 @@ def check_kind(kind: str, config: Config) -> None:
         if name in OPTIONS_OF_STAGE_2 and kind != STAGE_2:
             raise InputError(f"--{name} needs --load-gene: it says how a Des-Net is made from a learngene")
         if name in OPTIONS_OF_DESCENDANTS and kind in (STAGE_2, PLAIN):
-            raise InputError(f"--{name} needs stage 1 of a method: Des-Nets are trained beside its Aux-Net")
+            raise InputError(f"{option_name(name)} needs stage 1 of a method: Des-Nets are trained beside its Aux-Net")
         if name in OPTIONS_OF_DESCENDANTS and not config.model.descendants:
-            raise InputError(f"--descendants is missing: --{name} says which are trained beside the Aux-Net, and how")
+            raise InputError(
+                f"--descendants is missing: {option_name(name)} says which are trained beside the Aux-Net, and how"
+            )
     if config.model.descendants:
         check_descendants(config)
 

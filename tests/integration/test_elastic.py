@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 256 --warmup-epochs 0 --device cpu"
 STEADY = "--sched step --decay-epochs 100"  # the same learning rate however many epochs are asked for
-SIZES = "--descendant-depths 1,2,3 --descendant-heads 1,2 --descendant-mlp-ratios 1,4"
+ANY_KIND = "--descendant-depths 1,2,3 --descendant-heads 1,2 --descendant-mlp-ratios"  # not all have 4 to begin with
+SIZES = f"{ANY_KIND} 1,4"
 TARGETS = "--teacher-model source --distillation-type soft --distillation-tau 2 --chain-weight 0.5"
 POLICY = "--descendants 3 --descendant-sampling sandwich --descendant-warmup-epochs 1 --descendant-coarse-to-fine"
 SOURCES = {  # name of the source → its images
@@ -37,8 +38,8 @@ def slug(name: str) -> str:
 def first_runs() -> dict[str, str]:
     lines = {}
     for name, size in SOURCES.items():
-        stage_1 = f"--src-arch {name} --src-path OUT/{slug(name)} --input-size {size} {SIZES}"
-        lines[f"family-{slug(name)}"] = f"{stage_1} --epochs 1 {POLICY} --output-dir OUT/family-{slug(name)}"
+        stage_1 = f"--src-arch {name} --src-path OUT/{slug(name)} --input-size {size} {ANY_KIND} 1,2"
+        lines[f"family-{slug(name)}"] = f"{stage_1} --epochs 2 {POLICY} --output-dir OUT/family-{slug(name)}"
         lines[f"free-{slug(name)}"] = f"{stage_1} --epochs 0 --output-dir OUT/free-{slug(name)}"
     stage_1 = f"--src-arch {PLAIN} --src-path OUT/{slug(PLAIN)} {SIZES} {TARGETS} {POLICY}"
     lines["whole"] = f"{stage_1} {STEADY} --epochs 3 --teacher-cache OUT/cache --output-dir OUT/whole"

@@ -76,7 +76,7 @@ def test_combinations_are_checked_before_anything_is_built():
         (config_of(training.ModelConfig()), "nothing to run"),
         (config_of(VIT, batch_size=31), "--batch-size 31 is odd"),
         (config_of(VIT, cutmix_minmax=(0.6, 0.2)), "--cutmix-minmax 0.6 0.2: expected MIN ≤ MAX"),
-        (config_of(VIT, trans_init_noise=(0.1, 0.1)), "--trans_init_noise needs --src-arch and --tgt-arch"),
+        (config_of(VIT, trans_init_noise=(0.1, 0.1)), "--trans-init-noise needs --src-arch and --tgt-arch"),
         (config_of(VIT, push_to_hub="a/b"), "--push-to-hub uploads .* --output-dir is missing"),
         (config_of(VIT, data_set="IMNET", cache_data=True), "--cache-data cannot hold --data-set IMNET"),
     ):

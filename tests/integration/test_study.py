@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import runpy
 import shutil
@@ -9,7 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,11 +105,13 @@ class Done:
             return list(csv.DictReader(file))
 
 
-def run(folder: Path, *options: str, stop_after: str | None = None) -> Piece:
+def run(
+    folder: Path, *options: str, stop_after: str | None = None, environment: Mapping[str, str] = ENVIRONMENT
+) -> Piece:
     """The script in a process of its own, which is asked to stop when it has printed ``stop_after``."""
     command = [sys.executable, SCRIPT, "study.yaml", *options]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, env=environment, cwd=folder, stdout=pipe, stderr=pipe, text=True) as process:
         printed = ""
         while stop_after is not None and stop_after not in printed:
             line = process.stdout.readline()
@@ -340,7 +343,7 @@ def test_what_was_made_from_another_run(copy, run_here):
         ("batch-size: 64", "batch-sice: 64", "unknown key batch-sice; the nearest names are --batch-size"),
         ("batch-size: 64", "batch-size: 640", "batch-size 640 is more than the 320 training images"),
         ("batch-size: 64", "lr: 0.1", "options: lr is not an option here: it is set for every run"),
-        ("batch-size: 64", "group-size: 64", "runs, teacher: --group_size needs --src-arch and --tgt-arch"),
+        ("batch-size: 64", "group-size: 64", "runs, teacher: --group-size needs --src-arch and --tgt-arch"),
         (
             "tgt-arch: deit_nano_patch8_16_L4_H2",
             "tgt-arch: deit_nano_patch4_16_L4_H2",
@@ -360,7 +363,20 @@ def test_studies_that_cannot_work_are_refused_before_anything_runs(tmp_path, run
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "trials"])
+def test_a_run_has_all_processors_if_it_is_alone(tmp_path):
+    lines = (
+        STUDY.partition("runs:")[0] + "runs:\n  wide: {kind: vit, data: DIGITS, seeds: [0], sizes: [L1-H3], epochs: 1, "
+    )
+    lines = lines.replace(
+        "L1-H1: deit_nano_patch8_16_L1_H1", "L1-H3: deit_tiny_patch8_16_L1_H3"
+    )  # large enough to share
+    (tmp_path / "study.yaml").write_text(f'{lines}lr: 1.0e-3, options: {{model: "{{arch}}"}}}}\n')
+    piece = run(tmp_path, "--jobs", "1", environment=ENVIRONMENT | {"OMP_NUM_THREADS": ""})
+    assert piece.code == 0, piece.stderr
+    assert f"{len(os.sched_getaffinity(0))} thread" in (tmp_path / "results/tiny/results.csv").read_text()
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "trials", "elastic"])
 def test_the_studies_of_this_project_are_ready(name, tmp_path, run_here):
     images = np.zeros((60_000, 28, 28), dtype=np.uint8)
     for part, count in (("train", 60_000), ("t10k", 10)):
