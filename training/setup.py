@@ -73,7 +73,6 @@ def set_up(config: Config, build: Builder) -> Run:
     optimizer, scheduler = build_optimizer(
         config.optim, config.schedule, config.data.batch_size, config.runtime.seed, model
     )
-    averages = config.optim.model_ema and not config.runtime.eval
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -83,7 +82,7 @@ def set_up(config: Config, build: Builder) -> Run:
         test_loader=test_loader,
         classes=classes,
         model=model,
-        ema=build_ema(config.optim, model) if averages else None,
+        ema=build_ema(config.optim, model) if config.optim.model_ema and not config.runtime.eval else None,
         mixup=mixup,
         teacher=build_teaching(config, train_loader.dataset, len(classes), device),
         criterion=build_criterion(base_criterion, config.teacher, config.model),
@@ -93,7 +92,6 @@ def set_up(config: Config, build: Builder) -> Run:
         epoch=config.schedule.start_epoch,
         facts=facts,
         supernet=supernet,
-        probe_loader=probe_loader(config, device) if config.teacher.without_labels else None,
     )
     begin(run)
     return run
@@ -112,8 +110,10 @@ def model_of(
 
 
 def begin(run: Run) -> None:
-    """Load the checkpoint of --resume, set the learning rate, and open the log."""
+    """Load the checkpoint of --resume, set the learning rate, open the log, and the images of a linear probe."""
     config = run.config
+    if config.teacher.without_labels:
+        run.probe_loader = probe_loader(config, run.device)
     if config.runtime.resume:
         resume(run)
     run.set_learning_rate()

@@ -191,6 +191,7 @@ def test_every_option_of_the_published_programs_is_known_with_its_default():
     # defaults of these programs, which here depend on the source
     assert args.pop("trans_init_scheme") == ["stackbert_noisy", "rand"]
     assert args.pop("eval_crop_ratio") == 0.875
+    assert args.pop("distillation_alpha") == 0.5  # here 1 for features
     assert {name for name in args if args[name] != defaults[name]} == others | flags
 
 

@@ -66,7 +66,8 @@ def save_source(folder: Path, name: str) -> None:
 def runs(tmp_path_factory, all_tests) -> Runs:
     out = tmp_path_factory.mktemp("features")
     save_source(out / "dinov2", "vit_small_patch14_reg4_dinov2@L3-H2")
-    save_source(out / "dinov3", "vit_small_patch16_dinov3@L3-H2")
+    if all_tests:
+        save_source(out / "dinov3", "vit_small_patch16_dinov3@L3-H2")
     outcomes = {}
     for number, phase in enumerate([FIRST, SECOND | (FULL if all_tests else {})]):
         lines = {name: f"{BASE} {line.replace('OUT', str(out))}".split() for name, line in phase.items()}

@@ -130,7 +130,7 @@ def test_maps_undo_an_order_of_the_neurons():
     torch.testing.assert_close(features, Features(source)(case.images()), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize("kind", ["vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_336"])
 def test_activation_checkpointing_and_half_precision(kind):
     case, found = case_of(kind), []
     criterion = FamilyLoss(FeatureLoss(nn.CrossEntropyLoss(), 0.5), weight=0.5)
@@ -183,7 +183,7 @@ def digits(side: int) -> tuple[Tensor, Tensor]:
     return F.interpolate(images, (side, side)), torch.tensor(labels[:200])
 
 
-@pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "eva02_tiny_patch14_336", "vit_base_patch16_siglip_224"])
 def test_probe_is_ridge_regression_on_standardised_features(kind):
     case = case_of(kind)
     images, labels = digits(case.src.img_size)
