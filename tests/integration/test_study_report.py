@@ -283,7 +283,7 @@ def test_study_that_says_nothing_of_a_report_gets_one_table(tmp_path: Path):
 
 
 def test_the_results_of_this_project_are_what_was_measured(tmp_path: Path):
-    for folder in (RESULTS / "cpu", RESULTS / "trials"):
+    for folder in (RESULTS / "cpu", RESULTS / "trials", RESULTS / "elastic"):
         copy = tmp_path / folder.name
         copy.mkdir()
         for name in ("results.csv", "study.yaml", ARCHIVE):  # whose logs have to agree with the rows
