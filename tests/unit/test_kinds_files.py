@@ -11,13 +11,14 @@ import models
 from common.errors import shown
 from models.formats.timm_folder import save_model
 from models.learngene import load_learngene
+from models.meta import WeightsOnMeta
 from scripts import vit_kinds
 
 import pytest
 import timm
 import torch
 from conftest import ENVIRONMENT
-from kinds_of_vit import CLASSES, KINDS, PAGE, REFUSED, REPRESENTATIVE, VERSION, WORKING, case_of
+from kinds_of_vit import CLASSES, DISTINCT, KINDS, PAGE, REFUSED, REPRESENTATIVE, VERSION, WORKING, case_of, signature
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -227,3 +228,15 @@ def test_timm_alone_gives_the_same_logits(all_tests, tmp_path):
         vit = models.create_vit(arch, num_classes=CLASSES)
         folders.append(write(vit, arch, torch.randn(2, 3, 64, 32), tmp_path / f"{kind}_64x32"))
     assert differing_alone(folders) == ""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(timm.__version__ != VERSION, reason="the list is of another version of timm")
+def test_kinds_that_are_not_tested_are_others_in_small_sizes():
+    def small(kind: str) -> tuple:
+        with WeightsOnMeta():
+            return signature(models.create_vit(case_of(kind).src, num_classes=CLASSES))
+
+    tested = {small(kind) for kind in (*REPRESENTATIVE, *DISTINCT)}
+    assert len(tested) == len(REPRESENTATIVE) + len(DISTINCT)
+    assert [kind for kind in KINDS if small(kind) not in tested] == []

@@ -17,7 +17,7 @@ from models.vit import MAX_MLP_RATIO, timm_kwargs
 import pytest
 import timm
 import torch
-from kinds_of_vit import CLASSES, case_of, every_kind
+from kinds_of_vit import CLASSES, case_of, every_architecture, every_kind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -94,7 +94,7 @@ def test_names_that_are_none(name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@every_architecture
 def test_hidden_neurons_are_those_of_timms_model(kind):
     own = models.parse_arch(kind)
     assert replace(own, mlp_ratio=own.hidden / own.width) == own
