@@ -17,6 +17,7 @@ from models.learngene import Learngene, load_learngene
 from models.lets import LeTs
 from models.preprocessing import Preprocessing
 from models.registry import register_method
+from models.sizes import SizeSampler
 from models.supernet import Supernet
 from models.tleg import TLEG
 from models.kinds import check_tag
@@ -40,6 +41,7 @@ __all__ = [
     "LeTs",
     "Learngene",
     "Preprocessing",
+    "SizeSampler",
     "Supernet",
     "ViTArch",
     "create_aux_net",
