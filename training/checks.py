@@ -139,9 +139,7 @@ def check_kind(kind: str, config: Config) -> None:
         owners = [cls for cls in METHODS.values() if name in cls.options]
         if owners and kind not in [cls.method for cls in owners]:
             usage, titles = (" or ".join(words) for words in zip(*((c.usage, c.title) for c in owners), strict=True))
-            raise InputError(
-                f"{option_name(name)} needs {usage}: it is an option of stage 1 of {titles}"
-            )
+            raise InputError(f"{option_name(name)} needs {usage}: it is an option of stage 1 of {titles}")
         if name == "order_images" and not orders_by_images(config.model):
             raise InputError(
                 "--order-images needs --init taylor, --order taylor, or --depth-order taylor or output: the images say "
