@@ -172,17 +172,6 @@ class Family:
         random_seed(self.run_options.runtime.seed)  # a re-initialised head does not depend on the members before it
         return self.gene.descend(arch, **self.shape, **self.choices).eval()
 
-    @cached_property
-    def shapes(self) -> dict[str, torch.Tensor]:
-        """The tensors of the learngene on the meta device."""
-        return {name: tensor.to("meta") for name, tensor in self.gene.tensors.items()}
-
-    def check(self, arch: ViTArch) -> None:
-        """Raises InputError if the learngene makes no Des-Net of ``arch``."""
-        choices = {name: choice for name, choice in self.choices.items() if name != "skip_init"}
-        choices = self.gene.own_choices(choices)
-        self.gene.method_class.descend(self.shapes, self.gene.config, arch, **choices)
-
 
 def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
     """Load the learngene and the data, and check all options before anything is built.
@@ -284,7 +273,7 @@ def archs_of_grid(family: Family) -> list[ViTArch]:
         for depth in options.depths:
             arch = replace(arch, depth=depth)
             try:
-                family.check(arch)
+                family.gene.check(arch, **{k: v for k, v in family.choices.items() if k != "skip_init"})
             except InputError as error:
                 print(f"left out, {arch.label}: {error}", flush=True)
                 continue

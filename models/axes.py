@@ -104,6 +104,11 @@ class Structure:
         return [*dict.fromkeys(module_of(name) for name in self.names if name.startswith("blocks."))]
 
     @cached_property
+    def vectors(self) -> set[str]:
+        """Tensors of a learngene that are vectors before they are stacked: the published recipe does not decay them."""
+        return {tensor_name(name) for name in self.names if is_vector(name)}
+
+    @cached_property
     def owner(self) -> dict[str, str]:
         """The first of the parameters that are stored as one → timm's name."""
         return {names[0]: name for name, names in self.stored.items()}

@@ -21,7 +21,8 @@ from typing import ClassVar
 
 from common.errors import InputError
 from models.aux_net import AuxNet
-from models.axes import Structure, axes_of, fuse, is_vector, stack_layers, take, tensor_name
+from models.axes import Structure, axes_of, fuse, stack_layers, take, tensor_name
+from models.depth_mapping import nearest_layers
 from models.figures import Curves, Figures
 from models.lets import LeTs
 from models.names import is_aux_name, parse_arch
@@ -57,11 +58,6 @@ def cut(p: Mapping[str, Tensor], structure: Structure, source: ViTArch, arch: Vi
         layers = enumerate(w.unbind()) if name.startswith("blocks.") else [(0, w)]
         vit.update({name.replace("*", str(l)): layer for l, layer in layers})
     return vit
-
-
-def evenly_spaced(count: int, of: int) -> list[int]:
-    """``count`` of so many layers, evenly spaced from the first to the last."""
-    return [round(l * (of - 1) / max(1, count - 1)) for l in range(count)]
 
 
 def table_of(kept: Sequence[Sequence[int]]) -> Tensor:
@@ -109,7 +105,7 @@ class Elastic(AuxNet):
         self.add_parameters(tensors_of_vit(random_vit_weights(self.arch, **size), self.structure))
         depth = self.arch.depth
         self.embedding_order = torch.arange(self.arch.width)
-        self.register_buffer("layers", table_of([evenly_spaced(d, depth) for d in range(1, depth + 1)]))
+        self.register_buffer("layers", table_of([nearest_layers(depth, d) for d in range(1, depth + 1)]))
 
     @classmethod
     def is_meant_by(cls, config: object) -> bool:
@@ -222,9 +218,8 @@ class Elastic(AuxNet):
         return [Curves(norms, "neuron, in the order in which Des-Nets keep them", "l2 norm", scale="layer")]
 
     def no_weight_decay(self) -> set[str]:
-        # vectors before they were stacked; maps, as decay would only pull them from the identity, and nothing is left
-        # of them
-        return {tensor_name(name) for name in self.structure.names if is_vector(name)} | {"pos_embed", "feature_maps"}
+        # decay would only pull the maps from the identity, and nothing is left of them
+        return self.structure.vectors | {"pos_embed", "feature_maps"}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Features of the source as targets

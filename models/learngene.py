@@ -195,6 +195,15 @@ class Learngene:
                 )
         return chosen
 
+    def check(self, arch: ViTArch, **choices: object) -> None:
+        """Raises InputError if it makes no Des-Net of ``arch``; nothing is computed.
+
+        Args:
+            choices: as in `descend`.
+        """
+        shapes = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        self.method_class.descend(shapes, self.config, arch, **self.own_choices(choices))
+
     def facts(self, arch: ViTArch, **choices: object) -> dict[str, object]:
         """The choices of a Des-Net of ``arch`` sizes as they are in effect, for a model card."""
         return self.method_class.facts(self.config, arch, **self.own_choices(choices))

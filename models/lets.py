@@ -414,8 +414,7 @@ class LeTs(AuxNet):
             parameter.requires_grad_(name in MATRICES)
 
     def no_weight_decay(self) -> set[str]:
-        # vectors before they were stacked: the published recipe leaves them out
-        vectors = {tensor_name(name) for name in self.structure.names if is_vector(name)}
+        vectors = self.structure.vectors
         return {name for name, _ in self.named_parameters() if name in vectors} | {"g", "h", "pos_embed"}
 
 

@@ -28,7 +28,7 @@ another mean and variance without a neuron.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 
-from models.pruning import Scores, sums_of
+from models.pruning import Scores, ranked, sums_of
 from models.selection import Neurons, keep_neurons, rows_of_heads, take_layers
 from models.stateless import classes_of, move_buffers, vit_without_weights
 from models.vit import ViTArch
@@ -78,11 +78,6 @@ def in_order(vit: dict[str, Tensor], source: ViTArch, scores: Scores) -> dict[st
 def rank_layers(scores: Scores) -> list[int]:
     """The layers from the highest score to the lowest; of equal ones the first comes first."""
     return ranked(scores.layers).tolist()
-
-
-def ranked(scores: Tensor) -> Tensor:
-    """Indices of ``scores`` (n,) from the highest to the lowest; of equal ones the first comes first."""
-    return scores.argsort(descending=True, stable=True)
 
 
 @torch.no_grad()

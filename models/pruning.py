@@ -94,9 +94,14 @@ def sums_of(numbers: Mapping[str, Tensor], source: ViTArch) -> Scores:
     return Scores(**found)
 
 
+def ranked(scores: Tensor) -> Tensor:
+    """Indices of ``scores`` (n,) from the highest to the lowest; of equal ones the first comes first."""
+    return scores.argsort(descending=True, stable=True)
+
+
 def most_important(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` highest of ``scores`` (n,), ascending; of equal ones the first."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    return ranked(scores)[:count].sort().values
 
 
 def choose(scores: Scores, source: ViTArch, arch: ViTArch) -> tuple[list[int], Neurons]:

@@ -5,6 +5,7 @@ Every step draws some of the sizes. All Des-Nets are functions of the same learn
 
 from models.aux_net import AuxNet
 from models.features import Features
+from models.learngene import Learngene
 from models.sizes import SizeSampler
 from models.stateless import recompute_activations
 from models.vit import ViTArch
@@ -35,9 +36,9 @@ class Supernet(nn.Module):
             InputError: the learngene makes no Des-Net of one of the sizes.
         """
         super().__init__()
-        shapes = {name: tensor.to("meta") for name, tensor in aux_net.state_dict().items()}
+        gene = Learngene.of(aux_net)
         for arch in sampler.archs:
-            aux_net.descend(shapes, aux_net.config, arch)
+            gene.check(arch)
         self.aux_net, self.sampler, self.features = aux_net, sampler, features
         self.vits = {arch: aux_net.des_vit(arch) for arch in sampler.archs}  # not registered: they have no parameters
         self.drawn: list[ViTArch] = []

@@ -121,9 +121,8 @@ def des_nets(gene: models.Learngene) -> list[str]:
 
 def depths_of(gene: models.Learngene) -> str:
     """How deep its Des-Nets can be, in words."""
-    shapes = {name: tensor.to("meta") for name, tensor in gene.tensors.items()}
     try:
-        gene.method_class.descend(shapes, gene.config, replace(gene.arch, depth=gene.arch.depth + 1))
+        gene.check(replace(gene.arch, depth=gene.arch.depth + 1))
     except models.InputError:
         return f"up to {gene.arch.depth} layers"
     return "any depth"

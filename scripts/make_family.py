@@ -26,8 +26,8 @@ from common.errors import InputError
 from datasets import DATA_SETS
 from family.make import make_family
 from family.plan import FamilyOptions
-from models.vit import MAX_DEPTH, MAX_MLP_RATIO
-from options import at_least, place, place_or_none
+from models.vit import MAX_DEPTH
+from options import at_least, place, place_or_none, ratios
 from training.command_line import Parser, with_dashes
 
 
@@ -42,17 +42,6 @@ def numbers(text: str) -> list[int]:
         if not 1 <= first <= last <= MAX_DEPTH:
             raise argparse.ArgumentTypeError(f"{part!r} is empty or too large: expected 1 to {MAX_DEPTH}, as in 3-6")
         found.update(range(first, last + 1))
-    return sorted(found)
-
-
-def ratios(text: str) -> list[float]:
-    """'1,2.5' as [1.0, 2.5]."""
-    found = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\d{1,3}(\.\d{1,9})?", part.strip())
-        if match is None or not 0 < float(match[0]) <= MAX_MLP_RATIO:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0 and up to {MAX_MLP_RATIO}")
-        found.add(float(match[0]))
     return sorted(found)
 
 

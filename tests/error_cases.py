@@ -35,7 +35,8 @@ CASES = {
     "option_choice": Case(f"{PLAIN} --data-set CIFAR", ("--data-set", "CIFAR", "CIFAR10", "DIGITS")),
     "nothing": Case(DIGITS, ("nothing to run", "--src-arch", "--load-gene", "--model")),
     "no_gene": Case(f"{DIGITS} --des-arch deit_nano_patch8_32_L4_H2", ("--load-gene", "--des-arch"), BOTH),
-    "no_tgt": Case(AUX, ("--tgt-arch", "missing")),
+    "no_tgt": Case(f"{AUX} --group-size 1", ("--group-size", "--tgt-arch")),
+    "no_src": Case(AUX.replace("--src-arch", "--tgt-arch"), ("--src-arch", "missing")),
     "finetune_of_lets": Case(
         f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --finetune FILES/ten.pth", ("--finetune", "--src-arch")
     ),
@@ -242,8 +243,8 @@ CASES = {
     ),
     "mapping_without_gene": Case(f"{PLAIN} --mapping_layer 0,1", ("--mapping_layer", "--load-gene")),
     "width_without_gene": Case(f"{PLAIN} --width-select l1_top", ("--width_select", "--load-gene")),
-    "rows_of_a_plain_vit": Case(f"{PLAIN} --layers-per-row 1", ("--layers_per_row", "--src-arch")),
-    "full_width_of_a_des_net": Case(f"{DESCEND} {LETS} --full-width", ("--full_width", "--src-arch")),
+    "rows_of_a_plain_vit": Case(f"{PLAIN} --layers-per-row 1", ("--layers-per-row", "--src-arch")),
+    "full_width_of_a_des_net": Case(f"{DESCEND} {LETS} --full-width", ("--full-width", "--src-arch")),
     "freeze_nothing": Case(f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --freeze-src", ("--src-path", "--freeze-src")),
     "src_path_other_size": Case(
         f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --src-path FILES/ten.pth",

@@ -1,5 +1,6 @@
 """The model of a run: Aux-Net, Des-Net, or any other, from its options."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -53,7 +54,12 @@ def build_aux_net(
         sized(models.parse_arch(config.arch), input_size)
         aux_net = method.from_config(config, num_classes=num_classes, img_size=input_size, **rates)
     if config.src_path:
-        aux_net.start_from(source_of(config, input_size, num_classes, other_head=True).state_dict())
+        taylor = [option_name(o) for o in ("order", "depth_order") if getattr(config, o) == "taylor"]
+        with (
+            error_context(f"{taylor[0]} taylor, unlike magnitude, needs the source's head") if taylor else nullcontext()
+        ):
+            source = source_of(config, input_size, num_classes, other_head=not taylor)
+        aux_net.start_from(source.state_dict())
     if config.freeze_src:
         aux_net.freeze_learngene()
     if config.finetune:

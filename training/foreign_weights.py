@@ -161,7 +161,7 @@ def fit_head(
         if own and set(theirs) != own.keys():
             if not other_head:
                 missing = next((key for key in own if key not in theirs), f"{name} of this kind")
-                raise InputError(f"has no {missing}, the head that a teacher needs: found {found_in(weights)}")
+                raise InputError(f"has no {missing}, the head that is needed: found {found_in(weights)}")
             remarks.append(f"it has {'another' if theirs else 'no'} head ({name}): it is re-initialised")
             norm = pooled_norm(weights, model)
             remarks += ["it has no fc_norm: it is re-initialised"] if norm else []

@@ -11,6 +11,7 @@ from models.formats.foreign import without_training_parts
 from models.formats.weights import load_weights
 from models.stateless import classes_of, vit_from_weights, vit_without_weights
 from models.vit import ViTArch
+from pipeline.loader import CheckedLoader
 from training.build_data import order_loader
 from training.config import TIMM, Config, tagged_name
 from training.foreign_weights import fit_head, fit_images, read_foreign_weights, timm_weights
@@ -69,29 +70,33 @@ def gradients_of(
         InputError: the ViT has no head for the classes of the data, or an image cannot be read.
     """
     if (found := classes_of(weights)) != num_classes:
-        raise no_head("--init", num_classes, f"this one has {f'{found} classes' if found else 'no head'}")
+        raise InputError(
+            f"--init {config.model.init} needs a source with a head for the {num_classes} classes of the data: this "
+            f"one has {f'{found} classes' if found else 'no head'}; train it on the data first, or use --init magnitude"
+        )
     total = {name: torch.zeros_like(w, device=device) for name, w in weights.items()}
-    for gradients in batch_gradients(weights, source, config, device):
+    for gradients in batch_gradients(weights, source, order_loader(config, device), device):
         total = {name: total[name] + g for name, g in gradients.items()}
     return {name: g.cpu() for name, g in total.items()}
 
 
 def batch_gradients(
-    weights: dict[str, Tensor], source: ViTArch, config: Config, device: torch.device
+    weights: dict[str, Tensor], source: ViTArch, loader: CheckedLoader, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Gradients of the cross entropy, summed over each batch of the --order-images training images, on the device.
+    """Gradients of the cross entropy, summed over each batch of a loader, on the device.
 
-    Without augmentation or dropout. All processes read the same images and compute with deterministic operators, so
-    that they choose the same neurons.
+    Without dropout. All processes read the same images and compute with deterministic operators, so that they choose
+    the same neurons.
 
     Args:
         weights: the state dict of a ViT of ``source`` with a head for the classes of the data.
+        loader: an `order_loader`.
 
     Raises:
         InputError: an image cannot be read.
     """
     vit = vit_from_weights(source, weights, num_classes=classes_of(weights)).to(device).eval()
-    for images, labels in order_loader(config, device):
+    for images, labels in loader:
         if not len(images):  # none of the batch can be read
             continue
         vit.zero_grad()
@@ -99,14 +104,6 @@ def batch_gradients(
             logits = vit(images.to(device))
             nn.functional.cross_entropy(logits.float(), labels.to(device), reduction="sum").backward()
         yield {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in vit.named_parameters()}
-
-
-def no_head(option: str, num_classes: int, found: str) -> InputError:
-    """The error for a source whose loss on the data has no meaning."""
-    return InputError(
-        f"{option} taylor needs a source with a head for the {num_classes} classes of the data: {found}; train it on "
-        f"the data first, or use {option} magnitude"
-    )
 
 
 @contextmanager

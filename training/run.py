@@ -54,7 +54,6 @@ class Run:
     rollbacks: int = 0  # since the newest checkpoint
     supernet: models.Supernet | None = None  # around the model, where descendants are trained
     probe_loader: CheckedLoader | None = None  # what a head is fitted to in each evaluation, where the model has none
-
     epoch_macs: list[int] = field(default_factory=list)  # of the epochs that are counted already
 
     @property

@@ -105,7 +105,7 @@ def model_of(
     if config.model.init and not config.runtime.resume:  # the weights of a checkpoint replace all others
         initialise_from(model, config, num_classes, device)
     if isinstance(model, models.Elastic) and not (config.runtime.resume or config.runtime.eval):
-        put_in_order(model, config, num_classes, device)
+        put_in_order(model, config, device)
     return model.to(device)
 
 

@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import models
 import utils
-from models.formats.timm_folder import save_model
 
 import pytest
 import timm
 import torch
-from conftest import ENVIRONMENT, Outcome, Run, assert_same_result, epochs_of, run_many, set_up_run
+from conftest import ENVIRONMENT, assert_same_result, epochs_of, set_up_run
+from runs_of_families import Runs, run_phases, write_source
 from safetensors.torch import load_file
 
 BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 256 --warmup-epochs 0 --device cpu"
@@ -94,25 +92,6 @@ REFUSED = {  # a command line, and what its message says
 }
 
 
-class Runs(NamedTuple):
-    """What main.py wrote and said."""
-
-    out: Path
-    outcomes: dict[str, Outcome]
-
-
-def write_source(folder: Path, name: str, size: int, num_classes: int) -> None:
-    """A trained ViT as a folder in timm's format."""
-    torch.manual_seed(0)
-    arch = models.parse_arch(name)
-    vit = models.create_vit(arch, img_size=size, num_classes=num_classes)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    folder.mkdir()
-    save_model(vit, folder, models.ViTArch(**arch.as_dict() | {"img_size": size}), model_args={}, data_config={})
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     out = tmp_path_factory.mktemp("elastic")
@@ -121,17 +100,7 @@ def runs(tmp_path_factory) -> Runs:
     write_source(out / "whole-source", PLAIN, 16, 10)
     write_source(out / "seven-classes", PLAIN, 16, 7)
     refused = {name: line for name, (line, _) in REFUSED.items()}
-    outcomes = {}
-    for number, phase in enumerate((first_runs() | refused, SECOND)):
-        lines = {name: f"{BASE} {line.replace('OUT', str(out))}".split() for name, line in phase.items()}
-        outcomes |= run_many({name: Run(line, 1 + (name == "two")) for name, line in lines.items()}, out / f"r{number}")
-    return Runs(out, outcomes)
-
-
-def finished(runs: Runs, name: str) -> Path:
-    """The folder of a run, which has ended well."""
-    assert set(runs.outcomes[name].codes) == {0}, runs.outcomes[name].stderr
-    return runs.out / name
+    return run_phases([first_runs() | refused, SECOND], BASE, out)
 
 
 def source_of(runs: Runs, name: str) -> dict[str, torch.Tensor]:
@@ -140,7 +109,7 @@ def source_of(runs: Runs, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_family_without_training_is_made_of_its_source(runs, name):
-    gene = models.load_learngene(finished(runs, f"free-{slug(name)}") / "learngene.safetensors")
+    gene = models.load_learngene(runs.finished(f"free-{slug(name)}") / "learngene.safetensors")
     whole, expected = gene.descend("@L3-H2").state_dict(), source_of(runs, name)
     same = [key for key in whole if not key.startswith(("head.", "fc_norm.")) or key in expected]
     assert all(torch.equal(whole[key], expected[key]) for key in same)
@@ -149,7 +118,7 @@ def test_a_family_without_training_is_made_of_its_source(runs, name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_one_command_makes_a_family_of_any_kind(runs, name):
-    folder = finished(runs, f"family-{slug(name)}")
+    folder = runs.finished(f"family-{slug(name)}")
     gene = models.load_learngene(folder / "learngene.safetensors")
     images = torch.randn(2, 3, SOURCES[name], SOURCES[name])
     assert gene.method == "elastic"
@@ -166,12 +135,12 @@ def test_a_stage_1_is_resumed_bit_for_bit(runs):
 
 
 def test_the_cache_of_the_source_gives_the_same_run(runs):
-    finished(runs, "whole"), finished(runs, "cached")
+    runs.finished("whole"), runs.finished("cached")
     assert_same_result(runs.out / "cached", runs.out / "whole")
 
 
 def test_the_cost_is_logged(runs):
-    epochs = epochs_of(finished(runs, "whole"))
+    epochs = epochs_of(runs.finished("whole"))
     macs = [line["train_macs"] for line in epochs]
     largest = models.parse_arch(PLAIN).macs(10)
     assert macs[0] == 3 * largest * 256  # forward and backward of the warm-up, which trains the largest alone
@@ -180,7 +149,7 @@ def test_the_cost_is_logged(runs):
 
 
 def test_two_processes_train_one_learngene(runs):
-    gene = models.load_learngene(finished(runs, "two") / "learngene.safetensors")
+    gene = models.load_learngene(runs.finished("two") / "learngene.safetensors")
     assert gene.descend("@L1-H1")(torch.randn(1, 3, 16, 16)).isfinite().all()
 
 
@@ -193,15 +162,15 @@ def test_all_processes_of_a_step_draw_the_same_sizes(monkeypatch):
 
 
 def test_without_a_source_the_family_is_trained_from_scratch(runs):
-    gene = models.load_learngene(finished(runs, "scratch") / "learngene.safetensors")
+    gene = models.load_learngene(runs.finished("scratch") / "learngene.safetensors")
     assert (gene.options["descendants"], gene.options["descendant_weight"]) == (2, 1.0)
 
 
 def test_members_are_plain_timm_models(runs):
-    folder = finished(runs, "member")
+    folder = runs.finished("member")
     config = json.loads((folder / "config.json").read_text())
     assert config["model_args"]["mlp_ratio"] == 1
-    finished(runs, "rotary-member")
+    runs.finished("rotary-member")
     program = f"import timm; print(type(timm.create_model('local-dir:{folder}', pretrained=True)).__name__)"
     if tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 16):  # the first with local-dir
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)

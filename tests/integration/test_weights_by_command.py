@@ -134,7 +134,7 @@ def test_a_file_of_options_asks_for_the_average_only_where_it_says_so(runs):
         ("nothing-fits", "found the keys foo, bar\n"),
         ("average-of-nothing", "--resume is missing: --eval --model-ema"),
         ("push-nothing", "--push-to-hub is missing: --push-ema"),
-        ("teacher-headless", "has no head.weight, the head that a teacher needs"),
+        ("teacher-headless", "has no head.weight, the head that is needed"),
     ],
 )
 def test_what_cannot_be_is_one_line(runs, name, said):

@@ -5,19 +5,17 @@ import json
 import re
 import runpy
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import models
 from losses import unexplained_variance
-from models.formats.timm_folder import save_model
 from training.command_line import parse_options
 from training.launch import prepare
 
 import pytest
 import timm
 import torch
-from conftest import TESTS, Outcome, Run, assert_same_result, epochs_of, run_many, set_up_run
+from conftest import TESTS, assert_same_result, epochs_of, set_up_run
+from runs_of_families import Runs, run_phases, write_source
 from safetensors import safe_open
 
 BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 128 --warmup-epochs 0 --device cpu"
@@ -44,45 +42,20 @@ FULL = {
 }
 
 
-class Runs(NamedTuple):
-    out: Path
-    outcomes: dict[str, Outcome]
-
-
-def save_source(folder: Path, name: str) -> None:
-    """A ViT without head, in timm's format."""
-    torch.manual_seed(0)
-    arch = models.parse_arch(name)
-    vit = models.create_vit(arch, num_classes=0, img_size=2 * arch.patch_size)
-    for parameter in vit.requires_grad_(False).parameters():  # so that the class token depends on the image
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    folder.mkdir()
-    size = {"img_size": 2 * arch.patch_size}
-    data = {"input_size": [3, *2 * [2 * arch.patch_size]], "mean": [0.5] * 3, "std": [0.5] * 3}
-    save_model(vit, folder, models.ViTArch(**{**arch.as_dict(), **size}), {}, data)
+IMAGES = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, all_tests) -> Runs:
     out = tmp_path_factory.mktemp("features")
-    save_source(out / "dinov2", "vit_small_patch14_reg4_dinov2@L3-H2")
+    write_source(out / "dinov2", "vit_small_patch14_reg4_dinov2@L3-H2", 28, 0, {"input_size": [3, 28, 28], **IMAGES})
     if all_tests:
-        save_source(out / "dinov3", "vit_small_patch16_dinov3@L3-H2")
-    outcomes = {}
-    for number, phase in enumerate([FIRST, SECOND | (FULL if all_tests else {})]):
-        lines = {name: f"{BASE} {line.replace('OUT', str(out))}".split() for name, line in phase.items()}
-        outcomes |= run_many({name: Run(line, 1 + (name == "two")) for name, line in lines.items()}, out / f"{number}")
-    return Runs(out, outcomes)
-
-
-def finished(runs: Runs, name: str) -> Path:
-    """The folder of a run, which has ended well."""
-    assert set(runs.outcomes[name].codes) == {0}, runs.outcomes[name].stderr
-    return runs.out / name
+        write_source(out / "dinov3", "vit_small_patch16_dinov3@L3-H2", 32, 0, {"input_size": [3, 32, 32], **IMAGES})
+    return run_phases([FIRST, SECOND | (FULL if all_tests else {})], BASE, out)
 
 
 def test_features_of_a_source_without_head_make_a_learngene_without_head(runs):
-    gene = models.load_learngene(finished(runs, "whole") / "learngene.safetensors")
+    gene = models.load_learngene(runs.finished("whole") / "learngene.safetensors")
     assert (gene.num_classes, gene.classes, gene.preprocessing.mean) == (0, None, (0.5, 0.5, 0.5))
     with safe_open(runs.out / "whole" / "learngene.safetensors", "pt") as file:
         names = {*file.keys()}
@@ -97,12 +70,12 @@ def test_features_of_a_source_without_head_make_a_learngene_without_head(runs):
 
 
 def test_resumed_run_is_the_same(runs):
-    finished(runs, "whole"), finished(runs, "half"), finished(runs, "resumed")
+    runs.finished("whole"), runs.finished("half"), runs.finished("resumed")
     assert_same_result(runs.out / "resumed", runs.out / "whole")
 
 
 def test_without_training_the_source_itself_is_in_the_learngene(runs):
-    gene = models.load_learngene(finished(runs, "free") / "learngene.safetensors")
+    gene = models.load_learngene(runs.finished("free") / "learngene.safetensors")
     source = timm.create_model("vit_small_patch14_reg4_dinov2", **{"img_size": 28, "num_classes": 0}).state_dict()
     found = gene.descend("@L3-H2").state_dict()
     with safe_open(runs.out / "dinov2" / "model.safetensors", "pt") as file:
@@ -112,11 +85,11 @@ def test_without_training_the_source_itself_is_in_the_learngene(runs):
 
 
 def test_two_processes_train_maps_of_whatever_widths_are_drawn(runs):
-    assert len(epochs_of(finished(runs, "two"))) == 1
+    assert len(epochs_of(runs.finished("two"))) == 1
 
 
 def test_des_nets_are_fine_tuned_with_a_new_head(runs):
-    finished(runs, "des-net")
+    runs.finished("des-net")
     vit = timm.create_model(
         "vit_small_patch14_reg4_dinov2", **json.loads((runs.out / "des-net" / "config.json").read_text())["model_args"]
     )
@@ -124,7 +97,7 @@ def test_des_nets_are_fine_tuned_with_a_new_head(runs):
 
 
 def test_family_of_a_learngene_without_head_is_measured_by_a_linear_probe(runs, monkeypatch):
-    gene, out = finished(runs, "whole") / "learngene.safetensors", runs.out / "family"
+    gene, out = runs.finished("whole") / "learngene.safetensors", runs.out / "family"
     options = f"--load-gene {gene} --depths 2,3 --heads 1,2 --output-dir {out} --data-set DIGITS"
     monkeypatch.setattr(
         sys, "argv", [*f"make_family.py {options} -- {BASE}".replace("--data-set DIGITS --num", "--num").split()]
@@ -141,8 +114,8 @@ def test_family_of_a_learngene_without_head_is_measured_by_a_linear_probe(runs, 
 
 @pytest.mark.full
 def test_rotary_positions_labels_and_evaluation(runs):
-    assert models.load_learngene(finished(runs, "rotary") / "learngene.safetensors").num_classes == 0
-    gene = models.load_learngene(finished(runs, "labels") / "learngene.safetensors")
+    assert models.load_learngene(runs.finished("rotary") / "learngene.safetensors").num_classes == 0
+    gene = models.load_learngene(runs.finished("labels") / "learngene.safetensors")
     assert gene.num_classes == 10
     assert "linear probe" not in runs.outcomes["labels"].stdout
     assert set(runs.outcomes["evaluated"].codes) == {0}
