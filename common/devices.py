@@ -63,10 +63,10 @@ def device_of(name: str, local_rank: int = 0, alone: bool = True) -> torch.devic
     if number[1] is None and available == 1 and is_plain_task():
         index = 0  # srun --gpus-per-task shows each task its own device alone
     if index >= available:
-        right = "--device cpu"
+        found, right = f"no {kind} device here", "--device cpu"
         if available:
+            found = f"{available} {kind} device{'s' * (available > 1)} here, and no number {index}"
             right = f"one of 0 to {available - 1}" if number[1] else "one for each process of this host"
-        found = f"{available} {kind} device{'s' * (available != 1)} here, and no number {index}"
         raise InputError(f"--device {name}: found {found}; expected {right}")
     if not alone and backend_of(kind) is None:
         raise InputError(

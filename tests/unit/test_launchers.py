@@ -72,9 +72,7 @@ def test_device_of_a_task(monkeypatch, devices, environment, number):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if number is None:
-        with pytest.raises(
-            InputError, match="found 1 cuda device here, and no number 1; expected one for each process"
-        ):
+        with pytest.raises(InputError, match="found 1 cuda device here, and no number 1; expected one for each"):
             device_of("cuda", 1, alone=False)
     else:
         assert device_of("cuda", 1, alone=False) == torch.device("cuda", number)
