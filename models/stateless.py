@@ -26,7 +26,8 @@ class Recomputed:
     def forward(self, x: Tensor, *args: object, recomputing: bool = False, **kwargs: object) -> Tensor:
         if not self.recompute or recomputing or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
-        weights = dict(self.named_parameters(remove_duplicate=False))
+        # an E that this pass does not use is on the meta device, which `checkpoint` would take for a second accelerator
+        weights = {name: w for name, w in self.named_parameters(remove_duplicate=False) if not w.is_meta}
         kwargs["recomputing"] = True
         return checkpoint(functional_call, self, weights, (x, *args), kwargs, use_reentrant=False)
 
