@@ -53,15 +53,15 @@ def compiled(block: type[nn.Module]) -> type[nn.Module]:
     return type(f"Compiled{block.__name__}", (Compiled, block), {})
 
 
-def compile_blocks(vits: Sequence[nn.Module], training: bool, backend: Backend = "inductor") -> None:
-    """Let the blocks of ``vits`` run compiled, in training or else in evaluation mode.
+def compile_blocks(blocks: Sequence[nn.Module], training: bool, backend: Backend) -> None:
+    """Let ``blocks`` run compiled, in training or else in evaluation mode.
 
     Their weights may be computed ones: with every call they are inputs of the graph.
     """
     # torch keeps what it has compiled with the code object and counts it there; a copy is not shared with other runs
     function = FunctionType(forward_of_block.__code__.replace(), forward_of_block.__globals__)
     run = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-    for block in blocks_of(vits):
+    for block in blocks:
         block.__class__ = compiled(type(block))
         block.run_compiled, block.compiled_mode = run, training
 
@@ -128,7 +128,9 @@ def compiled_for_evaluation(model: nn.Module, backend: Backend = "inductor") -> 
     vits = [module for module in model.modules() if isinstance(module, VITS)]
     if not vits:
         return torch.compile(model, backend=backend)
-    compile_blocks(vits, training=False, backend=backend)
+    blocks = blocks_of(vits)
+    share_drop_paths(blocks, next(model.parameters()).device)
+    compile_blocks(blocks, training=False, backend=backend)
     return model
 
 
@@ -142,7 +144,7 @@ def compiled_for_training(model: nn.Module, backend: Backend = "inductor") -> It
     blocks = blocks_of(vits)
     classes = [type(block) for block in blocks]
     replaced = share_drop_paths(blocks, next(model.parameters()).device)
-    compile_blocks(vits, True, backend)
+    compile_blocks(blocks, training=True, backend=backend)
     try:
         with torch._dynamo.config.patch(settings_for(vits)):
             yield
@@ -161,5 +163,6 @@ def settings_for(vits: Sequence[nn.Module]) -> dict[str, object]:
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
     limits = {name: max(graphs, getattr(config, name)) for name in (limit, f"accumulated_{limit}")}
-    # a block is less than a bucket of DistributedDataParallel, for which torch would split it
-    return {**limits, "optimize_ddp": False}
+    # a block is less than a bucket of DistributedDataParallel, for which torch would split it; torch 2.6 compiles twice
+    # to find that a number such as an epsilon cannot be an input
+    return {**limits, "optimize_ddp": False, "specialize_float": True}

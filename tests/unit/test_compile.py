@@ -16,7 +16,7 @@ from training.teacher import Renormalised, Teacher
 import pytest
 import timm
 import torch
-from kinds_of_vit import REPRESENTATIVE, case_of, gradients
+from kinds_of_vit import KINDS, REPRESENTATIVE, case_of, gradients
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -124,7 +124,7 @@ def parameters(kinds: Sequence[str], fast: Sequence[str]) -> list:
 FAST = ("vit_small_patch14_reg4_dinov2", "eva02_base_patch14_448", "vit_small_patch16_dinov3_qkvb")
 
 
-@pytest.mark.parametrize("kind", parameters(REPRESENTATIVE, FAST))
+@pytest.mark.parametrize("kind", parameters([kind for kind in REPRESENTATIVE if kind in KINDS], FAST))
 def test_every_kind_of_vit_is_one_graph(kind):
     case, found = case_of(kind), []
     for model in (case.source().requires_grad_(True), case.aux_net()):
@@ -200,7 +200,7 @@ def test_more_graphs_than_the_sizes_explain_are_an_error():
         with compiled_for_training(vit, "eager"):
             for count in range(1, 9):
                 vit(images(count))
-            with pytest.raises(Exception, match="recompile|cache_size"):
+            with pytest.raises(Exception, match=r"fullgraph=True|cache_size_limit"):
                 vit(images(9))
 
 
