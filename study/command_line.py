@@ -11,13 +11,13 @@ output/study/NAME, as on another machine, the study continues from results/NAME,
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from common.devices import CPU, accelerator, processors
 from common.errors import InputError, nearest
 from options import at_least, local_path, positive
 from study.kept import progress_rows, write_results
@@ -28,7 +28,6 @@ from study.runner import Runner
 from study.study_file import read_study
 from training.command_line import Parser
 
-import torch
 from filelock import FileLock, Timeout
 
 
@@ -86,7 +85,7 @@ def work(args: argparse.Namespace, deadline: float) -> int:
     """Run the study, and return the exit status."""
     study = read_study(args.config, args.data_path)
     root, results = args.output / study.name, args.results / study.name
-    jobs = args.jobs or (4 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    jobs = args.jobs or (processors() if accelerator() == CPU else 4)
     if args.list:
         runner = Runner(study, root, jobs, chosen_runs(study, args.only))
         runner.records |= {run: of_run.record for run, of_run in kept_runs(study, root, results).items()}
