@@ -6,7 +6,7 @@ scripts/study.py configs/study_gpu.yaml --minutes 110
 The same command resumes a study that was stopped by --minutes, by Ctrl-C or in any other way. Learning rates are tuned
 on training images held out, before the runs that use them. Runs write to output/study/NAME. results/NAME keeps log.txt
 and args.yaml of every run in runs.tar.gz, results.csv, tuning.csv, progress.csv, tables and plots. Where there is no
-output/study/NAME, as on another machine, the study continues from results/NAME, which also keeps weights that are needed.
+output/study/NAME, as on another machine, the study continues from results/NAME, which has weights that are needed, too.
 """
 
 import argparse

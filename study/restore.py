@@ -35,7 +35,7 @@ class Kept:
 def kept_runs(study: Study, root: Path, results: Path) -> dict[Run, Kept]:
     """The finished runs of the archives in ``results`` that the study continues from.
 
-    None where ``root``, the folder that the runs write to, has runs already: to remove one of them is to ask for another.
+    None where ``root``, the folder that the runs write to, has runs already: who removes one of them wants another.
 
     Raises:
         InputError: an archive is damaged, or has a run with other options than the study.
