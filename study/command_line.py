@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from common.devices import CPU, accelerator, processors
+from common.devices import CPU, processors, type_of
 from common.errors import InputError, nearest
 from options import at_least, local_path, positive
 from study.kept import progress_rows, write_results
@@ -30,11 +30,15 @@ from training.command_line import Parser
 
 from filelock import FileLock, Timeout
 
+MOST_ON_DEVICE = 8  # runs at a time, by default
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("config", type=local_path, help="the YAML file of the study")
-    p.add_argument("--jobs", type=at_least(1), help="runs at a time; default: one per processor, 4 on a GPU")
+    p.add_argument(
+        "--jobs", type=at_least(1), help="runs at a time; default: one per processor; on a GPU one per two, at most 8"
+    )
     p.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many; the same command resumes")
     p.add_argument("--only", nargs="+", metavar="GROUP", help="run these groups and those that they depend on")
     p.add_argument(
@@ -43,6 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="the folder of data sets that have one, not the file's",
     )
+    p.add_argument("--device", help="what the runs use, instead of what the file says")
     p.add_argument(
         "--results", type=local_path, default=Path("results"), metavar="DIR", help="write results to DIR/NAME"
     )
@@ -81,11 +86,21 @@ def chosen_runs(study: Study, only: list[str] | None) -> list[Run]:
     return [run for run in order_of(study.all_runs) if run in found]
 
 
+def default_jobs(kind: str) -> int:
+    """Runs at a time on a kind of device.
+
+    On an accelerator a run of small ViTs waits for its own processor, which starts one kernel after the other,
+    more than for the device. The backward pass has a thread of its own: two processors for each run. Kernels of
+    different processes take turns, so that more than `MOST_ON_DEVICE` runs gain little.
+    """
+    return processors() if kind == CPU else max(1, min(MOST_ON_DEVICE, processors() // 2))
+
+
 def work(args: argparse.Namespace, deadline: float) -> int:
     """Run the study, and return the exit status."""
-    study = read_study(args.config, args.data_path)
+    study = read_study(args.config, args.data_path, args.device)
     root, results = args.output / study.name, args.results / study.name
-    jobs = args.jobs or (processors() if accelerator() == CPU else 4)
+    jobs = args.jobs or default_jobs(type_of(study.options.get("device", "auto")))
     if args.list:
         runner = Runner(study, root, jobs, chosen_runs(study, args.only))
         runner.records |= {run: of_run.record for run, of_run in kept_runs(study, root, results).items()}
