@@ -1,10 +1,13 @@
 """Interleaved measurements, for comparisons on a shared machine: alternate in one process, compare pair by pair."""
 
+import json
 import platform
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from common.devices import CPU, device_name
+from common.files import atomic_write
 
 import timm
 import torch
@@ -34,14 +37,13 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:
 
 def machine(device: str | torch.device = "cpu") -> str:
     """Device and versions on one line."""
-    if torch.device(device).type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        where = f"{torch.get_num_threads()} thread(s) of {model[1] if model else platform.machine()}"
+    where = device_name(torch.device(device))
+    if torch.device(device).type == CPU:
+        where = f"{torch.get_num_threads()} thread(s) of {where}"
     return f"{where}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, seed 0"
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes; getrusage would include the parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write measurements to a JSON file, all that there are so far."""
+    with atomic_write(path) as unfinished:
+        Path(unfinished).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -18,15 +18,17 @@ class Recomputed:
     """Activation checkpointing of a block with computed weights.
 
     When the backward pass recomputes the block, the ViT no longer holds the weights of the forward pass. They are
-    arguments of the checkpointed function, which keeps them.
+    arguments of the checkpointed function, which keeps them. All of this is outside of ``forward``, which may be
+    compiled.
     """
 
     recompute = False
 
-    def forward(self, x: Tensor, *args: object, recomputing: bool = False, **kwargs: object) -> Tensor:
+    def __call__(self, x: Tensor, *args: object, recomputing: bool = False, **kwargs: object) -> Tensor:
         if not self.recompute or recomputing or not torch.is_grad_enabled():
-            return super().forward(x, *args, **kwargs)
-        weights = dict(self.named_parameters(remove_duplicate=False))
+            return super().__call__(x, *args, **kwargs)
+        # an E that this pass does not use is on the meta device, which `checkpoint` would take for a second accelerator
+        weights = {name: w for name, w in self.named_parameters(remove_duplicate=False) if not w.is_meta}
         kwargs["recomputing"] = True
         return checkpoint(functional_call, self, weights, (x, *args), kwargs, use_reentrant=False)
 
