@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 
 import utils
+from common.devices import exact, exact_device, timer_event, to_device
 from common.errors import InputError
 from samplers import derived_seed
 from utils import NotFiniteError
@@ -52,7 +53,7 @@ class Position:
         """``sums`` over all processes; all of them have to call this together."""
         if self.recent:
             losses, images = zip(*self.recent, strict=True)
-            losses, images = torch.stack(losses).double(), torch.tensor(images, device=self.sums.device)
+            losses, images = exact(torch.stack(losses)), torch.tensor(images, device=self.sums.device)
             finite = losses.isfinite()
             self.sums += torch.stack([(images * losses.where(finite, 0.0)).sum(), (images * finite).sum()])
             self.recent.clear()
@@ -65,10 +66,13 @@ class Position:
 
 
 class DeviceTimer:
-    """The time that the device spends on what runs inside ``with``, measured without synchronisation."""
+    """The time that the device spends on what runs inside ``with``, measured without synchronisation.
+
+    Where the device has no events, as on the CPU, it is the time of the process.
+    """
 
     def __init__(self, device: torch.device):
-        self.on_device, self.spans = device.type == "cuda", []
+        self.device, self.spans = device, []
 
     def __enter__(self) -> None:
         self.spans.append([self._now()])
@@ -76,23 +80,21 @@ class DeviceTimer:
     def __exit__(self, *exc_info: object) -> None:
         self.spans[-1].append(self._now())
 
-    def _now(self) -> float | torch.cuda.Event:
-        if not self.on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _now(self) -> float | torch.Event:
+        return timer_event(self.device) or time.perf_counter()
 
     def seconds(self) -> float:
-        """The sum over all spans; on CUDA only valid after a synchronisation."""
-        return sum(start.elapsed_time(end) / 1000 if self.on_device else end - start for start, end in self.spans)
+        """The sum over all spans; of a device with events only valid after a synchronisation."""
+        return sum(
+            end - start if isinstance(end, float) else start.elapsed_time(end) / 1000 for start, end in self.spans
+        )
 
 
 class StepMeter:
     """Losses, throughput and waiting times of an epoch. The losses stay on the device; only `flush` synchronises."""
 
     def __init__(self, position: Position, device: torch.device, optimizer: Optimizer, epoch: int, skip_nan: bool):
-        position.sums = position.sums.to(device)
+        position.sums = position.sums.to(exact_device(device))
         self.position, self.optimizer, self.epoch, self.skip_nan = position, optimizer, epoch, skip_nan
         self.flushed = position.totals().tolist()
         self.last_loss = math.nan  # the last finite one before the last flush
@@ -142,7 +144,7 @@ class StepMeter:
             NotFiniteError: a loss or the gradient is not finite; all processes raise it together.
         """
         # the one synchronisation
-        *values, norm = torch.cat([self.position.totals(), torch.stack([*self.losses, norm]).double()]).tolist()
+        *values, norm = torch.cat([self.position.totals(), exact(torch.stack([*self.losses, norm]))]).tolist()
         totals, losses = values[:2], values[2:]
         finite = [math.isfinite(loss) for loss in losses]
         behind = len(losses) - finite.index(False) if False in finite else 0  # steps since the first bad one
@@ -297,7 +299,7 @@ def prepared(
     for step, (images, targets) in enumerate(batches, first):
         before_batch(step)
         random_seed(derived_seed(seed, epoch, step, utils.rank()))
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images, targets = to_device(images, device), to_device(targets, device)
         yield (images, targets) if mixup is None else mixup(images, targets)
 
 
@@ -386,17 +388,17 @@ def evaluate(
         InputError: no image could be read.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    sums = torch.zeros(4, dtype=torch.float64, device=exact_device(device))  # loss, top-1, top-5, images
     count, most_batches = 0, int(utils.max_over_processes(len(loader))[0])
     for images, targets in loader:
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images, targets = to_device(images, device), to_device(targets, device)
         if len(images):  # a batch is empty if none of its images could be read
             with autocast:
                 logits = model(images)
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            sums[:3] += torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()])
+            sums[:3] += exact(torch.stack([loss, best[:, 0].sum().float(), best.sum().float()]))
         count += len(targets)
         after_batch()
     for _ in range(most_batches - len(loader)):  # another process may have one batch more

@@ -545,12 +545,14 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--push-ema", action="store_true", help="… with the averaged weights in the place of the model's own"
     )
-    g.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    g.add_argument(
+        "--device", default="auto", help="auto: the accelerator that torch finds, else cpu; or cuda, cuda:1, xpu, mps"
+    )
     g.add_argument(
         "--amp-dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on CPU, else bfloat16 where the device has it, float16 where not",
+        help="auto: float32 on CPU and MPS, else bfloat16 where the device has it, float16 where not",
     )
     g.add_argument("--compile", action="store_true", help="torch.compile")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")

@@ -13,6 +13,7 @@ from datetime import timedelta
 from errno import EMFILE, ENFILE
 from types import FrameType
 
+from common.devices import backends_of
 from common.errors import InputError, one_line
 from common.launchers import World, find_world
 from common.workers import WorkerError, as_worker_error, find_worker_error, is_worker_error
@@ -34,11 +35,12 @@ _store: dist.Store | None = None
 _world: World | None = None
 
 
-def init_distributed(timeout: timedelta) -> None:
+def init_distributed(timeout: timedelta, device: str = "auto") -> None:
     """Join the process group that a launcher (torchrun, srun, mpirun) describes in the environment.
 
     Args:
         timeout: of the rendezvous and of every collective.
+        device: the value of --device, which decides how tensors of the device are exchanged.
 
     Raises:
         InputError: the rendezvous failed, or the environment variables are incomplete.
@@ -52,8 +54,8 @@ def init_distributed(timeout: timedelta) -> None:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun keeps the store when it restarts processes: the prefix hides the addresses of those that failed
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+        backends = backends_of(device, shared=_world.local_size != 1)
+        dist.init_process_group(backends, store=_store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"process {_world.rank} of {_world.size} has not met the others at {_world.address}:{_world.port} within "
@@ -162,6 +164,10 @@ def errors_reported_once(patience: timedelta) -> Iterator[None]:
 CONNECTION_LOST = re.compile(
     r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|[Tt]imeout|Socket|socket"
 )
+NOT_ON_DEVICE = re.compile(
+    r"operator '?[\w:.]+'? is not currently implemented for the \w+ device|"
+    r"Could not run '[\w:.]+' with arguments from the '\w+' backend"
+)
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|[Cc]annot allocate memory")
 
 
@@ -203,6 +209,11 @@ def known_cause(error: Exception) -> str | None:
         return (
             f"out of memory on process {rank()} of {world_size()} ({one_line(error)[:300]}); a smaller --batch-size "
             "with a larger --accum-iter, --grad-checkpointing, or fewer --num-workers need less"
+        )
+    if isinstance(error, NotImplementedError) and (found := NOT_ON_DEVICE.search(str(error))):
+        return (
+            f"torch {torch.__version__} lacks an operator of this run on the device ({found[0]}); expected --device "
+            "cpu, or with Apple's MPS PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment"
         )
     if isinstance(error, RuntimeError) and world_size() > 1 and CONNECTION_LOST.search(str(error)):
         return (

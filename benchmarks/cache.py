@@ -9,7 +9,6 @@ still uses one core, or the GPU.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
+from common.devices import accelerator, processors, synchronize
 from datasets import DATA_SETS, build_dataset, build_transform
 from options import place
 from pipeline.batch_augment import BatchAugment
@@ -39,13 +39,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--data-path", type=place)
     p.add_argument("--input-size", type=int, default=28)
     p.add_argument("--batch-size", type=int, default=128)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default=accelerator())
     p.add_argument("--repeats", type=int, default=5, help="after one warm-up")
     p.add_argument("--seconds", type=float, default=1.0, help="minimum length of a measurement")
     return p.parse_args()
 
 
-def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> float:
+def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float, device: torch.device) -> float:
     """Measured over at least ``seconds``, after the first batch of the workers."""
     batches = iter(loader)
     if isinstance(loader, DataLoader):
@@ -57,8 +57,7 @@ def images_per_second(loader: DataLoader | AugmentedBatches, seconds: float) -> 
             batches = iter(loader)
         else:
             images += len(batch[1])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     return images / (time.perf_counter() - start)
 
 
@@ -71,8 +70,7 @@ def build(args: argparse.Namespace) -> dict[str, DataLoader | AugmentedBatches]:
     count = len(seeded[0])
     sampler = TrainSampler(count, args.batch_size, repeats=3)
     common = dict(batch_size=args.batch_size, sampler=sampler, collate_fn=collate)
-    processors = len(os.sched_getaffinity(0))
-    loaders = {f"{n} workers": DataLoader(seeded[0], num_workers=n, **common) for n in (0, processors)}
+    loaders = {f"{n} workers": DataLoader(seeded[0], num_workers=n, **common) for n in (0, processors())}
     check_memory(count, args.input_size, device)
     read = load_into_memory(
         args.input_size, device, False, seeded[1], [(i, 0) for i in range(count)], collate_fn=collate
@@ -85,7 +83,8 @@ def main() -> None:
     check_small(args.data_set, args.input_size)
     print(f"{args.data_set} at {args.input_size} pixels, batch {args.batch_size}; {machine(args.device)}", flush=True)
     loaders = build(args)
-    measure = {name: partial(images_per_second, loader, args.seconds) for name, loader in loaders.items()}
+    device = torch.device(args.device)
+    measure = {name: partial(images_per_second, loader, args.seconds, device) for name, loader in loaders.items()}
     speeds = in_turn(measure, args.repeats, warm_up=1)
     for name, of_loader in speeds.items():
         print(f"{name}: {statistics.median(of_loader):,.0f} images/s", end="")

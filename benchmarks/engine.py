@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
+from common.devices import accelerator, synchronize
 from engine import train_one_epoch
 
 import torch
@@ -43,7 +44,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=50, help="of an epoch")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default=accelerator())
     return p.parse_args()
 
 
@@ -107,11 +108,10 @@ def timm_epoch(t: Training, batches: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def seconds(epoch: Callable, training: Training, batches: list[tuple[Tensor, Tensor]]) -> float:
-    synchronise = torch.cuda.synchronize if training.device.type == "cuda" else lambda: None
-    synchronise()
+    synchronize(training.device)
     start = time.perf_counter()
     epoch(training, batches)
-    synchronise()
+    synchronize(training.device)
     return (time.perf_counter() - start) / len(batches)
 
 

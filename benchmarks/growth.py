@@ -25,12 +25,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 import models
 from common import console
+from common.devices import peak_memory
 from options import place
 
 import matplotlib
 
 matplotlib.use("Agg")
-from benchmarks.interleaved import in_turn, machine, peak_memory, ratio
+from benchmarks.interleaved import in_turn, machine, ratio
 from benchmarks.step import Step
 
 import matplotlib.pyplot as plt
@@ -78,10 +79,10 @@ def in_process(function: Callable, *args: object):
 
 def des_net(path: str, arch: str) -> tuple[float, int, int]:
     """Seconds and bytes of memory to initialise a Des-Net, and its number of parameters."""
-    before, start = peak_memory(), time.perf_counter()
+    before, start = peak_memory(torch.device("cpu")), time.perf_counter()
     vit = models.load_learngene(path).descend(arch)
     seconds = time.perf_counter() - start
-    return seconds, peak_memory() - before, sum(p.numel() for p in vit.parameters())
+    return seconds, peak_memory(torch.device("cpu")) - before, sum(p.numel() for p in vit.parameters())
 
 
 def distributed_steps(rank: int, processes: int, port: int, steps: int) -> float:

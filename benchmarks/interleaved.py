@@ -1,10 +1,10 @@
 """Interleaved measurements, for comparisons on a shared machine: alternate in one process, compare pair by pair."""
 
 import platform
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+
+from common.devices import CPU, device_name
 
 import timm
 import torch
@@ -34,14 +34,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:
 
 def machine(device: str | torch.device = "cpu") -> str:
     """Device and versions on one line."""
-    if torch.device(device).type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        where = f"{torch.get_num_threads()} thread(s) of {model[1] if model else platform.machine()}"
+    where = device_name(torch.device(device))
+    if torch.device(device).type == CPU:
+        where = f"{torch.get_num_threads()} thread(s) of {where}"
     return f"{where}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, seed 0"
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes; getrusage would include the parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])

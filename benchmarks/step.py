@@ -21,8 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from benchmarks.interleaved import in_turn, machine, peak_memory, ratio
+from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
+from common.devices import accelerator, no_waiting, peak_memory, synchronize
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -40,7 +41,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--model", help="a TLEG Aux-Net, instead of LeTs")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of autocast")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default=accelerator())
     p.add_argument("--repeats", type=int, default=5, help="pairs, after two warm-ups")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--whole", action="store_true", help="with optimiser and EMA")
@@ -79,15 +80,11 @@ class Step:
 
     def seconds(self) -> float:
         """Seconds of one step; a synchronisation within it is an error."""
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
+        synchronize(self.device)
         start = time.perf_counter()
-        self()
-        if on_cuda:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize()
+        with no_waiting(self.device):
+            self()
+        synchronize(self.device)
         return time.perf_counter() - start
 
     def macs(self) -> float:
@@ -101,16 +98,12 @@ class Step:
 
 def memory_of(args: argparse.Namespace, kind: str) -> int:
     """Peak memory of three steps in bytes, without what the process used before it built the network."""
-    if args.device != "cpu":
-        step = Step(args, kind)
-        for _ in range(3):
-            step()
-        return torch.cuda.max_memory_allocated()
-    before = peak_memory()
+    device = torch.device(args.device)
+    before = peak_memory(device)
     step = Step(args, kind)
     for _ in range(3):
         step()
-    return peak_memory() - before
+    return peak_memory(device) - before
 
 
 def main() -> None:
@@ -136,7 +129,7 @@ def main() -> None:
         if args.peak_tflops:  # MACs of the plain ViT for both, as in model FLOPs utilisation
             line += f", {2 * macs['plain ViT'] / median / 1e12 / args.peak_tflops:.1%} of {args.peak_tflops:g} TFLOP/s"
         if args.device != "cpu":
-            line += f", {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB for both networks"
+            line += f", {peak_memory(torch.device(args.device)) / 2**20:,.0f} MiB for both networks"
         print(line)
     print(f"ratio {ratio(*(seconds[kind] for kind in KINDS))}; of the MACs {macs['Aux-Net'] / macs['plain ViT']:.3f}")
 

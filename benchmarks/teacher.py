@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
+from common.devices import accelerator, synchronize
 from losses import DistillationLoss
 from training.build import autocast_of
 from training.teacher import STEPS_OF_A_FILE, Teacher, TeacherCache
@@ -40,18 +41,17 @@ def parse() -> argparse.Namespace:
     p.add_argument("--keep", type=int, help="--teacher-cache-top of the cache that is timed; default: all classes")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default=accelerator())
     p.add_argument("--repeats", type=int, default=5, help="after two warm-ups")
     p.add_argument("--compile", action="store_true")
     return p.parse_args()
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
+    synchronize(device)
     start = time.perf_counter()
     work()
-    synchronise()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -63,10 +63,11 @@ def device_of(name: str, local_rank: int = 0, alone: bool = True) -> torch.devic
     if number[1] is None and available == 1 and is_plain_task():
         index = 0  # srun --gpus-per-task shows each task its own device alone
     if index >= available:
-        found = f"{available} {kind} device{'s' * (available != 1)} here"
-        right = f"{kind}:0 to {kind}:{available - 1}" if available > 1 else f"{kind}:0" if available else "--device cpu"
-        needed = "" if number[1] or alone else f", one for each process, and this is process {local_rank} of its host"
-        raise InputError(f"--device {name}: found {found}; expected {right}{needed}")
+        found, right = f"no {kind} device here", "--device cpu"
+        if available:
+            found = f"{available} {kind} device{'s' * (available > 1)} here, and no number {index}"
+            right = f"one of 0 to {available - 1}" if number[1] else "one for each process of this host"
+        raise InputError(f"--device {name}: found {found}; expected {right}")
     if not alone and backend_of(kind) is None:
         raise InputError(
             f"--device {name}: found several processes, which torch {torch.__version__} cannot connect on {kind}; "
@@ -82,6 +83,20 @@ def backend_of(kind: str) -> str | None:
     """torch's backend of collectives for a type of device: nccl, xccl, gloo; None if this torch has none."""
     backend = dist.Backend.default_device_backend_map.get(kind)
     return backend if backend is not None and dist.is_backend_available(backend) else None
+
+
+def backends_of(name: str, shared: bool) -> str:
+    """The backends of a process group for tensors of the CPU and of --device ``name``, as torch takes them.
+
+    Args:
+        shared: whether several processes may be on this host. Those that share a device by its number cannot use NCCL
+            or XCCL, which refuse that: gloo copies through the CPU.
+    """
+    kind = type_of(name)
+    backend = backend_of(kind) if kind == accelerator() else None  # without the device it cannot start
+    if kind == CPU or backend is None:
+        return "gloo"
+    return f"cpu:gloo,{kind}:{'gloo' if shared and ':' in name else backend}"
 
 
 def module_of(device: torch.device) -> ModuleType:
@@ -126,9 +141,19 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no float64."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where sums in float64 are kept of what ``device`` computes: there, or on the CPU if it has no float64."""
+    return device if has_float64(device) else torch.device(CPU)
+
+
 def exact(tensor: Tensor) -> Tensor:
-    """A tensor in float64, moved to the CPU where its device has none, which waits for the device."""
-    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+    """A tensor in float64 on its `exact_device`; to move it waits for the device."""
+    return tensor.to(exact_device(tensor.device)).double()
 
 
 @cache

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from common.devices import synchronize
 from common.errors import InputError
 from datasets import describe_classes
 from engine import evaluate
@@ -69,8 +70,7 @@ def latency(vit: nn.Module, batch: int, family: Family) -> float:
         start = time.perf_counter()
         with family.autocast:
             vit(images)
-        if family.device.type == "cuda":
-            torch.cuda.synchronize(family.device)
+        synchronize(family.device)
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[2:])  # the first two are the warm-up
 

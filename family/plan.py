@@ -1,8 +1,6 @@
 """The options of a family, what its members share, and the grid of its members."""
 
 import json
-import platform
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -10,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import models
+from common.devices import CPU, device_name, device_of
 from common.download import fetch
 from common.errors import InputError, error_context
 from common.files import sha256
@@ -17,7 +16,7 @@ from family.records import read_record
 from models import ViTArch
 from models.names import name_of
 from pipeline.loader import CheckedLoader
-from training.build import autocast_of, device_of
+from training.build import autocast_of
 from training.build_data import build_loaders
 from training.build_model import CHANNELS, sized
 from training.checks import check_data
@@ -155,12 +154,9 @@ class Family:
     @cached_property
     def device_name(self) -> str:
         """Device, threads and precision, which latencies depend on."""
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-            model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-            name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+        name = device_name(self.device)
+        if self.device.type == CPU:
+            name += f", {torch.get_num_threads()} threads"
         return f"{name}, {getattr(self.autocast, 'fast_dtype', torch.float32)}".replace("torch.", "")
 
     @property

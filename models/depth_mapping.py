@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from common.devices import to_device
 from common.errors import InputError
 from models.initialisation import Row
 from models.vit import ViTArch, check_hidden, check_kind
@@ -26,7 +27,7 @@ def depth_plan(layers: Sequence[tuple[int, int]], num_rows: int, num_groups: int
     select = torch.zeros(len(distinct), num_rows, num_groups, device="cpu")
     for u, (group, row) in enumerate(distinct):
         select[u, row, group] = 1
-    return DepthPlan(select.to(device), [distinct.index(layer) for layer in layers])
+    return DepthPlan(to_device(select, torch.device(device)), [distinct.index(layer) for layer in layers])
 
 
 def groups_of_layers(depth: int, aux_depth: int, group_size: int, layers_per_row: int) -> list[int]:

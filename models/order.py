@@ -28,6 +28,7 @@ another mean and variance without a neuron.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 
+from common.devices import exact
 from models.pruning import Scores, ranked, sums_of
 from models.selection import Neurons, keep_neurons, rows_of_heads, take_layers
 from models.stateless import classes_of, move_buffers, vit_without_weights
@@ -119,8 +120,8 @@ def changes_without_one(
     changes, count = torch.zeros(len(kept), dtype=torch.float64), 0
     for images in batches:
         images = images.to(weights["patch_embed.proj.weight"].device)
-        expected = functional_call(whole, weights, (images,)).double()
-        found = [functional_call(shallower, way, (images,)) for way in ways]
+        expected = exact(functional_call(whole, weights, (images,)))
+        found = [exact(functional_call(shallower, way, (images,))) for way in ways]
         changes += torch.stack([(output - expected).square().sum() for output in found]).cpu()
         count += len(images)
     return (changes / count).tolist()

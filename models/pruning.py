@@ -15,6 +15,7 @@ the whole ViT: what one ranking drops does not change another.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from common.devices import exact, exact_device
 from common.errors import InputError
 from models.axes import axes_of, split
 from models.selection import Neurons, keep_neurons, rows_of_heads, take_layers
@@ -67,7 +68,7 @@ def sums_of(numbers: Mapping[str, Tensor], source: ViTArch) -> Scores:
         numbers: one for each weight, under the names of its state dict, all on one device.
         source: its sizes.
     """
-    device = next(iter(numbers.values())).device
+    device = exact_device(next(iter(numbers.values())).device)
     lengths = dict(
         embedding=(source.width,),
         heads=(source.depth, source.width),
@@ -78,7 +79,7 @@ def sums_of(numbers: Mapping[str, Tensor], source: ViTArch) -> Scores:
     )
     found = {part: torch.zeros(length, dtype=torch.float64, device=device) for part, length in lengths.items()}
     for name, tensor in split(numbers).items():
-        tensor = tensor.double()
+        tensor = exact(tensor)
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
         if layer is not None:
             found["layers"][layer] += tensor.sum()

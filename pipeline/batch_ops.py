@@ -7,6 +7,8 @@ copying one 32-bit number.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from common.devices import can_pin, to_device, widest
+
 import numpy as np
 import torch
 from PIL import Image
@@ -60,9 +62,11 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def to_device_of(numbers: np.ndarray, x: Tensor) -> Tensor:
-    """``numbers`` on the device of ``x``, without synchronisation."""
+    """``numbers`` on the device of ``x``, without synchronisation; in float32 where it has no float64."""
     tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else tensor.to(x.device)
+    if tensor.dtype == torch.float64:
+        tensor = tensor.to(widest(x.device))
+    return to_device(tensor.pin_memory() if can_pin(x.device) else tensor, x.device)
 
 
 def normalise(
@@ -94,11 +98,12 @@ def shift_and_flip(x: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tens
 
 def auto_contrast(x: Tensor, _: Tensor) -> Tensor:
     levels = to_planes(x)
-    low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()
+    wide = widest(x.device)
+    low, high = levels.amin(2, keepdim=True).to(wide), levels.amax(2, keepdim=True).to(wide)
     # float64 as in Pillow: many results are whole numbers; 255 / tensor would multiply with the reciprocal
     scale = torch.full_like(low, 255) / (high - low)
     scale, offset = torch.where(high > low, scale, 1), torch.where(high > low, -low * scale, 0)
-    return from_planes(levels.double().mul_(scale).add_(offset).clamp_(0, 255), x)
+    return from_planes(levels.to(wide).mul_(scale).add_(offset).clamp_(0, 255), x)
 
 
 def equalize(x: Tensor, _: Tensor) -> Tensor:
@@ -223,7 +228,7 @@ def transpose_pixels(x: Tensor) -> Tensor:
 
 
 def centres(size: int, x: Tensor) -> Tensor:
-    return torch.arange(size, dtype=torch.float64, device=x.device) + 0.5
+    return torch.arange(size, dtype=widest(x.device), device=x.device) + 0.5
 
 
 def shear_x(x: Tensor, factor: Tensor, warp: Warp) -> Tensor:

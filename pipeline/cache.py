@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 
 import utils
+from common.devices import CPU, free_memory
 from common.errors import InputError
 from pipeline.batch_augment import BatchAugment
 from pipeline.batch_ops import normalise, to_device_of, to_pixels
@@ -26,13 +26,11 @@ PIXELS_PER_CHUNK = 2**21  # augmented together: enough to hide the overhead of t
 def check_memory(images: int, input_size: int, device: torch.device) -> None:
     """Raises InputError if the images do not fit into free memory."""
     needed = images * input_size**2 * 4
-    if device.type == "cuda":
-        free, place = torch.cuda.mem_get_info(device)[0], "the GPU's memory"
-    else:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free, place = 1024 * int(lines["MemAvailable"].split()[0]), "memory"
+    free, place = free_memory(device), f"the memory of {device}"
+    if device.type == CPU:
+        place = "memory"
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process holds a copy
-    if needed > free:
+    if free is not None and needed > free:
         raise InputError(
             f"--cache-data needs {needed / 1e9:.1f} GB for {images} images of {input_size}×{input_size} pixels, and "
             f"{free / 1e9:.1f} GB of {place} are free"

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from common.devices import to_device
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -294,8 +296,8 @@ class Normalise:
         self.mean, self.factor = 255 * mean, 1 / (255 * std)
 
     def __call__(self, batch: RawBatch) -> Tensor:
-        images = batch.pixels.to(self.device, non_blocking=True).float().sub_(self.mean).mul_(self.factor)
-        pieces = batch.noise.to(self.device, non_blocking=True).split([math.prod(shape) for shape in batch.shapes])
+        images = to_device(batch.pixels, self.device).float().sub_(self.mean).mul_(self.factor)
+        pieces = to_device(batch.noise, self.device).split([math.prod(shape) for shape in batch.shapes])
         for place, shape, values in zip(batch.places, batch.shapes, pieces, strict=True):
             images[tuple(place)] = values.view(shape)  # DataLoader's pin_memory turns tuples into lists
         return images

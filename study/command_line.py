@@ -10,12 +10,12 @@ and args.yaml of every run in runs.tar.gz, results.csv, tuning.csv, tables and p
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.devices import CPU, accelerator, processors
 from common.errors import InputError, nearest
 from options import at_least, local_path, positive
 from study.kept import write_results
@@ -25,7 +25,6 @@ from study.runner import Runner
 from study.study_file import read_study
 from training.command_line import Parser
 
-import torch
 from filelock import FileLock, Timeout
 
 
@@ -83,7 +82,7 @@ def work(args: argparse.Namespace, deadline: float) -> int:
     """Run the study, and return the exit status."""
     study = read_study(args.config)
     root, results = args.output / study.name, args.results / study.name
-    jobs = args.jobs or (4 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    jobs = args.jobs or (processors() if accelerator() == CPU else 4)
     if args.list:
         show_plan(Runner(study, root, jobs, chosen_runs(study, args.only)))
         return 0

@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from common import console
+from common.devices import CPU, device_name, processors, type_of
 from common.errors import InputError
 from main import main as run_main
 from study.plan import Run, Study, order_of
@@ -97,11 +98,12 @@ class Runner:
 
     @property
     def threads(self) -> int:
-        return max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        return max(1, processors() // self.jobs)
 
     def device_of(self, run: Run) -> str:
-        if run.options.get("device") != "cpu" and torch.cuda.is_available():
-            return torch.cuda.get_device_name()
+        kind = type_of(run.options.get("device", "auto"))
+        if kind != CPU:
+            return device_name(torch.device(kind))
         return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def is_done(self, run: Run) -> bool:

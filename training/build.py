@@ -1,13 +1,13 @@
 """Device, precision, teacher, criterion, optimiser, schedule and average of a run, from its options."""
 
-import re
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import models
 import utils
+from common.devices import default_dtype
 from common.errors import InputError, one_line
-from common.launchers import is_plain_task
 from losses import DistillationLoss, FamilyLoss, FeatureLoss
 from models.features import Features
 from models.preprocessing import DEFAULT, Preprocessing
@@ -33,37 +33,11 @@ from torch.utils.data import Dataset
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def device_of(name: str) -> torch.device:
-    """The device of this process.
-
-    Args:
-        name: ``cpu``, ``cuda`` (the device of this process's local rank) or ``cuda:N``.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    if name == "cpu":
-        return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if match is None:
-        raise InputError(f"--device {name} is unknown: expected auto, cuda, cuda:N or cpu")
-    number, available = int(match[1] or utils.local_rank()), torch.cuda.device_count()
-    if match[1] is None and available == 1 and is_plain_task():
-        number = 0  # srun --gpus-per-task shows each task its own device alone
-    if number >= available:
-        raise InputError(f"--device {name}: CUDA device {number} is needed, there are {available} here")
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
-
-
 def dtype_of(amp_dtype: str, device: torch.device) -> torch.dtype:
     """The precision of the forward pass."""
     if amp_dtype != "auto":
         return getattr(torch, amp_dtype)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    return default_dtype(device)
 
 
 def autocast_of(amp_dtype: str, device: torch.device) -> tuple[AbstractContextManager, bool]:
@@ -71,23 +45,47 @@ def autocast_of(amp_dtype: str, device: torch.device) -> tuple[AbstractContextMa
     dtype = dtype_of(amp_dtype, device)
     if dtype == torch.float32:
         return nullcontext(), False
-    return torch.autocast(device.type, dtype=dtype), dtype == torch.float16
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns, and computes in float32
+            return torch.autocast(device.type, dtype=dtype), dtype == torch.float16
+    except (RuntimeError, UserWarning) as error:
+        raise InputError(
+            f"--amp-dtype {amp_dtype} cannot be used on {device} ({one_line(error)}); expected --amp-dtype float32"
+        ) from error
 
 
-def check_means(optim: OptimConfig, compile_model: bool, device: torch.device) -> None:
-    """Try optimiser and compiler before anything long.
+def check_means(optim: OptimConfig, compile_model: bool, half: bool, device: torch.device) -> None:
+    """Try optimiser, compiler and scaling of gradients before anything long.
 
     Args:
         compile_model: whether --compile is given, and there is something to train.
+        half: whether the forward pass is in float16.
 
     Raises:
-        InputError: --opt or --compile cannot be used.
+        InputError: --opt, --compile or --amp-dtype cannot be used.
     """
+    if half:
+        check_scaler(device)
     optimizer = check_optimizer(optim, device)
     if compile_model:
         check_compiler("--compile", device)
     elif compiles(optimizer):
         check_compiler(f"--opt {optim.opt}, which compiles its steps,", device)
+
+
+def check_scaler(device: torch.device) -> None:
+    """Raises InputError where torch cannot scale gradients on the device, as float16 needs it."""
+    scaler, weight = torch.amp.GradScaler(device.type), torch.ones(1, device=device, requires_grad=True)
+    try:
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(torch.optim.SGD([weight]))
+        scaler.update()
+    except (RuntimeError, TypeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        raise InputError(
+            f"--amp-dtype float16 cannot be used: torch cannot scale gradients on {device} ({one_line(error)[:200]}); "
+            "expected --amp-dtype bfloat16 or float32"
+        ) from error
 
 
 def check_compiler(what: str, device: torch.device) -> None:

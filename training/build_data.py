@@ -1,11 +1,11 @@
 """Data sets, loaders and mixup of a run, from its options."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import utils
+from common.devices import can_pin, processors
 from common.errors import InputError
 from datasets import build_dataset, build_transform, train_holdout_split, with_transform
 from losses import BinaryCrossEntropy
@@ -130,7 +130,7 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
     preprocessing = preprocessing_of(data)
     normalisation = dict(mean=preprocessing.mean, std=preprocessing.std)
     workers = workers_of(data)
-    pinned = data.pin_mem and device.type == "cuda"
+    pinned = data.pin_mem and can_pin(device)
     common = dict(num_workers=workers, pin_memory=pinned, collate_fn=collate)
     sampler = TrainSampler(
         len(train),
@@ -203,7 +203,7 @@ def plain_loader(config: Config, count: int, device: torch.device, share: slice 
 
 def workers_of(data: DataConfig) -> int:
     """Data workers of this process: more than processors only get in each other's way."""
-    return min(data.num_workers, len(os.sched_getaffinity(0)))
+    return min(data.num_workers, processors())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import models
+from common.devices import accelerator
 from common.errors import InputError, error_context
 from datasets import DATA_SETS
 from models.registry import method_of_stage_1
-
-import torch
 
 LEARNGENE, MODEL, CHECKPOINT = "learngene.safetensors", "model.safetensors", "checkpoint.pth"
 SOURCE = "source"  # in the place of a teacher: the ViT of --src-path
@@ -278,7 +277,7 @@ def resolve(config: Config) -> Config:
     elif model_ema is None:
         model_ema = True
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = accelerator()
     config = config.with_options(model_ema=model_ema, device=device, tgt_arch=target_name(config.model))
     if (method := method_of_stage_1(config.model)) is not None:
         given = options_of(config)

@@ -15,7 +15,7 @@ from training.build_model import Builder
 from training.checkpoints import find_checkpoint
 from training.checks import check, kind_of_run
 from training.command_line import parse_options
-from training.config import TAGGED, TIMM, Config, option_name, resolve, tagged_name, weight_sources
+from training.config import TAGGED, TIMM, Config, RuntimeConfig, option_name, resolve, tagged_name, weight_sources
 from training.foreign_weights import fetch_tag
 from training.outputs import push
 from training.preprocessing import with_input_size
@@ -38,7 +38,8 @@ def launched(argv: Sequence[str]) -> Iterator[Config]:
     except InputError as error:
         mistake = error  # the same on all processes, and reported once they are connected
     try:
-        utils.init_distributed(timedelta(minutes=config.runtime.dist_timeout if config else 1))
+        runtime = config.runtime if config else RuntimeConfig(dist_timeout=1)
+        utils.init_distributed(timedelta(minutes=runtime.dist_timeout), runtime.device)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import models
 import utils
+from common.devices import CPU, peak_memory
 from common.errors import InputError
 from common.files import atomic_write, read_checkpoint, remove_unfinished
 from engine import Position, evaluate, not_finite, train_one_epoch
@@ -117,7 +117,7 @@ def begin_writing(run: Run) -> None:
 def train_epochs(run: Run, signals: utils.StopSignals) -> None:
     config, model = run.config, run.trained
     if utils.world_size() > 1:
-        model = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
+        model = DistributedDataParallel(model)
     if config.runtime.compile:
         model = torch.compile(model)
     timer = CheckpointTimer(run, signals)
@@ -195,9 +195,8 @@ def report(run: Run, numbers: dict[str, float]) -> None:
     run.progress.advance(run.steps_done - run.progress.done)
     run.progress.show({"epoch": run.epoch, **numbers})
     if run.log is not None:
-        on_device = run.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(run.device) if on_device else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-        run.log.show({**{f"step/{name}": value for name, value in numbers.items()}, "memory": memory}, run.epochs_done)
+        shown, memory = {f"step/{name}": value for name, value in numbers.items()}, peak_memory(run.device)
+        run.log.show(shown | ({} if memory is None else {"memory": memory}), run.epochs_done)
 
 
 def finish_epoch(run: Run, epoch: int, numbers: dict[str, float], signals: utils.StopSignals) -> None:
@@ -265,7 +264,7 @@ def evaluate_run(
         model = models.Learngene.of(model).descend(member or run.evaluated_members[-1]).eval()
     elif isinstance(model, models.AuxNet):
         model = model.to_vit()
-    if run.config.optim.model_ema_force_cpu and run.device.type != "cpu" and model is not run.model:
+    if run.config.optim.model_ema_force_cpu and run.device.type != CPU and model is not run.model:
         model = copy.deepcopy(model).to(run.device)  # the average stays where it is
     if run.probe_loader is not None:
         fit_head(model, run.probe_loader, len(run.classes), run.autocast)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import utils
+from common.devices import forked_rng
 from common.errors import InputError, one_line, shown
 from samplers import derived_seed
 from training.config import OptimConfig
@@ -188,7 +189,7 @@ def sample_of(optim: OptimConfig, lr: float, optimizer: Optimizer) -> Sample:
 def trying(device: torch.device) -> Iterator[None]:
     """Disable compilation and warnings inside, and restore the random state afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+    with forked_rng(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the run's own optimiser are shown
         try:
             with torch.compiler.set_stance("force_eager"):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import utils
+from common.devices import exact, exact_device
 from pipeline.loader import CheckedLoader
 from training.build_data import plain_loader
 from training.config import Config
@@ -42,19 +43,19 @@ def fit_head(
     """
     device, width = next(vit.parameters()).device, vit.num_features
     vit.eval()
-    products = torch.zeros(width + 1, width + 1 + num_classes, dtype=torch.float64, device=device)
+    products = torch.zeros(width + 1, width + 1 + num_classes, dtype=torch.float64, device=exact_device(device))
     for images, labels in loader:
         if len(images):  # a batch is empty if none of its images can be read
             with autocast:
                 pooled = vit.forward_head(vit.forward_features(images.to(device)), pre_logits=True)
-            x = F.pad(pooled.double(), (0, 1), value=1.0)
-            products += x.T @ torch.cat([x, F.one_hot(labels.to(device), num_classes)], dim=1)
+            x = F.pad(exact(pooled), (0, 1), value=1.0)
+            products += x.T @ torch.cat([x, F.one_hot(labels.to(x.device), num_classes)], dim=1)
     products = utils.sum_over_processes(products)
     moments, targets = (products / products[-1, width]).split([width + 1, num_classes], dim=1)
     mean, shares = moments[-1, :-1], targets[-1]
     covariance = moments[:-1, :-1] - mean.outer(mean)
     std = covariance.diagonal().clamp_min(1e-12).sqrt()
-    ridge = RIDGE * torch.eye(width, dtype=std.dtype, device=device)
+    ridge = RIDGE * torch.eye(width, dtype=std.dtype, device=std.device)
     solution = torch.linalg.solve(
         covariance / std.outer(std) + ridge, (targets[:-1] - mean.outer(shares)) / std[:, None]
     )

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import models
 import utils
+from common.devices import device_of
 from common.errors import InputError, error_context, one_line
 from common.files import atomic_write
 from common.hub import check_upload
@@ -17,7 +18,6 @@ from training.build import (
     build_optimizer,
     build_teaching,
     check_means,
-    device_of,
 )
 from training.build_data import build_loaders, build_mixup
 from training.build_model import Builder, build_supernet, descend_choices, load_gene
@@ -49,10 +49,10 @@ def set_up(config: Config, build: Builder) -> Run:
     """
     output_dir = writable_folder(config.output.output_dir)
     check_repository(config.output.push_to_hub)
-    device = device_of(config.runtime.device)
+    device = device_of(config.runtime.device, utils.local_rank(), alone=utils.world_size() == 1)
     autocast, half = autocast_of(config.runtime.amp_dtype, device)
     if not config.runtime.eval:
-        check_means(config.optim, config.runtime.compile and config.trains, device)
+        check_means(config.optim, config.runtime.compile and config.trains, half, device)
     random_seed(config.runtime.seed)
     gene = None
     if config.model.load_gene:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from common.devices import can_pin, to_device
 from common.errors import InputError, one_line
 from common.files import atomic_write, read_json
 from models.preprocessing import Preprocessing
@@ -215,9 +216,9 @@ class TeacherCache:
             warn(f"{self.path} is not used ({problem}): the teacher is asked again")
             return {}
         steps = tensors.pop("steps").tolist()
-        if self.device.type == "cuda":
+        if can_pin(self.device):
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        tensors = {name: to_device(tensor, self.device) for name, tensor in tensors.items()}
         return {step: {name: tensor[i] for name, tensor in tensors.items()} for i, step in enumerate(steps)}
 
     def _seal(self, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """The process group from the variables of torchrun, SLURM, Open MPI, Hydra and JSM."""
 
 from common import launchers
+from common.devices import device_of
 from common.errors import InputError
-from common.launchers import World
-from training.build import device_of
 
 import pytest
 import torch
@@ -70,14 +69,13 @@ def test_launchers(environment, expected):
 def test_device_of_a_task(monkeypatch, devices, environment, number):
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    monkeypatch.setattr("utils._world", World(1, 2, 1, 2, "127.0.0.1", 1))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if number is None:
-        with pytest.raises(InputError, match="CUDA device 1 is needed, there are 1 here"):
-            device_of("cuda")
+        with pytest.raises(InputError, match="found 1 cuda device here, and no number 1; expected one for each"):
+            device_of("cuda", 1, alone=False)
     else:
-        assert device_of("cuda") == torch.device("cuda", number)
+        assert device_of("cuda", 1, alone=False) == torch.device("cuda", number)
 
 
 @pytest.mark.parametrize(
