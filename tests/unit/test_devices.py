@@ -1,7 +1,16 @@
 """Devices other than the CPU, without one: the emulated accelerator, and what is asked of torch."""
 
+import warnings
+from collections.abc import Callable
+
+import utils
+from common import devices
+from common.errors import InputError
+from training.build import autocast_of, check_scaler
+
 import emulated_device
 import pytest
+import torch
 from conftest import fork_server
 from device_cases import CASES, SLOW, run_cases
 
@@ -85,7 +94,9 @@ def test_several_processes_need_a_device_each_and_a_backend(accelerator, monkeyp
         devices.device_of("mps", 1, alone=False)
     monkeypatch.setattr("torch.distributed.Backend.default_device_backend_map", {"cpu": "gloo"})  # as in torch 2.6
     assert devices.device_of("mps") == torch.device("mps", 0)
-    with pytest.raises(InputError, match="--device mps: found several processes, which torch .* cannot connect on mps"):
+    with pytest.raises(
+        InputError, match=r"--device mps: found several processes, which torch .* cannot connect on mps"
+    ):
         devices.device_of("mps", 0, alone=False)
 
 
@@ -136,7 +147,5 @@ def test_gradients_that_torch_cannot_scale_are_one_line(monkeypatch):
 
     check_scaler(CPU)
     monkeypatch.setattr("torch.amp.GradScaler.unscale_", fail)
-    with pytest.raises(
-        InputError, match="--amp-dtype float16 cannot be used: .*float64.*expected --amp-dtype bfloat16"
-    ):
+    with pytest.raises(InputError, match=r"--amp-dtype float16 cannot be used: .*float64.*expected --amp-dtype b"):
         check_scaler(CPU)
