@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from benchmarks.interleaved import in_turn, machine, ratio
+from benchmarks.interleaved import in_turn, machine, ratio, write_rows
 from common import console
 from common.devices import accelerator, processors, synchronize
 from datasets import DATA_SETS, build_dataset, build_transform
@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--device", default=accelerator())
     p.add_argument("--repeats", type=int, default=5, help="after one warm-up")
     p.add_argument("--seconds", type=float, default=1.0, help="minimum length of a measurement")
+    p.add_argument("--json", type=place, metavar="FILE", help="write the numbers there, too")
     return p.parse_args()
 
 
@@ -86,6 +87,10 @@ def main() -> None:
     device = torch.device(args.device)
     measure = {name: partial(images_per_second, loader, args.seconds, device) for name, loader in loaders.items()}
     speeds = in_turn(measure, args.repeats, warm_up=1)
+    if args.json:
+        of_data = {"data": args.data_set, "pixels": args.input_size, "batch": args.batch_size}
+        medians = {name: statistics.median(of_loader) for name, of_loader in speeds.items()}
+        write_rows(args.json, [of_data | {"loader": name, "images/s": median} for name, median in medians.items()])
     for name, of_loader in speeds.items():
         print(f"{name}: {statistics.median(of_loader):,.0f} images/s", end="")
         print(f"; the cache over it {ratio(speeds['cache'], of_loader)}" * (name != "cache"))

@@ -21,10 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from benchmarks.interleaved import in_turn, machine, ratio
+from benchmarks.interleaved import in_turn, machine, ratio, write_rows
 from common import console
 from common.devices import accelerator, synchronize
 from engine import train_one_epoch
+from options import place
 
 import torch
 from timm.data import Mixup
@@ -45,6 +46,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--device", default=accelerator())
+    p.add_argument("--json", type=place, metavar="FILE", help="write the numbers there, too")
     return p.parse_args()
 
 
@@ -129,6 +131,13 @@ def main() -> None:
         {name: lambda loop=loop: seconds(*loop, batches) for name, loop in loops.items()}, args.repeats, warm_up=1
     )
     print(f"{args.model}, batch {args.batch_size}, {args.dtype}, {len(batches)} steps; {machine(args.device)}")
+    if args.json:
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        of_model = {"model": args.model, "batch": args.batch_size, "dtype": args.dtype}
+        of_loops = ({"loop": name, "ms per step": 1000 * median} for name, median in medians.items())
+        write_rows(
+            args.json, [of_model | row | {"images/s": args.batch_size * 1000 / row["ms per step"]} for row in of_loops]
+        )
     for name in loops:
         line = f"{name}: {1000 * statistics.median(times[name]):.2f} ms per step"
         print(line + (f", ratio to it {ratio(times['this program'], times[name])}" if name != "this program" else ""))

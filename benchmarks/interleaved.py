@@ -1,10 +1,13 @@
 """Interleaved measurements, for comparisons on a shared machine: alternate in one process, compare pair by pair."""
 
+import json
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from common.devices import CPU, device_name
+from common.files import atomic_write
 
 import timm
 import torch
@@ -38,3 +41,9 @@ def machine(device: str | torch.device = "cpu") -> str:
     if torch.device(device).type == CPU:
         where = f"{torch.get_num_threads()} thread(s) of {where}"
     return f"{where}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, seed 0"
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write measurements to a JSON file, all that there are so far."""
+    with atomic_write(path) as unfinished:
+        Path(unfinished).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -233,7 +233,8 @@ class AuxNet(nn.Module, ABC):
     @torch.no_grad()
     def to_vit(self) -> nn.Module:
         """The same function as a plain ViT with weights of its own, in evaluation mode."""
-        return vit_from_weights(self.arch, self.expand(), **self._vit_options).eval()
+        used = [*self.parameters(), *self.buffers()]
+        return vit_from_weights(self.arch, self.expand(), used, **self._vit_options).eval()
 
     def add_parameters(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -50,8 +50,8 @@ def cut(p: Mapping[str, Tensor], structure: Structure, source: ViTArch, arch: Vi
         for number, axis in enumerate(axes_of(name)):
             if axis != "." and arch.neurons(axis) < source.neurons(axis):
                 w = take(w, number + of_layer, slice(arch.neurons(axis)))
-        if of_layer and arch.depth < source.depth:
-            w = w.index_select(0, kept)  # by a tensor of the device: no synchronisation
+        if of_layer:  # all in one memory layout, so that compiled blocks of all depths are the same
+            w = w.index_select(0, kept) if arch.depth < source.depth else w.contiguous()  # no synchronisation
         parts[name] = w
     vit = {}
     for name, w in fuse(parts, structure).items():

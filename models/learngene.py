@@ -175,7 +175,7 @@ class Learngene:
         if skip_init:
             fresh, skipped = random_vit_weights(arch, **shape), tuple(PARTS[part] for part in skip_init)
             weights |= {name: tensor for name, tensor in fresh.items() if any(key in name for key in skipped)}
-        vit = vit_from_weights(arch, weights, **shape, **vit_kwargs)
+        vit = vit_from_weights(arch, weights, used=self.tensors.values(), **shape, **vit_kwargs)
         vit.pretrained_cfg = {**vit.pretrained_cfg, **self.preprocessing.as_config()}  # where timm looks it up
         return vit
 

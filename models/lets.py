@@ -104,7 +104,7 @@ def expand(p: dict[str, Tensor], how: Expansion) -> dict[str, Tensor]:
     device = "cpu" if p["E"].is_meta else p["E"].device.type
     with torch.autocast(device, enabled=False):  # norms want float32, and vectors cost nothing
         vit.update(expand_parameters(p, [name for name in how.structure.names if is_vector(name)], how))
-    layers = {name: tensor.unbind() for name, tensor in vit.items() if name.startswith("blocks.")}
+    layers = {name: layer for name, layer in vit.items() if name.startswith("blocks.")}
     vit = {name: tensor for name, tensor in vit.items() if name not in layers}
     for l, u in enumerate(how.plan.layers):  # torch 2.6 does not compile |=
         vit.update({name.replace("*", str(l)): layer[u] for name, layer in layers.items()})
@@ -113,10 +113,10 @@ def expand(p: dict[str, Tensor], how: Expansion) -> dict[str, Tensor]:
 
 
 def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion) -> dict[str, Tensor]:
-    """Some parameters of a ViT under timm's names, those of all distinct layers stacked.
+    """Some parameters of a ViT under timm's names; those of the distinct layers in a sequence.
 
     The matrices of a single layer come before the sum over layers. E is the same in all of them, so it moves out of
-    the sum.
+    the sum. Without gradients the matrices of every layer get memory of their own, which a ViT can take.
     """
     n, modules, full = len(p["norm1_weight"]), how.structure.modules, how.full_width
     G, H = (depth_matrices(p[name], how.plan, modules, n) if name in p else {} for name in "gh")
@@ -128,10 +128,17 @@ def expand_parameters(p: dict[str, Tensor], names: Sequence[str], how: Expansion
         if name.startswith("blocks."):
             w = mix((H if name.endswith(".bias") else G)[module_of(name)], w)
         mixed[name] = w
-    vit = fuse(mixed, how.structure)
+    vit, together = fuse(mixed, how.structure), torch.is_grad_enabled()
     for name, w in vit.items():
-        if name != "pos_embed" and module_of(name).removeprefix("blocks.*.") not in how.factored:
-            vit[name] = widen(w, axes_of(how.structure.stored[name][0]), of_network, full)
+        axes = axes_of(how.structure.stored[name][0])
+        if name == "pos_embed" or module_of(name).removeprefix("blocks.*.") in how.factored:
+            axes = ""
+        if not name.startswith("blocks."):
+            vit[name] = widen(w, axes, of_network, full)
+        elif together or w.ndim == 2:
+            vit[name] = widen(w, axes, of_network, full).unbind()
+        else:
+            vit[name] = [widen(layer, axes, of_network, full) for layer in w]
     return vit
 
 

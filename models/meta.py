@@ -14,7 +14,7 @@ class WeightsOnMeta(TorchFunctionMode):
 
     CONSTRUCTORS = (torch.empty, torch.ones, torch.zeros, torch.rand, torch.randn, torch.randint)
 
-    INITIALISERS = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
+    INITIALISERS = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_", "kaiming_uniform_")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

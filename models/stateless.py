@@ -1,6 +1,6 @@
 """ViTs without weights of their own, to be run with computed ones; and ViTs of given weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -18,15 +18,17 @@ class Recomputed:
     """Activation checkpointing of a block with computed weights.
 
     When the backward pass recomputes the block, the ViT no longer holds the weights of the forward pass. They are
-    arguments of the checkpointed function, which keeps them.
+    arguments of the checkpointed function, which keeps them. All of this is outside of ``forward``, which may be
+    compiled.
     """
 
     recompute = False
 
-    def forward(self, x: Tensor, *args: object, recomputing: bool = False, **kwargs: object) -> Tensor:
+    def __call__(self, x: Tensor, *args: object, recomputing: bool = False, **kwargs: object) -> Tensor:
         if not self.recompute or recomputing or not torch.is_grad_enabled():
-            return super().forward(x, *args, **kwargs)
-        weights = dict(self.named_parameters(remove_duplicate=False))
+            return super().__call__(x, *args, **kwargs)
+        # an E that this pass does not use is on the meta device, which `checkpoint` would take for a second accelerator
+        weights = {name: w for name, w in self.named_parameters(remove_duplicate=False) if not w.is_meta}
         kwargs["recomputing"] = True
         return checkpoint(functional_call, self, weights, (x, *args), kwargs, use_reentrant=False)
 
@@ -53,16 +55,35 @@ def recompute_activations(vit: nn.Module, enable: bool) -> None:
         block.recompute = enable
 
 
-def vit_from_weights(arch: ViTArch, weights: dict[str, Tensor], **kwargs) -> nn.Module:
+def vit_from_weights(
+    arch: ViTArch, weights: dict[str, Tensor], used: Iterable[Tensor] | None = None, **kwargs
+) -> nn.Module:
     """A ViT with a copy of ``weights``, created without a random initialisation.
 
     Layers that share a tensor in ``weights`` get one copy each.
+
+    Args:
+        used: take ``weights`` themselves, unless they share memory with one of these tensors or with each other.
+        kwargs: as those of `create_vit`.
     """
     with WeightsOnMeta():
         vit = create_vit(arch, **kwargs)
     fill_buffers(vit, arch, **kwargs)
-    vit.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, strict=True, assign=True)
+    own = {name: w.detach().clone() for name, w in weights.items()} if used is None else unshared(weights, used)
+    vit.load_state_dict(own, strict=True, assign=True)
     return vit
+
+
+def unshared(weights: Mapping[str, Tensor], used: Iterable[Tensor]) -> dict[str, Tensor]:
+    """``weights``, copies of those that share memory with a tensor in ``used`` or with another weight."""
+    taken = {tensor.untyped_storage()._cdata for tensor in used}
+    own = {}
+    for name, weight in weights.items():
+        memory = weight.untyped_storage()
+        alone = memory._cdata not in taken and memory.nbytes() == weight.numel() * weight.element_size()
+        own[name] = weight.detach() if alone else weight.detach().clone()
+        taken.add(memory._cdata)
+    return own
 
 
 def fill_buffers(vit: nn.Module, arch: ViTArch, **kwargs: object) -> None:

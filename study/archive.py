@@ -1,4 +1,4 @@
-"""The archive of a study, runs.tar.gz: log.txt and args.yaml of every finished run.
+"""The archives of a study: runs.tar.gz with log.txt, args.yaml and run.json of every finished run, and weights.tar.gz.
 
 The same files give the same bytes: entries are sorted, and times and owners are left out.
 """
@@ -16,13 +16,14 @@ from common.files import atomic_write
 from study.results import Row, slug
 
 ARCHIVE = "runs.tar.gz"
+WEIGHTS_ARCHIVE = "weights.tar.gz"  # of finished runs that others wait for
 LIMIT = 2**28  # bytes of an unpacked archive; 500 runs take a hundredth of it
 
 
-def write_archive(path: Path, files: Mapping[str, Path]) -> None:
-    """Write an archive atomically. ``files`` maps names in the archive to files."""
+def write_archive(path: Path, files: Mapping[str, Path], level: int = 9) -> None:
+    """Write an archive atomically. ``files`` maps names in the archive to files; ``level`` is that of gzip."""
     with atomic_write(path) as unfinished, open(unfinished, "wb") as file:  # noqa: SIM117
-        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        with gzip.GzipFile("", "wb", level, fileobj=file, mtime=0) as packed:
             with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar:
                 for name in sorted(files):
                     content = files[name].read_bytes()
@@ -38,24 +39,36 @@ def read_archive(path: Path) -> dict[str, str]:
         InputError: the file is missing, is not such an archive, or unpacks to more than `LIMIT` bytes.
     """
     try:
+        return {name: content.decode() for name, content in read_files(path).items()}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}): expected the archive of a study") from error
+
+
+def read_files(path: Path) -> dict[str, bytes]:
+    """The contents of an archive by their names. Nothing is written to the disk.
+
+    Raises:
+        InputError: see `read_archive`.
+    """
+    try:
         with gzip.open(path) as packed:
             content = packed.read(LIMIT + 1)
         if len(content) > LIMIT:
             raise InputError(f"{path} unpacks to more than {LIMIT:,} bytes: expected the archive of a study")
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            return dict(_texts(tar, path))
-    except (OSError, EOFError, zlib.error, tarfile.TarError, UnicodeDecodeError, ValueError) as error:
+            return dict(_files(tar, path))
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read ({one_line(error)}): expected the archive of a study") from error
 
 
-def _texts(tar: tarfile.TarFile, path: Path) -> Iterable[tuple[str, str]]:
+def _files(tar: tarfile.TarFile, path: Path) -> Iterable[tuple[str, bytes]]:
     for entry in tar:
         name = PurePosixPath(entry.name)
         if not entry.isreg() or name.is_absolute() or ".." in name.parts:
             raise InputError(f"{path} holds {entry.name!r:.100}: expected files of runs alone")
-        yield entry.name, tar.extractfile(entry).read().decode()
+        yield entry.name, tar.extractfile(entry).read()
 
 
 def check_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -66,8 +79,8 @@ def check_rows(path: Path, rows: Iterable[Row]) -> None:
     """
     logs: dict[tuple, dict[int, str]] = {}  # group, size, seed → epochs → log
     for name, text in read_archive(path).items():
-        folder = PurePosixPath(name).parent.parts[1:]
-        if PurePosixPath(name).name == "log.txt" and len(folder) >= 3:
+        top, *folder = PurePosixPath(name).parent.parts or [""]
+        if PurePosixPath(name).name == "log.txt" and top == "runs" and len(folder) >= 3:
             group, *size, epochs, seed = folder
             logs.setdefault((group, "".join(size), seed), {})[int(epochs)] = text
     for row in rows:

@@ -33,6 +33,7 @@ START = 10**10  # MACs that take about as long as the start of a run
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # where and how fast a run works
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WITHOUT_FILES |= {"order": "none", "depth_order": "even"}
+FOLDERS = ("tuning", "runs")  # of a study
 WEIGHTS = ("model.safetensors", "learngene.safetensors")  # files of a run that other runs may load
 
 
@@ -121,8 +122,14 @@ class Study:
     data: dict[str, dict]
     tuning: dict
     groups: dict[str, Group]
+    in_order: bool = False  # whether runs are started in the order of the file, seed by seed
     runs: dict[tuple, Run] = field(default_factory=dict)  # group, size, epochs, seed → run
     grids: dict[tuple, list[Run]] = field(default_factory=dict)  # group, epochs → runs with its learning rates
+
+    def place_of(self, run: Run) -> tuple[int, ...]:
+        """Sorts runs by their seed, then as the file names them; those that tune come when others wait for them."""
+        places = [*self.groups].index(run.group.name), run.group.sizes.index(run.size), run.epochs
+        return run.tuning, run.seed, *places
 
     @property
     def all_runs(self) -> list[Run]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import atomic_write, read_json, sha256
-from study.plan import WEIGHTS
+from common.files import atomic_write, sha256
+from study.plan import WEIGHTS, Run
 
 from safetensors import safe_open
+
+RECORD = "run.json"
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Record:
     result: dict | None = None
 
     def write(self, folder: Path) -> None:
-        with atomic_write(folder / "run.json") as unfinished:
+        with atomic_write(folder / RECORD) as unfinished:
             Path(unfinished).write_text(json.dumps(vars(self), indent=1) + "\n")
 
 
@@ -34,13 +36,33 @@ def read_record(path: Path) -> Record | None:
     Raises:
         InputError: the file holds something else.
     """
-    if not path.exists():
-        return None
-    content = read_json(path)
+    return record_of(path.read_bytes(), path) if path.exists() else None
+
+
+def record_of(content: bytes, path: Path) -> Record:
+    """The record in the ``content`` of a file.
+
+    Raises:
+        InputError: it is something else; the message names ``path``.
+    """
     try:
-        return Record(**content)
-    except TypeError as error:
+        return Record(**json.loads(content))
+    except (TypeError, ValueError) as error:
         raise InputError(f"{path} is no record of a run: remove its folder to run it again") from error
+
+
+def differences(run: Run, record: Record, lr: float | None) -> str | None:
+    """The first option that a run was begun with and would not be begun with now, in words; None if there is none.
+
+    Args:
+        lr: its learning rate now; None if that is not known yet.
+    """
+    asked = json.loads(json.dumps(run.identity)) | ({} if lr is None else {"lr": lr})
+    found = record.identity | ({} if lr is None else {"lr": record.lr})
+    for name in [*asked, *found]:
+        if asked.get(name) != found.get(name):
+            return f"{name} {found.get(name, 'nothing')}, not {asked.get(name, 'nothing')}"
+    return None
 
 
 def result_of(folder: Path) -> dict:

@@ -1,6 +1,5 @@
 """Run the trainings of a study, several at a time, each after those that it depends on."""
 
-import json
 import multiprocessing
 import os
 import shlex
@@ -8,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from graphlib import TopologicalSorter
@@ -20,7 +19,7 @@ from common.devices import CPU, device_name, processors, type_of
 from common.errors import InputError
 from main import main as run_main
 from study.plan import Run, Study, order_of
-from study.records import Record, last_printed, not_finite, read_record, result_of
+from study.records import RECORD, Record, differences, last_printed, not_finite, read_record, result_of
 from training.command_line import REPOSITORY
 from utils import StopSignals
 
@@ -31,6 +30,7 @@ LATE = ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.bac
 LATE += ("sklearn.datasets", "sklearn.model_selection")
 STOPPED = {128 + number for number in StopSignals.NUMBERS} | {-signal.SIGTERM}  # exit statuses
 OUT_OF_TIME = 3  # exit status
+KEEP_AFTER = 60  # seconds: a study that is killed loses no more of its results
 
 
 def run_in_child(arguments: list[str], output: Path, threads: int) -> None:
@@ -72,6 +72,7 @@ class Runner:
     chosen: list[Run]  # the runs to do, each after those that it depends on
     records: dict[Run, Record | None] = field(default_factory=dict)
     running: list[Process] = field(default_factory=list)
+    keep: Callable[[], None] = lambda: None  # called from time to time, to write what is done
     spent: float = 0  # seconds of the runs that ended in this call
     cost: int = 0  # of these runs
 
@@ -82,7 +83,7 @@ class Runner:
             InputError: a folder holds a run with other options.
         """
         for run in order_of(self.study.all_runs):
-            self.records[run] = read_record(self.root / run.folder / "run.json")
+            self.records[run] = read_record(self.root / run.folder / RECORD)
             self.check(run)
 
     @cached_property
@@ -127,15 +128,8 @@ class Runner:
         record, folder = self.records[run], self.root / run.folder
         if record is None:
             return
-        lr = self.learning_rate(run)
-        asked = json.loads(json.dumps(run.identity)) | ({} if lr is None else {"lr": lr})
-        found = record.identity | ({} if lr is None else {"lr": record.lr})
-        for name in [*asked, *found]:
-            if asked.get(name) != found.get(name):
-                found, asked = found.get(name, "nothing"), asked.get(name, "nothing")
-                raise InputError(
-                    f"{folder} holds {run} with {name} {found}, not {asked}: remove this folder to run it again"
-                )
+        if (found := differences(run, record, self.learning_rate(run))) is not None:
+            raise InputError(f"{folder} holds {run} with {found}: remove this folder to run it again")
         for name, digest in self.made_from(run).items():
             if record.made_from.get(name) != digest:
                 raise InputError(
@@ -143,10 +137,16 @@ class Runner:
                 )
 
     def ranks(self) -> dict[Run, int]:
-        """The cost of the longest unfinished chain of runs that starts with each run."""
+        """Which runs are started first: those of the highest rank, that of the most urgent run that waits for them.
+
+        In a study that runs in order, that is the first in its file; else one that starts the longest unfinished chain.
+        """
+        in_order = self.study.in_order
         ranks = dict.fromkeys(self.chosen, 0)
+        if in_order:
+            ranks = {run: -place for place, run in enumerate(sorted(self.chosen, key=self.study.place_of))}
         for run in reversed(self.chosen):
-            ranks[run] += 0 if self.is_done(run) else run.cost
+            ranks[run] += 0 if in_order or self.is_done(run) else run.cost
             for needed in run.after:
                 ranks[needed] = max(ranks[needed], ranks[run])
         return ranks
@@ -160,7 +160,7 @@ class Runner:
         left = {run for run in self.chosen if not self.is_settled(run)}
         order = TopologicalSorter({run: run.after & left for run in left})
         order.prepare()
-        ranks, ready, status = self.ranks(), [], 0
+        ranks, ready, status, kept = self.ranks(), [], 0, time.monotonic()
         with StopSignals() as signals:
             try:
                 while order.is_active() and not status:
@@ -171,6 +171,9 @@ class Runner:
                     for ended in self.ended():
                         status = self.finish(ended) or status
                         order.done(*[ended.run] * self.is_done(ended.run))
+                    if time.monotonic() > kept + KEEP_AFTER:
+                        self.keep()
+                        kept = time.monotonic()
             finally:
                 self.stop()
         return status

@@ -16,13 +16,17 @@ INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what
 
 LIST, TEXT, MAP = (list,), (str,), (dict,)
 STUDY_KEYS = {"study": TEXT, "sizes": MAP, "seeds": LIST, "options": MAP, "data": MAP, "tuning": MAP, "runs": MAP}
-STUDY_KEYS |= {"report": MAP}
+STUDY_KEYS |= {"report": MAP, "in_order": (bool,)}
 GROUP_KEYS = {"kind": TEXT, "method": TEXT, "data": TEXT, "sizes": LIST, "seeds": LIST, "epochs": (int, list)}
 GROUP_KEYS |= {"lr": (int, float, list, str), "tuning": MAP, "stored": (str, list), "options": MAP}
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, data_path: Path | None = None, device: str | None = None) -> Study:
     """The study of a YAML file, with all its runs planned.
+
+    Args:
+        data_path: the folder of data sets that have one, instead of that in the file.
+        device: that of the runs, instead of what the file says.
 
     Raises:
         InputError: the file is not one of a study, or its runs cannot work.
@@ -40,8 +44,13 @@ def read_study(path: Path) -> Study:
                 raise InputError(f"sizes: {name!r} is no name that a folder can have")
         check_keys(tuning, {"seed": (int,), "size": TEXT, "holdout": (int,)}, "tuning")
         options = named_options(content.get("options", {}), "options")
+        options |= {} if device is None else {"device": device}
         data = {name: named_options(entry, f"data, {name}") for name, entry in content["data"].items()}
-        study = Study(content["study"], sizes, content["seeds"], options, data, tuning, {})
+        for entry in data.values():
+            entry |= {"data-path": str(data_path)} if data_path and "data-path" in entry else {}
+        study = Study(
+            content["study"], sizes, content["seeds"], options, data, tuning, {}, content.get("in_order", False)
+        )
         check_numbers(study.seeds, "seeds")
         for name, entry in content["runs"].items():
             with error_context(f"runs, {name}"):

@@ -4,10 +4,9 @@ A tensor of the CPU is refused beside one of the device, as on a GPU, and every 
 wait for a GPU. The numbers are those of the CPU, so a run on it has the results of a run on the CPU. The rename cannot
 be taken back: use it in a process of its own.
 
-    python tests/emulated_device.py ARGUMENTS          main.py with these arguments on a machine with this accelerator
+    emulated_device.activate()          before anything else
 """
 
-import sys
 import traceback
 from pathlib import Path
 
@@ -47,6 +46,9 @@ class Module:
     def set_device(self, device: torch.device) -> None:
         pass
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
     def manual_seed_all(self, seed: int) -> None:
         pass
 
@@ -66,7 +68,6 @@ class Generator(torch.Generator):
 
 def register() -> None:
     """Let this process have the accelerator."""
-    sys.path.insert(0, str(REPOSITORY))
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     torch.Generator = Generator
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=…) copies from the CPU
@@ -189,9 +190,9 @@ class EmulatedDevice(TorchDispatchMode):
         self.waits.append(f"{func} in {' > '.join(where[-4:])}")
 
 
-if __name__ == "__main__":
+def activate() -> EmulatedDevice:
+    """Give this process the accelerator, to its end."""
     register()
-    from main import main
-
-    with EmulatedDevice():
-        sys.exit(main(sys.argv[1:]))
+    device = EmulatedDevice()
+    device.__enter__()
+    return device

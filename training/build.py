@@ -9,6 +9,7 @@ import utils
 from common.devices import default_dtype
 from common.errors import InputError, one_line
 from losses import DistillationLoss, FamilyLoss, FeatureLoss
+from models.compiled import compiled_for_evaluation
 from models.features import Features
 from models.preprocessing import DEFAULT, Preprocessing
 from training.build_model import create_sized, source_of, wants_size
@@ -175,7 +176,7 @@ def build_teaching(
     if model is None:
         return None
     dtype = dtype_of(config.runtime.amp_dtype, device)
-    teacher = Teacher(torch.compile(model) if config.runtime.compile else model, dtype)
+    teacher = Teacher(compiled_for_evaluation(model) if config.runtime.compile else model, dtype)
     if config.teacher.teacher_cache is None:
         return teacher
     top, processes = config.teacher.teacher_cache_top, utils.world_size()

@@ -165,8 +165,6 @@ def check_descendants(config: Config) -> None:
     if 0 < epochs <= model.descendant_warmup_epochs:
         warm_up = f"--descendant-warmup-epochs {model.descendant_warmup_epochs}"
         raise InputError(f"{warm_up} leaves none of {epochs} epochs to the other sizes")
-    if config.runtime.compile:
-        raise InputError("--compile needs the same sizes in every step: --descendants draws others each time")
 
 
 def orders_by_images(config: ModelConfig) -> bool:

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from common.devices import CPU, peak_memory
 from common.errors import InputError
 from common.files import atomic_write, read_checkpoint, remove_unfinished
 from engine import Position, evaluate, not_finite, train_one_epoch
+from models.compiled import compiled_for_training, vits_of
 from models.formats.timm_folder import AVERAGED_FOLDER
 from models.vit import FORWARD_AND_BACKWARD
 from training.build import doubtful_options
@@ -51,7 +53,8 @@ def train(run: Run) -> int:
         try:
             if run.epoch == 0 and run.position.images == 0 and (initialised or config.schedule.epochs == 0):
                 finish_epoch(run, -1, {}, signals)  # accuracy of the initialisation
-            train_epochs(run, signals)
+            with compiled_for_training(run.trained) if run.config.runtime.compile else nullcontext():
+                train_epochs(run, signals)
             say_cost(run)
         except utils.Stopped as stopped:
             return stop(run, stopped)
@@ -118,7 +121,7 @@ def train_epochs(run: Run, signals: utils.StopSignals) -> None:
     config, model = run.config, run.trained
     if utils.world_size() > 1:
         model = DistributedDataParallel(model)
-    if config.runtime.compile:
+    if config.runtime.compile and not vits_of(run.trained):  # of a ViT, the blocks are compiled
         model = torch.compile(model)
     timer = CheckpointTimer(run, signals)
     while run.epoch < config.schedule.epochs:

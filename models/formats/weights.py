@@ -177,9 +177,17 @@ def _checked(weights: Mapping, path: str | os.PathLike) -> dict[str, Tensor]:
             raise InputError(f"{path} is refused: {name} is no ordinary tensor")
     weights = in_float32(weights, path)
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in weights.items()}.values():
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():  # inf and nan stay in a sum
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise InputError(f"{path} cannot be used: {name} holds values that are not finite")
     return clean_state_dict(weights)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element of a floating-point tensor is inf or nan: both stay in a sum.
+
+    The sum is repeated in float64 only if it overflows in float32, as that first writes a copy of the tensor.
+    """
+    return bool(tensor.sum().isfinite() or tensor.sum(dtype=torch.float64).isfinite())
 
 
 def in_float32(tensors: Mapping, path: str | os.PathLike) -> dict:

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 # top-level package or module → its level; imports go to the same or a lower level
 LEVELS = {
-    **dict.fromkeys(("main", "hubconf", "scripts", "study", "family", "benchmarks"), 5),
+    **dict.fromkeys(("main", "hubconf", "scripts", "study", "family", "benchmarks", "device_check"), 5),
     "training": 4,
     **dict.fromkeys(("engine", "datasets"), 3),
     **dict.fromkeys(("pipeline", "models", "losses", "samplers"), 2),
