@@ -127,11 +127,11 @@ FAST = ("vit_small_patch14_reg4_dinov2", "eva02_base_patch14_448", "vit_small_pa
 @pytest.mark.parametrize("kind", parameters([kind for kind in REPRESENTATIVE if kind in KINDS], FAST))
 def test_every_kind_of_vit_is_one_graph(kind):
     case, found = case_of(kind), []
-    for model in (case.source().requires_grad_(True), case.aux_net()):
+    for model in (case.source().double().requires_grad_(True), case.aux_net().double()):
         for counter in (Counter(), Counter()):
             torch.manual_seed(0)  # of the random positions of some kinds
             with compiled_for_training(model.train(), counter) if found else nullcontext():
-                found.append(gradients(model, case.images()))
+                found.append(gradients(model, case.images().double()))
         assert counter.frame_count == 1
         torch.testing.assert_close(*found)
         found.clear()
