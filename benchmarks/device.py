@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from benchmarks.loader import BATCH_SIZE, build_loaders, make_images
 from common import console
 from common.devices import CPU, accelerator, no_waiting, peak_memory, processors, reset_peak_memory, synchronize
 from common.errors import one_line
+from models.compiled import compiled_for_training
 from models.sizes import SizeSampler
 from models.supernet import Supernet
 from options import place
@@ -47,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 CLASSES = 1000
 WARM_UP = 3  # steps of each batch size
 PHOTOGRAPHS = 64  # that are made; each is in the data set several times
+WHILE_MEASURED = ExitStack()  # holds what is compiled until the process ends
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,14 @@ class TrainingStep:
         self.device, self.side = torch.device(args.device), side
         before = allocated(self.device)
         self.network, self.trained = network.to(self.device).train(), (trained or network).train()
-        self.run = torch.compile(self.trained) if args.compile else self.trained
         dtype = getattr(torch, args.dtype)
         self.autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
         self.optimizer = create_optimizer_v2(network, opt="adamw", lr=1e-4, weight_decay=0.05, fused=True)
         self.ema = ModelEmaV3(network, decay=0.9999)
         self.use_batch(args.batch_sizes[0])
         self.macs = self.count_macs()  # the first step, in which the optimiser allocates what it keeps
+        if args.compile:  # as main.py does
+            WHILE_MEASURED.enter_context(compiled_for_training(self.trained))
         self.kept = allocated(self.device) - before
 
     def use_batch(self, size: int) -> None:
@@ -162,7 +166,7 @@ class TrainingStep:
 
     def __call__(self) -> None:
         with self.autocast:
-            logits = self.run(self.images)
+            logits = self.trained(self.images)
         labels = self.labels.expand(logits.shape[:-1])  # one for each member of a family
         cross_entropy(logits.flatten(0, -2).float(), labels.flatten()).backward()
         self.optimizer.step()
@@ -179,10 +183,8 @@ class TrainingStep:
 
     def count_macs(self) -> float:
         """Multiply-accumulates of an image, as torch counts them: matrix products, convolutions and attention."""
-        run, self.run = self.run, self.trained
         with FlopCounterMode(display=False) as counter:
             self()
-        self.run = run
         return counter.get_total_flops() / 2 / len(self.images)
 
     def memory(self, others: int) -> float | None:

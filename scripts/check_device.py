@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Check a device; see `device_check.command_line`, or --help. scripts/check_device.sh finds Python for it."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,4 +12,5 @@ from device_check.command_line import main
 
 if __name__ == "__main__":
     console.accept_any_text()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends what it has started, too
     sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,8 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from device_check.command_line import main
+from device_check.machine import describe
 from device_check.processes import PRELOADED
 from device_check.report import shown
 from study.runner import LATE
@@ -36,13 +38,14 @@ THERE |= {"tensorboard", "pyyaml", "filelock", "huggingface_hub", "pytest", "pac
 MODULES = {"onnxruntime": "onnxruntime", "pytest-xdist": "xdist"}
 HOOK = """
 import sys
+from importlib.machinery import PathFinder
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {missing}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {missing} else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
@@ -86,6 +89,7 @@ def assert_same(folder: Path) -> dict:
     return report
 
 
+@pytest.mark.full  # half a minute of processor time
 def test_a_small_check(tmp_path, environment):
     tests = write_tests(tmp_path, "import pytest\ndef test_good(): pass\n@pytest.mark.full\ndef test_long(): pass\n")
     command = [SCRIPT, "--small", "--device", "cpu", "--out", tmp_path / "out", "--tests", tests]
@@ -133,18 +137,26 @@ def test_a_failed_test_and_a_check_that_is_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "tpu"], "--device tpu: found no such kind of device"),
-        (["--data-path", "nowhere"], "nowhere"),
         (["--tests", "nowhere"], "--tests nowhere: found no such test files"),
         (["--part", "right"], "unrecognized arguments: --part right"),
+        (["--minutes", "0"], "argument --minutes: 0 is not above 0"),
     ],
 )
-def test_wrong_arguments(tmp_path, options, message):
-    command = [sys.executable, SCRIPT.with_suffix(".py"), "--out", tmp_path / "out", *options]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_wrong_arguments(tmp_path, capsys, options, message):
+    assert main(["--out", str(tmp_path / "out"), *options]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_or_data_that_are_not_there(tmp_path):
+    for device, data_path, message in (
+        ("tpu", None, "no such kind of device"),
+        ("cpu", tmp_path, "t10k-images-idx3-ubyte"),
+    ):
+        describe(device, data_path, tmp_path / "found.json")
+        assert message in json.loads((tmp_path / "found.json").read_text())["error"]
 
 
 def test_servers_do_not_ask_for_a_device_before_they_fork():

@@ -78,6 +78,7 @@ RULES = [
     Rule(r"scripts/make_shards\.py", "--shard-mb 0.01"),
     Rule(r"scripts/study\.py", action="parse", reason="takes hours; tests/integration/test_study.py runs a small one"),
     Rule(r"scripts/study_report\.py"),
+    Rule(r"scripts/check_device\.py", action="parse", reason="tests/integration/test_check_device.py runs it"),
     Rule(r"scripts/torture\.py", action="parse", reason="takes an hour; tests/robustness/test_torture.py runs it"),
     Rule(r"benchmarks/\w+\.py", action="parse", reason="takes minutes, or needs a GPU"),
     Rule(r"^-m pytest", action="skip", reason="would run this test"),
@@ -208,7 +209,7 @@ def test_a_command_without_a_rule_fails(sandbox: Sandbox):
 # Paths and form
 # ---------------------------------------------------------------------------------------------------------------------
 
-ROOMS = "benchmarks|common|configs|docs|family|models|pipeline|results|scripts|study|tests|training"
+ROOMS = "benchmarks|common|configs|device_check|docs|family|models|pipeline|results|scripts|study|tests|training"
 PATH = re.compile(rf"(?<![\w/.-])((?:{ROOMS})/[\w./-]*[\w/]|\w+\.(?:py|md|txt|toml|sh))(?![\w(])")
 # names of files that are not of the repository
 ELSEWHERE = {"results/NAME", "train.py", "run_with_submitit.py", "tables.md", "family.md", "claims.md"}
