@@ -2,11 +2,12 @@
 
 import csv
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.files import atomic_write
 from study.archive import ARCHIVE, WEIGHTS_ARCHIVE, write_archive
+from study.plan import Run
 from study.records import RECORD
 from study.restore import LOGS, WITH_WEIGHTS
 from study.runner import Runner
@@ -38,19 +39,32 @@ def write_results(runner: Runner, results: Path, config: Path) -> None:
 
 
 def awaited_weights(runner: Runner) -> dict[str, Path]:
-    """The weights of finished runs that others wait for, the most urgent first, as many as `WEIGHTS_LIMIT` allows."""
-    study, awaited = runner.study, {}
-    for run in sorted(study.all_runs, key=study.place_of):
-        if not runner.is_done(run):
-            awaited |= {needed: None for needed in run.needs.values() if runner.is_settled(needed)}
-    kept, size = {}, 0
-    for run in awaited:
-        paths = [path for name in WITH_WEIGHTS if (path := runner.root / run.folder / name).exists()]
-        of_run = sum(path.stat().st_size for path in paths)
-        if size + of_run <= WEIGHTS_LIMIT:
-            kept |= {f"{run.folder}/{path.name}": path for path in paths}
-            size += of_run
-    return kept
+    """The weights of finished runs that others wait for, as many as `WEIGHTS_LIMIT` allows, by their names."""
+    study = runner.study
+    left = [run for run in study.all_runs if not runner.is_done(run)]
+    awaited = {needed for run in left for needed in run.needs.values() if runner.is_settled(needed)}
+    paths = {run: [runner.root / run.folder / name for name in WITH_WEIGHTS] for run in study.all_runs}
+    paths = {run: [path for path in of_run if path.exists()] for run, of_run in paths.items()}
+    sizes = {run: sum(path.stat().st_size for path in of_run) for run, of_run in paths.items()}
+    kept = that_fit(awaited, sizes, WEIGHTS_LIMIT, study.place_of)
+    return {f"{run.folder}/{path.name}": path for run in kept for path in paths[run]}
+
+
+def that_fit(awaited: set[Run], sizes: Mapping[Run, int], limit: int, place_of: Callable) -> list[Run]:
+    """The first of the runs whose weights others wait for, as many as have ``limit`` bytes together.
+
+    Where the weights of one are not kept, it will be done again, and then it waits for those that it was made from.
+    """
+    while True:
+        kept, size = [], 0
+        for run in sorted(awaited, key=place_of):
+            if size + sizes[run] <= limit:
+                kept.append(run)
+                size += sizes[run]
+        more = {needed for run in awaited - {*kept} for needed in run.needs.values()} - awaited
+        if not more:
+            return kept
+        awaited = awaited | more
 
 
 def rows_of(runner: Runner) -> Iterable[dict]:

@@ -3,10 +3,11 @@
 A case raises where something is wrong. `run_cases` calls them one after the other, in a process of its own.
 """
 
+import io
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -20,6 +21,8 @@ from models.formats.timm_folder import save_model
 from models.order import rank_layers_by_output
 from models.pruning import scores_of
 from pipeline.batch_augment import BatchAugment
+from training.build import autocast_of, check_means
+from training.config import OptimConfig
 from training.loop import draw_sizes
 from training.probe import fit_head
 from training.teacher import TeacherCache
@@ -54,14 +57,15 @@ TRAINED = {
     "from files": f"--model {SOURCE} --reprob 0.9 --recount 2",
     "another model": "--model resnet10t --input-size 32 --cache-data --aa original",
 }
-KINDS = (
-    "vit_small_patch14_reg4_dinov2",
-    "vit_base_patch16_siglip_224",
-    "aimv2_large_patch14_224",
-    "vit_small_patch16_dinov3",
-    "eva02_base_patch14_448",
-    "deit_tiny_distilled_patch16_224",
-)
+KINDS = {  # and how often a step waits
+    "vit_small_patch14_reg4_dinov2": 0,
+    "vit_base_patch16_siglip_224": 0,
+    "aimv2_large_patch14_224": 0,
+    "vit_small_patch16_dinov3": 1,  # timm draws the scale of its rotary positions on the CPU
+    "eva02_base_patch14_448": 0,
+    "deit_tiny_distilled_patch16_224": 0,
+}
+SLOW = {"TLEG with descendants", "features", "another model", "vit_base_patch16_siglip_224", "eva02_base_patch14_448"}
 HERE = f"{emulated_device.NAME}:0"
 
 
@@ -98,9 +102,10 @@ class NoSums(Position):
 
 def steps_of_a_run(options: str, device: EmulatedDevice, folder: Path) -> None:
     """Train for some steps as main.py does. They have no tensor on the CPU, and wait nowhere."""
-    run = set_up_run(f"{SMALL} {options}".replace("FOLDER", str(folder)).split())
+    with patch("training.setup.check_means"):  # a case of its own
+        run = set_up_run(f"{SMALL} {options}".replace("FOLDER", str(folder)).split())
     assert run.device == torch.device(HERE)
-    optim, batches = run.config.optim, Batches(islice(run.train_loader, 4), device)
+    optim, batches = run.config.optim, Batches(islice(run.train_loader, 2), device)
     before = {name: w.clone() for name, w in run.model.named_parameters()}
     train_one_epoch(
         run.trained,
@@ -137,7 +142,7 @@ def step_of_a_kind(kind: str, device: EmulatedDevice, folder: Path) -> None:
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
         ema.update(model)
-        assert not device.waits, "\n".join(device.waits)
+        assert len(device.waits) <= KINDS[kind], "\n".join(device.waits)
         assert all(w.grad is not None for w in model.parameters())
 
 
@@ -164,6 +169,13 @@ def train(model: nn.Module, device: EmulatedDevice) -> list[str]:
 
 def scaled_gradients(device: EmulatedDevice, folder: Path) -> None:
     assert not train(nn.Linear(4, 3), device)
+
+
+def checked_means(device: EmulatedDevice, folder: Path) -> None:
+    """What is tried before a run."""
+    check_means(OptimConfig(), False, half=True, device=torch.device(HERE))
+    autocast, half = autocast_of("float16", torch.device(HERE))
+    assert (autocast.fast_dtype, half) == (torch.float16, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,6 +295,7 @@ CASES: dict[str, Case] = {
     **{name: partial(steps_of_a_run, options) for name, options in TRAINED.items()},
     **{kind: partial(step_of_a_kind, kind) for kind in KINDS},
     "scaled gradients": scaled_gradients,
+    "checked means": checked_means,
     "a tensor on the CPU": a_tensor_on_the_cpu,
     "places that wait": places_that_wait,
     "augmented batches": augmented_batches,
@@ -302,15 +315,15 @@ def write_sources(folder: Path) -> None:
     models.Learngene.of(aux_net).save(folder / "gene" / "learngene.safetensors")
 
 
-def run_cases(results: Connection) -> None:
+def run_cases(names: Iterable[str], results: Connection) -> None:
     """Send for each case its name and what went wrong: nothing, or a traceback."""
     device = emulated_device.activate()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         write_sources(Path(folder))
-        for name, case in CASES.items():
+        for name in names:
             problem = ""
             try:
-                case(device, Path(folder))
+                CASES[name](device, Path(folder))
             except Exception:
                 problem = traceback.format_exc()
             results.send((name, problem))

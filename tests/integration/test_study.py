@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
-from study.archive import ARCHIVE, read_archive
+from study.archive import ARCHIVE, WEIGHTS_ARCHIVE, read_archive, read_files
 
 import numpy as np
 import pytest
@@ -26,48 +26,10 @@ import yaml
 from conftest import ENVIRONMENT, SECONDS, TESTS
 from filelock import FileLock
 from safetensors.torch import load_file
+from small_study import STUDY
 from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPT = TESTS.parent / "scripts" / "study.py"
-STUDY = """
-study: tiny
-sizes: {L1-H1: deit_nano_patch8_16_L1_H1, L2-H2: deit_nano_patch8_16_L2_H2}
-seeds: [0, 1]
-options: {input-size: 16, batch-size: 64, num-workers: 0, cache_data: true, warmup-epochs: 0, unscale-lr: true,
-  repeated-aug: false, aa: none, mixup: 0, cutmix: 0, reprob: 0, model-ema: false, eval-interval: 100}
-data:
-  DIGITS: {data-set: DIGITS, train-images: 320}
-tuning: {seed: 100, size: L2-H2, holdout: 200}
-runs:
-  teacher: {kind: teacher, data: DIGITS, seeds: [0], epochs: 1, lr: 3.0e-3, options: {model: test_resnet}}
-  LeTs stage 1:
-    kind: stage1
-    method: LeTs
-    data: DIGITS
-    epochs: 2
-    lr: [1.0e-9, 3e-3]
-    tuning: {epochs: 1}
-    options: {src-arch: deit_nano_patch8_16_L2_H1, tgt-arch: deit_nano_patch8_16_L4_H2, distillation-type: soft,
-      teacher-model: test_resnet, teacher-path: "{teacher}/model.safetensors"}
-  LeTs:
-    kind: vit
-    data: DIGITS
-    sizes: [L1-H1]
-    epochs: [0, 1]
-    stored: LeTs stage 1
-    lr: scratch
-    options: {des-arch: "{arch}", load-gene: "{LeTs stage 1}/learngene.safetensors"}
-  scratch: {kind: vit, data: DIGITS, seeds: [0], epochs: [1], lr: 3.0e-3, options: {model: "{arch}"}}
-  weight selection:
-    kind: vit
-    data: DIGITS
-    seeds: [0]
-    sizes: [L1-H1]
-    epochs: [0]
-    stored: scratch/L2-H2/1
-    options: {model: "{arch}", init: weight_selection, init-path: "{scratch/L2-H2/1}/model.safetensors"}
-report: {learngenes: [LeTs], scratch: scratch, first: DIGITS, baselines: [weight selection]}
-"""
 RUNS = ["LeTs L1-H1 seed 0, 1 epoch", "LeTs L1-H1 seed 1, 1 epoch", "LeTs stage 1 seed 0, 2 epochs"]
 RUNS += ["LeTs stage 1 seed 1, 2 epochs", "LeTs stage 1 seed 100, 1 epoch, tuning, lr 0.003"]
 RUNS += ["LeTs stage 1 seed 100, 1 epoch, tuning, lr 1e-09", "scratch L1-H1 seed 0, 1 epoch"]
@@ -250,13 +212,56 @@ def test_table(done):
 def test_what_is_kept(done):
     for name, text in done.kept.items():
         assert text == (done.root / name).read_text()
-    assert {Path(name).name for name in done.kept} == {"log.txt", "args.yaml"}
-    assert len(done.kept) == 2 * 8
+    assert {Path(name).name for name in done.kept} == {"log.txt", "args.yaml", "run.json"}
+    assert len(done.kept) == 3 * 8 + 2  # of the runs that tune, the record alone
     kept = {path.name for path in done.results.iterdir()}
-    assert {"results.csv", "tuning.csv", "tables.md", "study.yaml", "runs.tar.gz"} <= kept
+    assert {"results.csv", "tuning.csv", "progress.csv", "tables.md", "study.yaml", "runs.tar.gz"} <= kept
+    assert WEIGHTS_ARCHIVE not in kept  # no run waits for any
     assert not any(path.is_dir() for path in done.results.iterdir())
     assert (done.results / "study.yaml").read_text() == STUDY
     assert not [*done.root.rglob("*checkpoint*")]
+
+
+def test_another_machine_continues_from_the_results(done, copy, run_here):
+    shutil.rmtree(copy.root / "runs/LeTs/L1-H1/1/1")
+    assert run_here(copy.folder, "--minutes", "1e-9").code == 3
+    assert read_files(copy.results / WEIGHTS_ARCHIVE).keys() == {"runs/LeTs_stage_1/2/1/learngene.safetensors"}
+    shutil.rmtree(copy.folder / "output")
+    listed = run_here(copy.folder, "--list").stdout
+    assert "LeTs: 2 runs (1 done, 0 begun, 1 to do)" in listed
+    assert "LeTs stage 1: 2 runs (2 done, 0 begun, 0 to do)" in listed
+    weights = (copy.results / WEIGHTS_ARCHIVE).read_bytes()
+    (copy.results / WEIGHTS_ARCHIVE).write_bytes(b"")
+    assert "weights.tar.gz cannot be read" in run_here(copy.folder, "--list").stderr
+    (copy.results / WEIGHTS_ARCHIVE).unlink()  # the learngene is made again, so its teacher is, and all that both made
+    again = run_here(copy.folder, "--list").stdout
+    assert [
+        name
+        for name in ("teacher", "LeTs", "scratch")
+        if f"{name}: 1 runs (0 " in again or f"{name}: 2 runs (0 " in again
+    ] == ["teacher", "LeTs"]
+    (copy.results / WEIGHTS_ARCHIVE).write_bytes(weights)
+    piece = run(copy.folder)
+    assert piece.code == 0, piece.stderr
+    assert [line[:35] for line in piece.stdout.splitlines()[:2]] == [
+        "9 runs are done already, as results",
+        "[10/10] LeTs L1-H1 seed 1, 1 epoch:",
+    ]
+    same = [(found, row) for found, row in zip(copy.rows(), done.rows(), strict=True) if row["epochs"] != "1"]
+    assert all(found == row for found, row in same)
+    assert (copy.root / "runs/LeTs_stage_1/2/1/run.json").read_text() == done.kept["runs/LeTs_stage_1/2/1/run.json"]
+    assert not (copy.results / WEIGHTS_ARCHIVE).exists()
+
+
+def test_what_a_changed_study_cannot_continue_from(copy, run_here):
+    shutil.rmtree(copy.folder / "output")
+    (copy.folder / "study.yaml").write_text(STUDY.replace("train-images: 320", "train-images: 640"))
+    piece = run_here(copy.folder, "--list")
+    message = (
+        "error: results/tiny/runs.tar.gz holds LeTs stage 1 seed 0, 2 epochs with train-images 320, not 640: move "
+    )
+    assert (piece.code, piece.stdout) == (2, "")
+    assert piece.stderr.startswith(message.replace("LeTs stage 1 seed 0, 2 epochs", "teacher seed 0, 1 epoch"))
 
 
 def test_one_process_at_a_time(copy, run_here):

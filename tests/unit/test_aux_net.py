@@ -179,7 +179,10 @@ def test_to_vit_is_a_plain_vit(method):
 def test_des_net_does_not_share_memory_with_the_learngene(method):
     gene = models.Learngene.of(aux_net_of(method))
     before = {name: t.clone() for name, t in gene.tensors.items()}
-    vit = gene.descend(AUX)
+    vit = gene.descend(AUX)  # of which some layers are equal
+    memory = [p.untyped_storage() for p in vit.parameters()]
+    assert len({storage.data_ptr() for storage in memory}) == len(memory)
+    assert [storage.nbytes() for storage in memory] == [4 * p.numel() for p in vit.parameters()]  # nothing else in it
     with torch.no_grad():
         for p in vit.parameters():
             p.zero_()

@@ -92,6 +92,13 @@ def test_a_choice_is_said(tmp_path, capsys, content, said):
     assert capsys.readouterr().out.count(said) == 1
 
 
+def test_weights_whose_sum_overflows_are_finite(tmp_path):
+    large = own_weights() | {"head.bias": torch.full((10,), 3e38)}
+    assert equal(load(large, tmp_path / "large.pth", other_head=False), large)
+    with pytest.raises(models.InputError, match=r"head\.bias holds values that are not finite"):
+        load(large | {"head.bias": torch.tensor([3e38] * 9 + [torch.inf])}, tmp_path / "infinite.pth")
+
+
 def test_dictionaries_that_are_many_in_few_are_searched_once(tmp_path):
     content: dict = {"a": 1}
     for _ in range(5):
