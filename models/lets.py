@@ -70,7 +70,7 @@ EXPANSION = ("layers_per_row", "group_size", "full_width")  # what a learngene f
 
 def depth_matrices(g: Tensor, plan: DepthPlan, modules: Sequence[str], n: int) -> dict[str, Tensor]:
     """G of each module, (distinct layers, n): the coefficients of a layer in the columns of its group, else 0."""
-    G = torch.einsum("mrc,urp->mupc", g, plan.select).flatten(2)[..., :n]
+    G = torch.einsum("mrc,urp->mupc", g, plan.select.to(g.dtype)).flatten(2)[..., :n]
     return dict(zip(modules, G, strict=True))
 
 

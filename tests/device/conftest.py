@@ -1,15 +1,14 @@
 """The device under test, and the files that runs on it start from."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import models
 from common.devices import device_of
+from device import arithmetic
+from device.runs import AUX, LEARNGENE, SIZE, Runs
 
 import pytest
 import torch
-from device import arithmetic
-from device.runs import AUX, LEARNGENE, SIZE, Runs
 from runs_of_families import write_source
 from safetensors.torch import save_file
 
@@ -19,6 +18,12 @@ CLASSES = 10
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="auto", help="what tests/device runs on, as main.py's --device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Show both streams of a failed test, and not its log: torch's compiler writes thousands of lines there."""
+    if config.option.showcapture == "all":
+        config.option.showcapture = "std"
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +40,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "teacher").mkdir()
     teacher = models.create_model("test_resnet", num_classes=CLASSES)
     save_file(teacher.state_dict(), folder / "teacher" / "model.safetensors")
-    models.Learngene.of(models.create_aux_net(LEARNGENE, AUX, num_classes=CLASSES)).save(folder / "learngene.safetensors")
+    models.Learngene.of(models.create_aux_net(LEARNGENE, AUX, num_classes=CLASSES)).save(
+        folder / "learngene.safetensors"
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
-def runs(device: torch.device, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    yield Runs(device, files, tmp_path_factory.mktemp("runs"))
+def runs(device: torch.device, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(device, files, tmp_path_factory.mktemp("runs"))

@@ -86,7 +86,7 @@ VARIANTS = {
 NONE = {("features", "teacher-cache"), ("features", "accumulated")}
 CELLS = [cell for cell in product(KINDS, VARIANTS) if cell not in NONE]
 NUMBERS = ("train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "ema_test_loss", "ema_test_acc1")
-STEP_NUMBERS = {f"step/{name}" for name in ("loss", "lr", "gradient norm", "images/s", "waiting for data", "teacher")}
+STEP_NUMBERS = {f"step/{name}" for name in ("loss", "lr", "gradient norm", "images/s", "waiting for data")}
 
 
 def cells(*kinds: str) -> list:
@@ -200,6 +200,7 @@ def assert_sound(finished: Finished) -> None:
     assert all(math.isfinite(line[name]) for line in trained for name in NUMBERS)
     of_steps = {name: values for name, values in finished.shown.items() if name.startswith("step/")}
     assert of_steps.keys() >= STEP_NUMBERS
+    assert ("step/teacher" in of_steps) == (finished.run.teacher is not None)
     finite = [math.isfinite(value) for name, values in of_steps.items() for value in values if "norm" not in name]
     assert all(finite)
     assert min(of_steps["step/images/s"]) > 0

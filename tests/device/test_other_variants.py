@@ -3,9 +3,9 @@
 import json
 
 import main
+from device.runs import KINDS, VARIANTS, assert_sound, cells
 
 import pytest
-from device.runs import KINDS, VARIANTS, assert_sound, cells
 
 OTHERS = ("elastic", "features", "stage-2", "plain")
 

@@ -1,7 +1,8 @@
 """Stage 1 of LeTs and TLEG: each option that changes how a step is computed, against the run without it."""
 
-import pytest
 from device.runs import CACHE, FLOAT32, VARIANTS, assert_sound, cells
+
+import pytest
 
 KINDS = ("lets", "descendants", "tleg")
 

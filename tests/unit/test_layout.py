@@ -1,6 +1,7 @@
 """The layout of the repository: which room imports which, no circles, the lengths of files and functions."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -23,6 +24,8 @@ FORBIDDEN = {("pipeline", "models")}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 LONG = {"options.py"}  # the parser
+OF_DEVICES = {"common/devices.py", "options.py"}
+ACCELERATORS = "cuda|xpu|mps"
 
 Sources = Mapping[str, str]  # path relative to the repository → content
 
@@ -141,6 +144,29 @@ def rooms_without_docstring(sources: Sources) -> list[str]:
     return problems
 
 
+def kinds_of_device(sources: Sources) -> list[str]:
+    """Names of accelerators in strings, and calls of their modules: all but ``common/devices.py`` work on any device.
+
+    Docstrings may name them, and the help of options.
+    """
+    problems = []
+    for path, source in sources.items():
+        if path in OF_DEVICES or room_of(module_of(path)) == "tests":
+            continue
+        tree = ast.parse(source, path)
+        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings among them
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+                found = re.fullmatch(rf"(.*\W)?({ACCELERATORS})(:.*)?", node.value)
+            elif isinstance(node, ast.Attribute):
+                found = re.fullmatch(rf"(torch\.|.*\.is_)({ACCELERATORS})(.*)", ast.unparse(node))
+            else:
+                continue
+            if found:
+                problems.append(f"{path}:{node.lineno}: names the device {found[2]}: common/devices.py is to be asked")
+    return problems
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # This repository
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +185,7 @@ def sources() -> dict[str, str]:
     return {path: (REPOSITORY / path).read_text(encoding="utf-8") for path in paths}
 
 
-@pytest.mark.parametrize("check", [wrong_arrows, circles, too_long, rooms_without_docstring])
+@pytest.mark.parametrize("check", [wrong_arrows, circles, too_long, rooms_without_docstring, kinds_of_device])
 def test_repository(sources, check):
     problems = check(sources)
     assert not problems, "\n".join(["", *problems])
@@ -238,3 +264,21 @@ def test_rooms_without_docstring_are_found():
         "models/formats/__init__.py: missing: expected a docstring that says what the folder is for"
     ]
     assert rooms_without_docstring({"a/__init__.py": "import os\n"}) == ["a/__init__.py:1: has no docstring"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'if device.type == "cuda":',
+        'if name in ("cpu", "mps"):',
+        'torch.device("cuda:0")',
+        "if images.is_cuda:",
+        "torch.cuda.synchronize()",
+        'backend = "cpu:gloo,xpu:xccl"',
+    ],
+)
+def test_names_of_devices_are_found(line):
+    source = f'"""Runs on cuda."""\n{line.removesuffix(":")}\n'.replace("\nif ", "\nx = ")
+    (found,) = {problem.partition(":")[2] for problem in kinds_of_device({"engine.py": source})}
+    assert found.startswith("2: names the device ")
+    assert kinds_of_device({"common/devices.py": source, "tests/test_a.py": source}) == []
