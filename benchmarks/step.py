@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +24,7 @@ import models
 from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
 from common.devices import accelerator, no_waiting, peak_memory, synchronize
+from models.compiled import compiled_for_training
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -59,7 +60,9 @@ class Step:
         size, device = model.arch.img_size, torch.device(args.device)
         model = (model if kind == "Aux-Net" else models.create_vit(model.arch)).to(device).train()
         self.model, self.device, self.whole = model, device, args.whole
-        self.run = torch.compile(model, fullgraph=True) if args.compile else model
+        self.compiled = ExitStack()  # until the program ends
+        if args.compile:  # as main.py does
+            self.compiled.enter_context(compiled_for_training(model))
         self.images = torch.randn(args.batch_size, 3, size, size, device=device)
         self.labels = torch.randint(1000, (args.batch_size,), device=device)
         dtype = getattr(torch, args.dtype)
@@ -70,7 +73,7 @@ class Step:
 
     def __call__(self) -> None:
         with self.autocast:
-            loss = cross_entropy(self.run(self.images), self.labels)
+            loss = cross_entropy(self.model(self.images), self.labels)
         loss.backward()
         if self.whole:
             self.optimizer.step()
@@ -89,10 +92,8 @@ class Step:
 
     def macs(self) -> float:
         """Multiply-accumulates of one step, as torch counts them: matrix products, convolutions and attention."""
-        run, self.run = self.run, self.model
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             self()
-        self.run = run
         return counter.get_total_flops() / 2
 
 
