@@ -213,7 +213,7 @@ ROOMS = "benchmarks|common|configs|device_check|docs|family|models|pipeline|resu
 PATH = re.compile(rf"(?<![\w/.-])((?:{ROOMS})/[\w./-]*[\w/]|\w+\.(?:py|md|txt|toml|sh))(?![\w(])")
 # names of files that are not of the repository
 ELSEWHERE = {"results/NAME", "train.py", "run_with_submitit.py", "tables.md", "family.md", "claims.md"}
-ELSEWHERE |= {"classes.txt", "log.txt"}
+ELSEWHERE |= {"classes.txt", "log.txt", "report.md", "tests/device/NAME.py", "results/gpu"}
 
 
 def anchors(page: Path) -> set[str]:
