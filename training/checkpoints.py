@@ -15,7 +15,7 @@ from common.files import atomic_write, check_archive, hardlink_or_copy, read_che
 from engine import Position, not_finite
 from models.formats.class_names import class_names, first_difference
 from models.formats.published import is_published, published_moments, published_names
-from models.formats.weights import load_weights, optimizer_state_of, weights_of
+from models.formats.weights import all_finite, load_weights, optimizer_state_of, weights_of
 from training.config import CHECKPOINT, Config, options_in_effect, recipe
 from training.foreign_weights import as_list
 from training.label_check import names_known
@@ -202,8 +202,7 @@ def check_state(run: Run) -> None:
     """Raises NotFiniteError, on all processes together, if anything that a checkpoint would hold is not finite."""
     tensors = [*run.model.state_dict().values(), *(run.ema.module.state_dict().values() if run.ema else ())]
     tensors += tensors_in(run.optimizer.state_dict()["state"])
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    finite = all(bool(tensor.isfinite().all()) for tensor in floating)
+    finite = all(all_finite(tensor) for tensor in tensors if tensor.is_floating_point())
     if utils.max_over_processes(not finite)[0]:
         finding = f"weights or their averages are not finite in epoch {run.epoch} after step {run.position.steps}"
         raise not_finite(finding, run.optimizer)

@@ -1,12 +1,16 @@
 """Compiled blocks: the same results, one graph for each width and number of hidden neurons, and no other."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 
 import models
+from common.files import read_checkpoint
+from models import compiled
 from models.compiled import DropPathOfAnyRate, compiled_for_evaluation, compiled_for_training, vits_of
 from models.features import Features
 from models.preprocessing import DEFAULT, Preprocessing
@@ -16,10 +20,12 @@ from training.teacher import Renormalised, Teacher
 import pytest
 import timm
 import torch
-from kinds_of_vit import KINDS, REPRESENTATIVE, case_of, gradients
+from conftest import Run, assert_same_result, run_many
+from kinds_of_vit import KINDS, case_of, gradients
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 ARCH = "deit_nano_patch8_16_L3_H2"
 SOURCES: dict[str, Callable[..., models.AuxNet]] = {
@@ -29,7 +35,7 @@ SOURCES: dict[str, Callable[..., models.AuxNet]] = {
 }
 # besides one for each width and number of hidden neurons: E on the weights (LeTs), other epsilons of the norms (TLEG)
 GRAPHS_OF_THE_AUX_NET = {"lets": 1, "tleg": 1, "elastic": 0}
-DEPTHS, HEADS, MLP_RATIOS = (1, 2, 3), (1, 2), (2.0, None)
+DEPTHS, HEADS, MLP_RATIOS = (1, 2, 3), (1, 2), {"lets": (None,), "tleg": (None,), "elastic": (2.0, None)}
 
 
 class Counter(CompileCounterWithBackend):
@@ -49,7 +55,7 @@ def supernet(method: str, **kwargs: object) -> models.Supernet:
     aux_net = SOURCES[method](drop_path_rate=0.3)
     sizes = [
         replace(aux_net.arch, depth=depth, num_heads=heads, width=heads * aux_net.arch.head_dim, mlp_ratio=ratio)
-        for depth, heads, ratio in product(DEPTHS, HEADS, MLP_RATIOS)
+        for depth, heads, ratio in product(DEPTHS, HEADS, MLP_RATIOS[method])
     ]
     return models.Supernet(aux_net, SizeSampler({arch: arch.macs(5) for arch in sizes}, 1, **kwargs)).train()
 
@@ -83,12 +89,9 @@ def not_compiled() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "alone"),
-    [*product(SOURCES, [False]), *(pytest.param(method, True, marks=pytest.mark.full) for method in SOURCES)],
-)
-def test_a_width_is_one_graph_for_layers_and_depths_of_any_drop_path(method, alone):
-    net, counter = supernet(method, alone=alone), Counter()
+@pytest.mark.parametrize("method", SOURCES)
+def test_a_width_is_one_graph_for_layers_and_depths_of_any_drop_path(method):
+    net, counter = supernet(method), Counter()
     with compiled_for_training(net, counter):
         with not_compiled():
             expected = [*steps(net)]
@@ -96,10 +99,10 @@ def test_a_width_is_one_graph_for_layers_and_depths_of_any_drop_path(method, alo
         for _ in range(2):  # and nothing is compiled the second time
             for found, wanted in zip(steps(net), expected, strict=True):
                 torch.testing.assert_close(found, wanted)
-            assert counter.frame_count == len(HEADS) * len(MLP_RATIOS) + (not alone) * GRAPHS_OF_THE_AUX_NET[method]
+            assert counter.frame_count == len(HEADS) * len(MLP_RATIOS[method]) + GRAPHS_OF_THE_AUX_NET[method]
 
 
-@pytest.mark.parametrize("method", SOURCES)
+@pytest.mark.parametrize("method", ["lets", "elastic"])
 def test_activation_checkpointing_and_low_precision_of_compiled_blocks(method):
     net, counter = supernet(method, alone=True), Counter()
     arch = net.sampler.archs[-1]
@@ -117,24 +120,42 @@ def test_activation_checkpointing_and_low_precision_of_compiled_blocks(method):
         assert counter.frame_count == 2
 
 
-def parameters(kinds: Sequence[str], fast: Sequence[str]) -> list:
-    return [pytest.param(kind, marks=() if kind in fast else pytest.mark.full) for kind in kinds]
+# registers and LayerScale; EVA's rotary and learned positions, SwiGLU; rotary positions, biases of q and v alone
+EXAMPLES = ("vit_small_patch14_reg4_dinov2", "eva02_base_patch14_448", "vit_small_patch16_dinov3_qkvb")
 
 
-FAST = ("vit_small_patch14_reg4_dinov2", "eva02_base_patch14_448", "vit_small_patch16_dinov3_qkvb")
-
-
-@pytest.mark.parametrize("kind", parameters([kind for kind in REPRESENTATIVE if kind in KINDS], FAST))
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind in KINDS])
 def test_every_kind_of_vit_is_one_graph(kind):
     case, found = case_of(kind), []
-    for model in (case.source().double().requires_grad_(True), case.aux_net().double()):
-        for counter in (Counter(), Counter()):
-            torch.manual_seed(0)  # of the random positions of some kinds
-            with compiled_for_training(model.train(), counter) if found else nullcontext():
-                found.append(gradients(model, case.images().double()))
-        assert counter.frame_count == 1
-        torch.testing.assert_close(*found)
-        found.clear()
+    model, counter = case.aux_net().double().train(), Counter()
+    for context in (nullcontext(), compiled_for_training(model, counter)):
+        torch.manual_seed(0)  # of the random positions of some kinds
+        with context:
+            found.append(gradients(model, case.images().double()))
+    torch.testing.assert_close(*found)
+    assert counter.frame_count == 1
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", SOURCES)
+def test_distributed_steps_reach_every_parameter_and_do_not_split_blocks(method, process_group):
+    net, counter = supernet(method, alone=True), Counter()
+    distributed = DistributedDataParallel(net)  # without find_unused_parameters: raises if one has no gradient
+    with compiled_for_training(net, counter):
+        for depth in (1, 3, 1):
+            net.drawn = [arch for arch in net.sampler.archs if arch.label == f"L{depth}-H2"]
+            with not_compiled():
+                expected = step(net)
+            torch.testing.assert_close(step(distributed), expected)
+    assert counter.frame_count == 1
 
 
 def test_features_of_compiled_members():
@@ -194,14 +215,19 @@ def test_rates_of_drop_paths_are_kept():
     assert rates == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2], abs=1e-6)
 
 
-def test_more_graphs_than_the_sizes_explain_are_an_error():
+def test_more_graphs_than_the_sizes_explain_are_an_error(monkeypatch):
     vit = models.create_vit(models.parse_arch("deit_nano_patch8_16_L1_H1")).train()
-    for _ in range(2):  # another run starts from none
-        with compiled_for_training(vit, "eager"):
-            for count in range(1, 9):
-                vit(images(count))
-            with pytest.raises(Exception, match=r"fullgraph=True|cache_size_limit"):
-                vit(images(9))
+    monkeypatch.setattr(compiled, "GRAPHS_OF_A_SIZE", 1)
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({limit: 1}):
+        for _ in range(2):  # another run starts from none
+            with compiled_for_training(vit, "eager"):
+                for count in (1, 2):  # one for the size, and one for the layer
+                    vit(images(count))
+                with pytest.raises(Exception, match=r"fullgraph=True|cache_size_limit"):
+                    vit(images(3))
+        assert getattr(config, limit) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,3 +255,30 @@ def test_teacher_that_is_no_vit_is_compiled_as_a_whole():
     expected = Teacher(network, torch.float32)(images())
     torch.testing.assert_close(Teacher(compiled_for_evaluation(network, counter), torch.float32)(images()), expected)
     assert counter.frame_count == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMMAND = (
+    "--data-set DIGITS --batch-size 256 --num-workers 0 --cache-data --warmup-epochs 0 --device cpu --accum-iter 2"
+)
+COMMAND += " --src-arch deit_nano_patch8_16_L3_H1 --descendants 1 --descendant-weight 1 --descendant-heads 1 --compile"
+COMMAND += " --descendant-heads 1 --descendant-depths 1,2,3 --drop-path 0.1 --sched step --decay-epochs 100"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+def test_compiled_run_with_descendants_resumes_bit_for_bit(tmp_path):
+    lines = {
+        "whole": f"--epochs 2 --output-dir {tmp_path}/whole",
+        "begun": f"--epochs 1 --output-dir {tmp_path}/cut",
+        "continued": f"--epochs 2 --output-dir {tmp_path}/cut --resume auto",
+    }
+    for name, line in lines.items():  # the first compiles for all, as torch caches what it has compiled
+        outcome = run_many({name: Run(f"{COMMAND} {line}".split())}, tmp_path / f"runs-{name}")[name]
+        assert outcome.codes == [0], outcome.stderr
+    assert_same_result(tmp_path / "cut", tmp_path / "whole")
+    keys = read_checkpoint(tmp_path / "whole" / "checkpoint.pth")["model"]
+    assert not [key for key in keys if "_orig_mod" in key]
