@@ -56,6 +56,8 @@ def init_distributed(timeout: timedelta, device: str = "auto") -> None:
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backends = backends_of(device, shared=_world.local_size != 1)
         dist.init_process_group(backends, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+        if backends.count("gloo") > 1:
+            print_main(f"tensors of --device {device} are exchanged through gloo, by way of the CPU")
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"process {_world.rank} of {_world.size} has not met the others at {_world.address}:{_world.port} within "

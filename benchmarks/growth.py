@@ -4,20 +4,23 @@
     benchmarks/growth.py --plot docs/growth.png
 
 Stage 1: time of a step of a LeTs Aux-Net (forward and backward, one thread) against width, depth and batch size; the
-expected growth is that of the multiply-accumulates. Data parallelism: throughput of two processes with one thread each,
-against one. Stage 2: time and memory to initialise Des-Nets of published sizes from a file. Start-up: time of
-main.py --help, and of a run until its first checkpoint.
+expected growth is that of the multiply-accumulates. Data parallelism: images per second of main.py in two processes
+with one thread each, against one. Stage 2: time and memory to initialise Des-Nets of published sizes from a file.
+Start-up: time of main.py --help, and of a run until its first checkpoint.
 """
 
 import argparse
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,12 +40,17 @@ from benchmarks.step import Step
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 BATCH, DEPTH, HEADS = 4, 8, 4  # unless varied
 BATCHES, DEPTHS, WIDTHS = (1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 6, 8, 12)
+RUNS = {
+    "LeTs": "--src-arch deit_tiny_patch16_224_L4_H2 --tgt-arch deit_tiny_patch16_224_L8_H4 --descendants 0",
+    "LeTs, with two descendants": "--src-arch deit_tiny_patch16_224_L4_H2 --tgt-arch deit_tiny_patch16_224_L8_H4 "
+    "--descendants 2",
+    "elastic, two sizes": "--src-arch deit_tiny_patch16_224_L8_H4",
+}
+INTERVALS = 4  # of five steps
 DES_NETS = ("L3_H6", "L6_H6", "L12_H6", "L6_H12", "L12_H12", "L16_H12")
 
 
@@ -85,29 +93,24 @@ def des_net(path: str, arch: str) -> tuple[float, int, int]:
     return seconds, peak_memory(torch.device("cpu")) - before, sum(p.numel() for p in vit.parameters())
 
 
-def distributed_steps(rank: int, processes: int, port: int, steps: int) -> float:
-    """Seconds per step of ``processes`` data-parallel processes."""
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
-    step = Step(options(), "Aux-Net")
-    if processes > 1:
-        step.run = DistributedDataParallel(step.model)
-    step()
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    dist.barrier()
-    seconds = (time.perf_counter() - start) / steps
-    dist.destroy_process_group()
-    return seconds
-
-
-def seconds_of(processes: int, port: int) -> float:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes) as pool:
-        return max(pool.starmap(distributed_steps, [(rank, processes, port, 5) for rank in range(processes)]))
+def images_per_second(kind: str, processes: int) -> float:
+    """Throughput of all processes of a run, as main.py logs it: the median of `INTERVALS` after the first."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", REPOSITORY / "main.py"]
+    options = f"--data-set DIGITS --input-size 224 --batch-size {BATCH} --num-workers 0 --log-interval 5 {RUNS[kind]}"
+    with subprocess.Popen(
+        [sys.executable, *launcher, *options.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # where the launcher says that it was ended
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        found = (match for line in process.stdout if (match := re.search(r"images/s ([\d.e+]+)", line)))
+        numbers = [float(match[1]) for match in islice(found, 1 + INTERVALS)]
+        process.terminate()
+        process.communicate()
+    if len(numbers) <= INTERVALS:
+        raise RuntimeError(f"main.py {options} ended after {len(numbers)} lines of the log")
+    return statistics.median(numbers[1:])
 
 
 def start_up(*arguments: str, until: Path | None = None) -> float:
@@ -175,8 +178,11 @@ def main() -> None:
             f"| {exponent([*found], seconds):.2f} | {exponent([*found], macs):.2f} |",
             flush=True,
         )
-    both = in_turn({n: lambda n=n: n / seconds_of(n, 29400 + n) for n in (1, 2)}, args.repeats, warm_up=0)
-    print(f"\nimages/s of two processes over those of one: {ratio(both[2], both[1])}\n", flush=True)
+    print("\n| stage 1, two processes against one | ratio of images/s |\n|---|---:|")
+    for kind in RUNS:
+        both = in_turn({n: partial(images_per_second, kind, n) for n in (1, 2)}, args.repeats, warm_up=0)
+        print(f"| {kind} | {ratio(both[2], both[1])} |", flush=True)
+    print()
     print("| Des-Net | parameters | seconds | memory, MiB |\n|---|---:|---:|---:|")
     found = measure_des_nets()
     for name, (seconds, memory, parameters) in found.items():

@@ -3,6 +3,7 @@
 
 benchmarks/init.py                           the published 12-layer Des-Net, random weights
 benchmarks/init.py --load-gene FILE --des-arch deit_base_patch16_224_L6_H9
+benchmarks/init.py --against FOLDER             in turn with another checkout of this program
 """
 
 import argparse
@@ -11,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from benchmarks.interleaved import machine
+from benchmarks.interleaved import in_turn, machine, ratio
 from common import console
 from options import place
 
@@ -27,11 +29,16 @@ def seconds(load_gene: str, des_arch: str) -> float:
     return time.perf_counter() - start
 
 
+def in_process(program: str, options: list[str]) -> float:
+    return float(subprocess.check_output([sys.executable, program, *options], text=True))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--load-gene", type=place, help="default: a LeTs learngene of published size with random weights")
     p.add_argument("--des-arch", default="deit_base_patch16_224_L12")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--against", type=place, metavar="FOLDER", help="a checkout to compare with")
     p.add_argument("--once", action="store_true", help="measure once, in this process")
     args = p.parse_args()
     if args.once:
@@ -42,10 +49,15 @@ def main() -> None:
             args.load_gene = str(Path(folder, "learngene.safetensors"))
             aux_net = models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")
             models.Learngene.of(aux_net).save(args.load_gene)
-        command = [sys.executable, __file__, "--once", "--load-gene", args.load_gene, "--des-arch", args.des_arch]
-        times = [float(subprocess.check_output(command, text=True)) for _ in range(args.repeats)]
+        options = ["--once", "--load-gene", args.load_gene, "--des-arch", args.des_arch]
+        programs = {"this": __file__} | ({"other": f"{args.against}/benchmarks/init.py"} if args.against else {})
+        measure = {name: partial(in_process, program, options) for name, program in programs.items()}
+        times = in_turn(measure, args.repeats)
     print(f"{args.des_arch}; {machine()}")
-    print(f"{statistics.median(times):.2f} s, from {min(times):.2f} to {max(times):.2f} ({len(times)} processes)")
+    for name, found in times.items():
+        print(f"{name}: {statistics.median(found):.2f} s ({min(found):.2f}–{max(found):.2f}, {len(found)} processes)")
+    if args.against:
+        print(f"this over other: {ratio(times['this'], times['other'])}")
 
 
 if __name__ == "__main__":

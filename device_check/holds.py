@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 import tarfile
 import time
 from collections.abc import Sequence
@@ -68,11 +69,7 @@ def describe(part: Part, results: Path, before: Sequence[dict]) -> None:
     progress, rows = rows_of(results / "progress.csv"), rows_of(results / "results.csv")
     new = [row for row in rows if row not in before]
     fields = ("group", "size", "seed", "epochs", "accuracy", "images_seen", "seconds", "device")
-    table = [
-        {name: number(row[name]) for name in fields} | {"images/s": speed_of(row)}
-        for row in new
-        if row["images_seen"] != "0"
-    ]
+    table = [{name: number(row[name]) for name in fields} | {"images/s": speed_of(row)} for row in new]
     missing = [
         {
             "group": row["group"] + ", tuning" * bool(row["tuning"]),
@@ -84,11 +81,30 @@ def describe(part: Part, results: Path, before: Sequence[dict]) -> None:
     ]
     left = sum(row["missing"] for row in missing)
     part.tables = [Table("Runs of this piece", table)] * bool(table)
-    part.tables += [Table("The study so far", missing)] * bool(missing)
+    accuracies = accuracies_of(rows)
+    part.tables += [Table("Accuracy so far, in %, mean over seeds", accuracies)] * bool(accuracies)
+    part.tables += [Table("What is missing", missing)] * bool(missing)
     part.notes = [f"{len(new)} rows are new; {left} of {sum(row['runs'] for row in missing)} runs are missing"]
     done, macs = (sum(float(row[name]) for row in progress) for name in ("macs_done", "macs"))
     if macs:
         part.notes.append(f"{done / macs:.1%} of the multiply-accumulates of the whole study are done")
+
+
+def accuracies_of(rows: Sequence[dict]) -> list[dict]:
+    """One row per method and number of epochs, with the mean accuracy of each size over the seeds that have run."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["kind"] == "vit":
+            of_sizes = found.setdefault((row["method"], int(row["epochs"])), {})
+            of_sizes.setdefault(row["size"], []).append(float(row["accuracy"]))
+    return [
+        {
+            "method": method,
+            "epochs": epochs,
+            **{size: statistics.mean(values) for size, values in sorted(sizes.items())},
+        }
+        for (method, epochs), sizes in sorted(found.items())
+    ]
 
 
 def number(text: str) -> object:

@@ -93,7 +93,8 @@ class Report:
 
 def table_lines(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
     """A table in Markdown; numbers to the right."""
-    numbers = [any(isinstance(row.get(name), (int, float)) for row in rows) for name in columns]
+    values = [[row.get(name) for row in rows if row.get(name) not in (None, "")] for name in columns]
+    numbers = [bool(column) and all(isinstance(value, (int, float)) for value in column) for column in values]
     lines = [columns, ["---:" if number else "---" for number in numbers]]
     lines += [[shown(row.get(name)) for name in columns] for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -1,17 +1,17 @@
 """Part 1, right: the tests of tests/device, a process for each file."""
 
-import re
+import json
 import signal
 import time
-import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.devices import processors
 from common.errors import InputError
 from device_check.processes import INTERVAL, Ended, Started, start_program
+from device_check.recorder import WHERE
 from device_check.report import Part, Report, Table
 from training.command_line import REPOSITORY
 
@@ -19,13 +19,23 @@ LAST_LINES = 12  # of the message of a failed test
 OUTCOMES = ("passed", "failed", "skipped")
 
 
-@dataclass(frozen=True)
-class Test:
-    """A test that has run: its outcome, and what it said if it failed or was skipped."""
+@dataclass
+class Record:
+    """What `device_check.recorder` has written of a file: its tests by outcome, and the one that runs."""
 
-    name: str
-    outcome: str
-    text: str = ""
+    tests: int | None = None  # None: they were not found
+    ended: list[dict] = field(default_factory=list)
+    running: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        record = cls()
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
+            if "outcome" in line:
+                record.ended.append(line)
+                record.running = None
+            record.tests, record.running = line.get("tests", record.tests), line.get("started", record.running)
+        return record
 
 
 def files_of(paths: Sequence[Path]) -> list[Path]:
@@ -71,10 +81,11 @@ def run(report: Report, part: Part, files: list[Path], device: str, all_tests: b
 
 def start(file: Path, device: str, all_tests: bool, logs: Path, until: float, threads: int) -> Started:
     command = ["-m", "pytest", str(file), "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-o", "addopts="]
-    command += [f"--junitxml={logs / file.stem}.xml", *([] if all_tests else ["-m", "not full"])]
+    command += ["-p", "device_check.recorder", *([] if all_tests else ["-m", "not full"])]
     command += [f"--device={device}"] if takes_device(file) else []
     seconds = max(1.0, until - time.monotonic())
-    return start_program(command, logs / f"{file.stem}.log", seconds, signal.SIGINT, {"OMP_NUM_THREADS": str(threads)})
+    environment = {"OMP_NUM_THREADS": str(threads), WHERE: str(logs / f"{file.stem}.jsonl")}
+    return start_program(command, logs / f"{file.stem}.log", seconds, signal.SIGINT, environment)
 
 
 def takes_device(file: Path) -> bool:
@@ -88,41 +99,24 @@ def describe(part: Part, done: dict[Path, Ended], logs: Path) -> None:
     rows, reasons = [], Counter()
     part.problems, part.outputs = [], {}
     for file, ended in done.items():
-        tests = [*results(logs / f"{file.stem}.xml", logs / f"{file.stem}.log")]
-        counts = Counter(test.outcome for test in tests)
+        record = Record.read(logs / f"{file.stem}.jsonl")
+        counts = Counter(test["outcome"] for test in record.ended)
         rows.append({"file": file.name, **{name: counts[name] for name in OUTCOMES}, "seconds": ended.seconds})
-        for test in tests:
-            if test.outcome == "failed":
-                part.problems.append(f"{file.name}: {test.name} failed")
-                part.outputs[f"{file.name}: {test.name}"] = last_lines(test.text)
-            elif test.outcome == "skipped":
-                reasons[test.text.partition("\n")[0]] += 1
-        if ended.late:
-            part.problems.append(f"{file.name} ran out of time after {len(tests)} tests")
-        elif ended.status not in (0, 1) or (ended.status and not counts["failed"]):
-            part.problems.append(f"{file.name} {ended}")  # 5: there is no test in it
-            part.outputs[file.name] = last_lines((logs / f"{file.stem}.log").read_text(errors="replace"))
+        for test in record.ended:
+            if test["outcome"] == "failed":
+                part.problems.append(f"{file.name}: {test['name']} failed")
+                part.outputs[f"{file.name}: {test['name']}"] = last_lines(test["text"])
+            elif test["outcome"] == "skipped":
+                reasons[test["text"].removeprefix("Skipped: ")] += 1
+        if ended.late or ended.status not in (0, 1) or (ended.status and not counts["failed"]):
+            where = f" in {record.running}" if record.running else ""
+            ran = f"after {len(record.ended)} of {record.tests} tests" if record.tests else "without a test"
+            part.problems.append(f"{file.name} {ended} {ran}{where}")
+            if not ended.late:
+                part.outputs[file.name] = last_lines((logs / f"{file.stem}.log").read_text(errors="replace"))
     part.tables = [Table("Tests", rows)]
     if reasons:
         part.tables.append(Table("Skipped", [{"reason": reason, "tests": n} for reason, n in reasons.most_common()]))
-
-
-def results(xml: Path, log: Path) -> Iterator[Test]:
-    """The tests in a file that pytest writes when it ends; of a process that has crashed, those in its output."""
-    if not xml.exists():
-        printed = log.read_text(errors="replace")
-        for name, outcome in re.findall(r"::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", printed):
-            yield Test(name, {"PASSED": "passed", "SKIPPED": "skipped"}.get(outcome, "failed"), printed)
-        return
-    for case in ET.parse(xml).getroot().iter("testcase"):
-        bad = [found for kind in ("failure", "error") if (found := case.find(kind)) is not None]
-        skipped = case.find("skipped")
-        if bad:
-            yield Test(case.get("name"), "failed", bad[0].text or bad[0].get("message", ""))
-        elif skipped is not None:
-            yield Test(case.get("name"), "skipped", skipped.get("message", ""))
-        else:
-            yield Test(case.get("name"), "passed")
 
 
 def last_lines(text: str) -> str:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import utils
+from common.devices import has_float64
 from common.download import fetch
 from common.errors import InputError, error_context
 from common.hub import in_repository
@@ -106,6 +107,8 @@ def start(config: Config, build: Builder) -> Run:
         if run.ema is not None:
             utils.broadcast_weights(run.ema.module)
     print_main(f"{kind_of_run(config.model)}: {describe(run.model)}, on {run.device}, {utils.world_size()} process(es)")
+    if not has_float64(run.device):
+        print_main(f"{run.device} has no float64: losses and accuracies are summed on the CPU, which takes longer")
     return run
 
 

@@ -77,10 +77,10 @@ VARIANTS = {
         f"--batch-size {BATCH // 2} --accum-iter 2",
         SAME,
         SAME,
-        ("descendants", "plain"),
+        ("plain",),
         dict.fromkeys(("descendants", "elastic"), ONE_SIZE),
     ),
-    "workers": Variant("--num-workers 2", SAME, SAME, ("features",)),
+    "workers": Variant("--num-workers 2", SAME, SAME, ("stage-2",)),
 }
 # features are too many for --teacher-cache, and their loss is no mean over images
 NONE = {("features", "teacher-cache"), ("features", "accumulated")}

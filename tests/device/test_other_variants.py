@@ -3,7 +3,7 @@
 import json
 
 import main
-from device.runs import KINDS, VARIANTS, assert_sound, cells
+from device.runs import FLOAT32, KINDS, VARIANTS, assert_sound, cells
 
 import pytest
 
@@ -31,19 +31,22 @@ def evaluated(runs, capsys, kind: str, more: str) -> dict[str, float]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-# The log is of the same weights in float32.
+ALL = pytest.mark.full
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "tolerance"),
     [
-        *((kind, "--amp-dtype float32", 1e-5) for kind in KINDS),
-        ("stage-2", "--amp-dtype float32 --cache-data", 1e-5),
-        ("stage-2", "--amp-dtype float32 --compile", 1e-5),
-        ("stage-2", "--amp-dtype float32 --num-workers 2", 1e-5),
-        ("stage-2", "--amp-dtype bfloat16", 0.03),
+        *(pytest.param(kind, FLOAT32, 1e-5, marks=() if kind in OTHERS else ALL) for kind in KINDS),
+        ("stage-2", f"{FLOAT32} --cache-data", 1e-5),
+        pytest.param("stage-2", f"{FLOAT32} --compile", 1e-5, marks=ALL),
+        pytest.param("stage-2", f"{FLOAT32} --num-workers 2", 1e-5, marks=ALL),
+        pytest.param("stage-2", "--amp-dtype bfloat16", 0.03, marks=ALL),
         ("stage-2", "--amp-dtype float16", 0.03),
     ],
 )
 def test_evaluation_says_what_the_log_says(runs, capsys, kind, more, tolerance):
+    """Of the same weights, in float32."""
     last = runs.of(kind).epochs[-1]
     found = evaluated(runs, capsys, kind, more)
     assert found["test_loss"] == pytest.approx(last["test_loss"], rel=tolerance)
@@ -52,6 +55,6 @@ def test_evaluation_says_what_the_log_says(runs, capsys, kind, more, tolerance):
 
 @pytest.mark.parametrize("kind", ["elastic", "stage-2"])
 def test_evaluation_of_the_average(runs, capsys, kind):
-    found = evaluated(runs, capsys, kind, "--amp-dtype float32 --model-ema")
+    found = evaluated(runs, capsys, kind, f"{FLOAT32} --model-ema")
     assert found["test_loss"] == pytest.approx(runs.of(kind).epochs[-1]["ema_test_loss"], rel=1e-5)
     assert found["test_loss"] != runs.of(kind).epochs[-1]["test_loss"]

@@ -192,14 +192,19 @@ def guard(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Guard:
     return guard
 
 
+ON_CPU = ("descendants", "stage-2")  # the kinds that try it on a CPU, too, unless all tests are asked for
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        *((kind, f"--amp-dtype float16 --num-workers {int(kind == 'plain')}") for kind in KINDS),
         *(
-            ("lets", f"{FLOAT32} {more}")
-            for more in ("--grad-checkpointing --accum-iter 2", "--cache-data", f"--cache-data {CACHE}")
+            pytest.param(kind, "--amp-dtype float16", marks=() if kind in ON_CPU else pytest.mark.full)
+            for kind in KINDS
         ),
+        ("lets", f"{FLOAT32} --cache-data --grad-checkpointing --accum-iter 2"),
+        ("tleg", f"{FLOAT32} --cache-data {CACHE}"),
+        pytest.param("plain", "--num-workers 2", marks=pytest.mark.full),  # in the default precision
     ],
 )
 def test_no_step_waits_for_the_device(runs, guard, kind, more):

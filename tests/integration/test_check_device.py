@@ -107,8 +107,9 @@ def test_a_small_check(tmp_path, environment):
     assert [row["network"] for row in steps] == ["LeTs", "plain ViT"]
     assert all(row["images/s"] == pytest.approx(1000 * row["batch"] / row["ms per step"]) for row in steps)
     assert all(row["% of the matrix product"] > 0 for row in steps)
-    runs, progress = holds["tables"]
-    assert {row["group"] for row in runs["rows"]} == {"scratch", "elastic stage 1"}
+    runs, accuracies, progress = holds["tables"]
+    assert {row["group"] for row in runs["rows"]} == {"scratch", "elastic stage 1", "elastic"}
+    assert [(row["method"], row["epochs"]) for row in accuracies["rows"]] == [("elastic", 0), ("scratch", 1)]
     assert [row["missing"] for row in progress["rows"]] == [0, 0, 0]
     assert {"device", "torch", "commit", "seconds", "command"} <= report["head"].keys()
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -118,7 +119,9 @@ def test_a_small_check(tmp_path, environment):
 
 
 def test_a_failed_test_and_a_check_that_is_cut_off(tmp_path):
-    tests = write_tests(tmp_path, "def test_bad():\n    assert 1 + 1 == 3, 'arithmetic'\n")
+    tests = write_tests(
+        tmp_path, "def test_bad():\n    assert 1 + 1 == 3, 'arithmetic'\ndef test_last():\n    import os; os.abort()\n"
+    )
     out = tmp_path / "out"
     command = [SCRIPT, "--small", "--device", "cpu", "--out", out, "--tests", tests]
     with subprocess.Popen(command, env=ENVIRONMENT | {"PYTHON": sys.executable}, stdout=subprocess.PIPE) as process:
@@ -130,7 +133,9 @@ def test_a_failed_test_and_a_check_that_is_cut_off(tmp_path):
     assert report["status"] == 1
     right, fast, holds = report["parts"]
     assert (right["state"], fast["state"], holds["state"]) == ("not all right", "not finished", "not finished")
-    assert right["problems"] == ["test_here.py: test_bad failed"]
+    failed, ended = right["problems"]
+    assert failed == "test_here.py: test_bad failed"
+    assert ended == "test_here.py failed with status -6 after 1 of 2 tests in test_last"
     assert "AssertionError: arithmetic" in right["outputs"]["test_here.py: test_bad"]
 
 

@@ -89,6 +89,7 @@ def test_a_device_that_is_not_there(accelerator, name, message):
 
 def test_several_processes_need_a_device_each_and_a_backend(accelerator, monkeypatch):
     accelerator("mps")
+    monkeypatch.setattr("torch.distributed.Backend.default_device_backend_map", {"cpu": "gloo", "mps": "gloo"})
     assert devices.device_of("mps", 0, alone=False) == torch.device("mps", 0)
     with pytest.raises(InputError, match="found 1 mps device here, and no number 1; expected one for each process"):
         devices.device_of("mps", 1, alone=False)

@@ -1,11 +1,13 @@
 """Learngenes in from anywhere, models out to anywhere: every format, through the command line and the interface."""
 
+import runpy
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import models
 from models.learngene import save_published, to_published
@@ -13,7 +15,6 @@ from models.learngene import save_published, to_published
 import pytest
 import timm
 import torch
-from conftest import ENVIRONMENT
 from state_dicts import equal
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -28,9 +29,23 @@ def published(method: str) -> models.Learngene:
     return models.load_learngene(FIXTURES / f"{method}_learngene.pth", head_dim=4)
 
 
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TESTS.parent / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+class Done(NamedTuple):
+    code: int
+    stderr: str
+
+
+@pytest.fixture
+def convert(monkeypatch, capfd) -> Callable[..., Done]:
+    """scripts/convert_learngene.py as a program, in this process."""
+    program = str(TESTS.parent / "scripts" / "convert_learngene.py")
+
+    def convert(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(program, run_name="__main__")
+        return Done(end.value.code, capfd.readouterr().err)
+
+    return convert
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,14 +120,14 @@ def test_averaged_weights(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["lets", pytest.param("tleg", marks=pytest.mark.full)])
-def test_conversion_to_and_from_the_published_format_is_exact(tmp_path, method):
+def test_conversion_to_and_from_the_published_format_is_exact(tmp_path, convert, method):
     source = FIXTURES / f"{method}_learngene.pth"
     steps = [
-        script("convert_learngene", source, tmp_path / "own.safetensors", "--head-dim", 4),
-        script("convert_learngene", tmp_path / "own.safetensors", tmp_path / "published.pth"),
-        script("convert_learngene", tmp_path / "published.pth", tmp_path / "again.safetensors"),
+        convert(source, tmp_path / "own.safetensors", "--head-dim", 4),
+        convert(tmp_path / "own.safetensors", tmp_path / "published.pth"),
+        convert(tmp_path / "published.pth", tmp_path / "again.safetensors"),
     ]
-    assert [step.returncode for step in steps] == [0, 0, 0], steps
+    assert [step.code for step in steps] == [0, 0, 0], steps
     assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     before = torch.load(source, weights_only=False)
     after = torch.load(tmp_path / "published.pth", weights_only=False)
@@ -142,10 +157,10 @@ def test_published_file_of_a_learngene_trained_here_has_the_published_keys_and_s
         ([FIXTURES / "lets_learngene.pth", "no/out.pth", "--head-dim", 4], "no is no folder"),
     ],
 )
-def test_conversion_that_cannot_be(tmp_path, monkeypatch, arguments, said):
+def test_conversion_that_cannot_be(tmp_path, monkeypatch, convert, arguments, said):
     monkeypatch.chdir(tmp_path)
-    done = script("convert_learngene", *arguments)
-    assert done.returncode == 2
+    done = convert(*arguments)
+    assert done.code == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
