@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -208,14 +209,28 @@ def run_many(runs: Mapping[str, Run], folder: Path) -> dict[str, Outcome]:
     if ENVIRONMENT == UNCHANGED:
         codes = fork_runs([*runs.values()], folder)
     else:  # variables that are read when a library is imported: another server has to import them
-        (folder / "runs.json").write_text(json.dumps([*runs.values()]))
-        environment = {**ENVIRONMENT, "PYTHONPATH": PYTHONPATH}
-        subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True)
-        codes = json.loads((folder / "codes.json").read_text())
+        process = process_with(frozenset(ENVIRONMENT.items()))
+        print(json.dumps([*runs.values(), str(folder), os.getcwd()]), file=process.stdin, flush=True)
+        codes = json.loads(process.stdout.readline())
     return {
         name: Outcome(codes[i], (folder / f"{i}.stdout").read_text(), (folder / f"{i}.stderr").read_text())
         for i, name in enumerate(runs)
     }
+
+
+def process_with(variables: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
+    """This file as a program, with these variables; it stays for further runs until others are asked for."""
+    if variables not in KEPT:
+        while KEPT:
+            with KEPT.popitem()[1] as process:
+                process.stdin.close()  # which ends it
+        command, environment = [sys.executable, __file__], {**dict(variables), "PYTHONPATH": PYTHONPATH}
+        pipe = subprocess.PIPE
+        KEPT[variables] = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+    return KEPT[variables]
+
+
+KEPT: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}  # at most one
 
 
 def fork_runs(runs: list[Run], folder: Path) -> list[list[int]]:
@@ -276,8 +291,59 @@ def run_and_exit(program: Path, arguments: Sequence[str], before: Callable[[], o
     os._exit(code)  # an orderly end would spend a second on taking down what was imported
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs that start main.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+CLIENT = """\
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    request = json.dumps([sys.argv[2:], os.getcwd()]).encode()
+    socket.send_fds(server, [len(request).to_bytes(8, "big")], [1])
+    server.sendall(request)
+    sys.exit((server.recv(1) or b"\\1")[0])
+"""
+
+
+@pytest.fixture(scope="session")
+def forking_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A value of sys.executable under which main.py is a fork, too, both of whose streams go to its stdout."""
+    folder = tmp_path_factory.mktemp("py")
+    client, program, address = folder / "client.py", folder / "python", folder / "socket"
+    client.write_text(CLIENT)
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{client}" "{address}" "$@"\n')
+    program.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(address))
+        server.listen()
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
+        yield str(program)
+
+
+def answer(server: socket.socket) -> None:
+    """Run main.py for one client after the other."""
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:  # it is closed
+            return
+        with connection:
+            length, (stream,), _, _ = socket.recv_fds(connection, 8, 1)
+            with connection.makefile("rb") as file:
+                (program, *args), folder = json.loads(file.read(int.from_bytes(length, "big")))
+            assert Path(program) == MAIN
+            with Connection(stream) as output:
+                process = fork_server().Process(target=become, args=(Run(args), 0, 0, output, folder))
+                process.start()
+            process.join()
+            connection.sendall(bytes([process.exitcode % 256]))
+
+
 if __name__ == "__main__":
     from conftest import fork_runs as fork  # which a fork can find by its name
 
-    runs = [Run(*run) for run in json.loads(Path(sys.argv[1], "runs.json").read_text())]
-    Path(sys.argv[1], "codes.json").write_text(json.dumps(fork(runs, Path(sys.argv[1]))))
+    for line in sys.stdin:
+        *given, printed, place = json.loads(line)
+        os.chdir(place)
+        print(json.dumps(fork([Run(*run) for run in given], Path(printed))), flush=True)

@@ -42,33 +42,37 @@ REPRESENTATIVE = (
     "beit3_base_patch16_224",  # norms inside attention and MLP
 )
 
-# with those above: one of each that differ in more than their sizes (`signature`)
-DISTINCT = """
-aimv2_3b_patch14_224 beit3_giant_patch14_224 eva02_large_patch14_clip_224 eva_giant_patch14_224
-eva_giant_patch14_clip_224 eva_large_patch14_196 flexivit_base test_vit test_vit2 test_vit3 test_vit4
-vit_7b_patch16_dinov3 vit_base_patch14_dinov2 vit_base_patch14_reg1_tipsv2 vit_base_patch16_224_miil
-vit_base_patch16_clip_224 vit_base_patch16_gap_224 vit_base_patch16_lingbot vit_base_patch16_plus_240
-vit_base_patch16_radio_v3 vit_base_patch16_reg4_gap_256 vit_base_patch16_rope_224 vit_base_patch16_rope_ape_224
-vit_base_patch16_rope_reg1_gap_256 vit_base_patch16_siglip_gap_224 vit_base_patch32_224
-vit_base_patch32_clip_224 vit_base_patch32_clip_quickgelu_224 vit_base_patch32_plus_256
-vit_base_patch32_siglip_256 vit_base_patch32_siglip_gap_256 vit_base_patch8_224 vit_betwixt_patch16_reg1_gap_256
+# with those above: one of each that differ in more than numbers (`structure`)
+STRUCTURES = """
+eva_giant_patch14_224 eva_giant_patch14_clip_224 eva_large_patch14_196 flexivit_base test_vit test_vit2 test_vit3
+test_vit4 vit_base_patch14_dinov2 vit_base_patch16_224_miil vit_base_patch16_clip_224 vit_base_patch16_gap_224
+vit_base_patch16_lingbot vit_base_patch16_radio_v3 vit_base_patch16_reg4_gap_256 vit_base_patch16_rope_224
+vit_base_patch16_rope_ape_224 vit_base_patch16_rope_reg1_gap_256 vit_base_patch32_siglip_256
+vit_base_patch32_siglip_gap_256 vit_betwixt_patch16_reg1_gap_256 vit_giant_patch14_reg1_tipsv2
+vit_giant_patch16_lingbot vit_giant_patch16_radio_v3 vit_huge_plus_patch16_dinov3 vit_huge_plus_patch16_dinov3_qkvb
+vit_intern300m_patch14_448 vit_mediumd_patch16_rope_reg1_gap_256 vit_pe_core_gigantic_patch14_448
+vit_pe_lang_gigantic_patch14_448 vit_pe_spatial_base_patch16_512 vit_so150m2_patch16_reg1_gap_256
+vit_so150m_patch16_reg4_gap_256 vit_so150m_patch16_reg4_map_256
+""".split()  # noqa: SIM905  a line for each would be a page
+
+# with those above: one of each that differ in more than their sizes in small ViTs (`signature`)
+SIZES = """
+aimv2_3b_patch14_224 beit3_giant_patch14_224 eva02_large_patch14_clip_224 vit_7b_patch16_dinov3
+vit_base_patch14_reg1_tipsv2 vit_base_patch16_plus_240 vit_base_patch16_siglip_gap_224 vit_base_patch32_224
+vit_base_patch32_clip_224 vit_base_patch32_clip_quickgelu_224 vit_base_patch32_plus_256 vit_base_patch8_224
 vit_betwixt_patch16_reg4_gap_256 vit_betwixt_patch16_rope_reg4_gap_256 vit_giant_patch14_224
-vit_giant_patch14_clip_224 vit_giant_patch14_reg1_tipsv2 vit_giant_patch14_reg4_dinov2 vit_giant_patch16_gap_224
-vit_giant_patch16_lingbot vit_giant_patch16_radio_v3 vit_giantopt_patch16_siglip_256
+vit_giant_patch14_clip_224 vit_giant_patch14_reg4_dinov2 vit_giant_patch16_gap_224 vit_giantopt_patch16_siglip_256
 vit_giantopt_patch16_siglip_gap_256 vit_gigantic_patch14_224 vit_gigantic_patch14_clip_224
 vit_gigantic_patch14_clip_quickgelu_224 vit_huge_patch14_224 vit_huge_patch14_clip_224
 vit_huge_patch14_clip_quickgelu_224 vit_huge_patch14_gap_224 vit_huge_patch16_gap_448 vit_huge_patch16_radio_v3
-vit_huge_patch16_radio_v4 vit_huge_plus_patch16_dinov3 vit_huge_plus_patch16_dinov3_qkvb
-vit_intern300m_patch14_448 vit_large_patch14_224 vit_large_patch14_clip_224 vit_large_patch14_clip_quickgelu_224
+vit_huge_patch16_radio_v4 vit_large_patch14_224 vit_large_patch14_clip_224 vit_large_patch14_clip_quickgelu_224
 vit_large_patch16_siglip_512 vit_large_patch16_siglip_gap_512 vit_little_patch16_reg1_gap_256
-vit_little_patch16_reg4_gap_256 vit_mediumd_patch16_rope_reg1_gap_256 vit_pe_core_base_patch16_224
-vit_pe_core_gigantic_patch14_448 vit_pe_core_small_patch16_384 vit_pe_core_tiny_patch16_384
-vit_pe_lang_gigantic_patch14_448 vit_pe_spatial_base_patch16_512 vit_pe_spatial_large_patch14_448
-vit_so150m2_patch16_reg1_gap_256 vit_so150m_patch16_reg4_gap_256 vit_so150m_patch16_reg4_map_256
-vit_so400m_patch14_reg1_tipsv2 vit_so400m_patch14_siglip_224 vit_so400m_patch14_siglip_gap_224
-vit_so400m_patch16_radio_v4 vit_so400m_patch16_siglip_256 vit_so400m_patch16_siglip_gap_256
-vit_wee_patch16_reg1_gap_256
-""".split()  # noqa: SIM905  a line for each would be a page
+vit_little_patch16_reg4_gap_256 vit_pe_core_base_patch16_224 vit_pe_core_small_patch16_384
+vit_pe_core_tiny_patch16_384 vit_pe_spatial_large_patch14_448 vit_so400m_patch14_reg1_tipsv2
+vit_so400m_patch14_siglip_224 vit_so400m_patch14_siglip_gap_224 vit_so400m_patch16_radio_v4
+vit_so400m_patch16_siglip_256 vit_so400m_patch16_siglip_gap_256 vit_wee_patch16_reg1_gap_256
+""".split()  # noqa: SIM905
+DISTINCT = [*STRUCTURES, *SIZES]
 
 
 def rows_of(heading: str) -> dict[str, list[str]]:
@@ -90,6 +94,10 @@ every_architecture = pytest.mark.parametrize("kind", parameters(KINDS))
 # the others are the same ViTs in the sizes of `case_of`
 every_kind = pytest.mark.parametrize(
     "kind", parameters([kind for kind in KINDS if kind in {*REPRESENTATIVE, *DISTINCT}])
+)
+# where no more than the path matters that a kind takes through the code, which numbers do not change
+every_structure = pytest.mark.parametrize(
+    "kind", parameters([kind for kind in KINDS if kind in {*REPRESENTATIVE, *STRUCTURES}])
 )
 
 
@@ -135,18 +143,24 @@ def case_of(kind: str) -> Case:
     return Case(sized(2, 2), sized(3, 3), sized(1, 1), sized(4, 3))
 
 
-def signature(vit: nn.Module) -> tuple:
+def signature(vit: nn.Module, with_numbers: bool = True) -> tuple:
     """What a ViT is: its modules with their plain attributes, and the shapes of its weights."""
+    plain_types = (bool, int, float, str, tuple, list) if with_numbers else (bool, str)
 
     def is_plain(value: object) -> bool:
-        return value is None or isinstance(value, (int, float, str)) or type(value) in (tuple, list)
+        return value is None or type(value) in plain_types
 
     modules = []
     for name, module in vit.named_modules():
         own = {k: v for k, v in vars(module).items() if k != "training" and (is_plain(v) or callable(v))}
         plain = {k: v if is_plain(v) else getattr(v, "__name__", type(v).__name__) for k, v in own.items()}
         modules.append((name, type(module).__name__, str(sorted(plain.items()))))
-    return *modules, *((name, tuple(tensor.shape)) for name, tensor in vit.state_dict().items())
+    return *modules, *((name, with_numbers and tuple(tensor.shape)) for name, tensor in vit.state_dict().items())
+
+
+def structure(vit: nn.Module) -> tuple:
+    """What of a ViT decides the path through the code: its modules, weights and switches, without any number."""
+    return signature(vit, with_numbers=False)
 
 
 def gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

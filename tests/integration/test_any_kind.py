@@ -247,13 +247,16 @@ def test_inspector_shows_what_the_kind_has(runs, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.full
-def test_family_of_a_kind(runs, tmp_path):
-    script = TESTS.parent / "scripts" / "make_family.py"
-    command = [sys.executable, script, "--load-gene", finished(runs, "lets"), "--depths", "2,3", "--heads", "1,2"]
+def test_family_of_a_kind(runs, tmp_path, monkeypatch, forking_python):
+    script = str(TESTS.parent / "scripts" / "make_family.py")
+    command = [script, "--load-gene", finished(runs, "lets"), "--depths", "2,3", "--heads", "1,2"]
     command += ["--data-set", "DIGITS", "--epochs", "1", "--output-dir", tmp_path / "family"]
     command += ["--", *BASE.split()[2:]]
-    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "executable", forking_python)
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 0
     with (tmp_path / "family" / "family.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["depth"], row["heads"], row["width"]) for row in rows] == [

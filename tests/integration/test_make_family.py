@@ -49,8 +49,9 @@ def run(*args: object) -> Outcome:
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd) -> Callable[..., Outcome]:
-    """The script in this process, for the many runs that end early."""
+def run_here(monkeypatch, capfd, forking_python) -> Callable[..., Outcome]:
+    """The script in this process, and main.py in forks."""
+    monkeypatch.setattr(sys, "executable", forking_python)
 
     def run_here(*args: object) -> Outcome:
         options = list(map(str, args))

@@ -21,7 +21,7 @@ from training.config import OptimConfig, ScheduleConfig, TeacherConfig
 import pytest
 import torch
 import yaml
-from conftest import COMPARABLE, ENVIRONMENT, MAIN, Outcome, Run, run_main, run_many, set_up_run
+from conftest import COMPARABLE, ENVIRONMENT, Outcome, Run, read_until, run_many, set_up_run, started
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -213,8 +213,9 @@ def test_resuming_gives_the_run_that_was_never_interrupted(runs, processes):
     arguments = runs.arguments(name, RESUMED)
     stop_in_second_epoch(arguments, processes)
     assert len((runs.out / name / "log.txt").read_text().splitlines()) == 1
-    done = run_main(*arguments, "--resume", runs.out / name / "checkpoint.pth", processes=processes)
-    assert done.returncode == 0, done.stderr
+    resumed = Run([*arguments, "--resume", str(runs.out / name / "checkpoint.pth")], processes)
+    done = run_many({name: resumed}, runs.out / f"resumed{processes}")[name]
+    assert set(done.codes) == {0}, done.stderr
     whole, parts = runs.folder(f"whole{processes}"), runs.out / name
     assert (parts / "log.txt").read_text() == (whole / "log.txt").read_text()
     for file in ("learngene.safetensors", "learngene_ema.safetensors"):
@@ -231,12 +232,9 @@ def test_weights_that_are_not_finite_are_not_written(runs):
 
 def stop_in_second_epoch(arguments: list[str], processes: int) -> None:
     """End a run as soon as it says that it is in epoch 1."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    command = [sys.executable, *launcher, str(MAIN), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        for line in process.stdout:
-            if "epoch 1," in line:
-                break
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    with started(*arguments, launcher=launcher * (processes > 1)) as process:
+        read_until(process, "epoch 1,")
         process.terminate()
         process.communicate()
 

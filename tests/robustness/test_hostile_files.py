@@ -22,7 +22,7 @@ import torch
 from conftest import fork_server
 from hostile_files import FORMATS, mutate_bytes, report
 
-COUNT, FEW = 240, 30  # mutated files of each format: of all tests, and of those that run first
+COUNT, FEW = 180, 30  # mutated files of each format: of all tests, and of those that run first
 
 
 @pytest.fixture

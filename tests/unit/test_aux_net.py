@@ -1,6 +1,7 @@
 """An Aux-Net as a module among modules: copies, averages, precision, compilation, recomputation, weight decay."""
 
 import copy
+from dataclasses import replace
 
 import models
 from models.learngene import to_published
@@ -18,11 +19,12 @@ AUX = models.ViTArch(width=24, depth=8, num_heads=6, patch_size=8, img_size=16)
 SRC = models.ViTArch(width=8, depth=4, num_heads=2, patch_size=8, img_size=16)
 
 
-def aux_net_of(method: str, **kwargs) -> models.AuxNet:
+def aux_net_of(method: str, depth: int = 8, **kwargs) -> models.AuxNet:
     torch.manual_seed(0)
+    aux = replace(AUX, depth=depth)
     if method == "lets":
-        return models.create_aux_net(SRC, AUX, num_classes=5, **kwargs)
-    return models.TLEG(AUX, num_classes=5, **kwargs)
+        return models.create_aux_net(replace(SRC, depth=depth // 2), aux, num_classes=5, **kwargs)
+    return models.TLEG(aux, num_classes=5, **kwargs)
 
 
 def gradients(aux_net: torch.nn.Module, call=None) -> dict[str, torch.Tensor]:
@@ -99,10 +101,10 @@ def test_activation_checkpointing_gives_the_same_gradients(method):
     expected = gradients(aux_net)
     aux_net.set_grad_checkpointing()
     calls = []
-    hook = aux_net.vit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    hook = aux_net.vit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     found = gradients(aux_net)
     hook.remove()
-    assert len(calls) > 1  # the block ran again in the backward pass
+    assert len(calls) > 1  # the block was called again in the backward pass
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
 
@@ -141,7 +143,7 @@ def test_autocast(method):
 @pytest.mark.full
 @both
 def test_compile_without_graph_break(method):
-    aux_net = aux_net_of(method)
+    aux_net = aux_net_of(method, depth=4)  # twice as many layers take twice as long to compile
     compiled = torch.compile(aux_net, backend="aot_eager", fullgraph=True)
     expected, found = gradients(aux_net), gradients(aux_net, compiled)
     for name in expected:

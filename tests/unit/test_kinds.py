@@ -9,7 +9,7 @@ from models.stateless import vit_from_weights
 import pytest
 import timm
 import torch
-from kinds_of_vit import CLASSES, case_of, every_kind, random_order, reordered
+from kinds_of_vit import CLASSES, case_of, every_kind, every_structure, random_order, reordered
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,7 +66,7 @@ def logits(arch: models.ViTArch, weights: dict[str, Tensor], images: Tensor) -> 
         return vit(images.double())
 
 
-@every_kind
+@every_structure
 def test_reordered_neurons_change_no_logit(kind):
     check_reordered(kind)
 
@@ -126,7 +126,7 @@ def test_norms_of_queries_and_keys(qk_norm):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@every_structure
 def test_tleg(kind):
     case = case_of(kind)
     torch.manual_seed(0)

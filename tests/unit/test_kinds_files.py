@@ -18,7 +18,20 @@ import pytest
 import timm
 import torch
 from conftest import ENVIRONMENT
-from kinds_of_vit import CLASSES, DISTINCT, KINDS, PAGE, REFUSED, REPRESENTATIVE, VERSION, WORKING, case_of, signature
+from kinds_of_vit import (
+    CLASSES,
+    DISTINCT,
+    KINDS,
+    PAGE,
+    REFUSED,
+    REPRESENTATIVE,
+    STRUCTURES,
+    VERSION,
+    WORKING,
+    case_of,
+    signature,
+    structure,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -232,11 +245,12 @@ def test_timm_alone_gives_the_same_logits(all_tests, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.skipif(timm.__version__ != VERSION, reason="the list is of another version of timm")
-def test_kinds_that_are_not_tested_are_others_in_small_sizes():
+@pytest.mark.parametrize(("what", "others"), [(signature, DISTINCT), (structure, STRUCTURES)])
+def test_kinds_that_are_not_tested_are_others_in_small_sizes(what, others):
     def small(kind: str) -> tuple:
         with WeightsOnMeta():
-            return signature(models.create_vit(case_of(kind).src, num_classes=CLASSES))
+            return what(models.create_vit(case_of(kind).src, num_classes=CLASSES))
 
-    tested = {small(kind) for kind in (*REPRESENTATIVE, *DISTINCT)}
-    assert len(tested) == len(REPRESENTATIVE) + len(DISTINCT)
+    tested = {small(kind) for kind in (*REPRESENTATIVE, *others)}
+    assert len(tested) == len(REPRESENTATIVE) + len(others)
     assert [kind for kind in KINDS if small(kind) not in tested] == []

@@ -3,7 +3,7 @@
 import models
 
 import torch
-from kinds_of_vit import CLASSES, case_of, every_kind, gradients
+from kinds_of_vit import CLASSES, case_of, every_structure, gradients
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
 
-@every_kind
+@every_structure
 def test_a_step_of_training_changes_aux_net_and_des_nets(kind):
     case = case_of(kind)
     gene = models.Learngene.of(case.aux_net())
@@ -37,7 +37,7 @@ def step(model: nn.Module, images: torch.Tensor) -> None:
     assert not torch.equal(trained, averaged)
 
 
-@every_kind
+@every_structure
 def test_training_computes_what_evaluation_does_with_and_without_checkpointing(kind):
     case = case_of(kind)
     aux, images = case.aux_net().double(), case.images().double()
@@ -46,11 +46,11 @@ def test_training_computes_what_evaluation_does_with_and_without_checkpointing(k
     aux.train()
     aux.vit.eval()  # without the random rotary positions of some kinds
     calls = []
-    aux.vit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    aux.vit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for recompute in (False, True):
         aux.set_grad_checkpointing(recompute)
         found_logits, found = gradients(aux, images)
         torch.testing.assert_close(found_logits, logits, rtol=1e-5, atol=1e-6)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8)
-    assert len(calls) > 2  # the block ran again in the last backward pass
+    assert len(calls) > 2  # the block was called again in the last backward pass

@@ -17,7 +17,7 @@ from models.vit import MAX_MLP_RATIO, timm_kwargs
 import pytest
 import timm
 import torch
-from kinds_of_vit import CLASSES, case_of, every_architecture, every_kind
+from kinds_of_vit import CLASSES, case_of, every_architecture, every_structure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -99,20 +99,19 @@ def test_hidden_neurons_are_those_of_timms_model(kind):
     own = models.parse_arch(kind)
     assert replace(own, mlp_ratio=own.hidden / own.width) == own
     case = case_of(kind)
-    for ratio in (0.3, 1, 2.5, own.hidden / own.width / 2):
-        for arch in (case.narrow, case.src):
-            arch = replace(arch, mlp_ratio=ratio)
-            with WeightsOnMeta():
-                vit = timm.create_model(kind, num_classes=CLASSES, **json.loads(json.dumps(timm_kwargs(arch))))
-            assert hidden_of(vit) == arch.hidden
-            assert arch.num_params(CLASSES) == sum(p.numel() for p in vit.parameters())
-            unit = 64 if hasattr(vit.blocks[0].mlp, "fc1_g") else 1  # some are multiples of 8 or 64
-            assert int(ratio * arch.width + 1e-6) <= arch.hidden < int(ratio * arch.width) + unit + 1
-            smaller, larger = arch.macs(CLASSES), replace(arch, mlp_ratio=None).macs(CLASSES)
-            assert (smaller < larger) == (arch.hidden < replace(arch, mlp_ratio=None).hidden)
+    for ratio, arch in zip((0.3, 1, 2.5, own.hidden / own.width / 2), 2 * (case.narrow, case.src), strict=True):
+        arch = replace(arch, mlp_ratio=ratio)
+        with WeightsOnMeta():
+            vit = timm.create_model(kind, num_classes=CLASSES, **json.loads(json.dumps(timm_kwargs(arch))))
+        assert hidden_of(vit) == arch.hidden
+        assert arch.num_params(CLASSES) == sum(p.numel() for p in vit.parameters())
+        unit = 64 if hasattr(vit.blocks[0].mlp, "fc1_g") else 1  # some are multiples of 8 or 64
+        assert int(ratio * arch.width + 1e-6) <= arch.hidden < int(ratio * arch.width) + unit + 1
+        smaller, larger = arch.macs(CLASSES), replace(arch, mlp_ratio=None).macs(CLASSES)
+        assert (smaller < larger) == (arch.hidden < replace(arch, mlp_ratio=None).hidden)
 
 
-@every_kind
+@every_structure
 def test_des_nets_have_the_first_hidden_neurons(kind):
     case = case_of(kind)
     source, images, half = case.source(), case.images(), case.src.hidden / case.src.width / 2
@@ -135,7 +134,7 @@ def test_des_nets_have_the_first_hidden_neurons(kind):
         assert f"{replace(largest, mlp_ratio=3 * half).hidden} hidden neurons" in str(refusal.value)
 
 
-@every_kind
+@every_structure
 def test_baselines_cut_hidden_neurons(kind):
     case = case_of(kind)
     weights, half = case.source().state_dict(), case.src.hidden / case.src.width / 2
@@ -151,7 +150,7 @@ def test_baselines_cut_hidden_neurons(kind):
     check_source(front(weights, case.src, larger), larger)
 
 
-@every_kind
+@every_structure
 def test_aux_net_and_learngene_have_their_own_ratios(kind, tmp_path):
     case = case_of(kind)
     half = case.src.hidden / case.src.width / 2
