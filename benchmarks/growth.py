@@ -40,7 +40,6 @@ from benchmarks.step import Step
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
 BATCH, DEPTH, HEADS = 4, 8, 4  # unless varied
 BATCHES, DEPTHS, WIDTHS = (1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 6, 8, 12)
@@ -52,6 +51,8 @@ RUNS = {
 }
 INTERVALS = 4  # of five steps
 DES_NETS = ("L3_H6", "L6_H6", "L12_H6", "L6_H12", "L12_H12", "L16_H12")
+
+Panels = dict[str, tuple[list[float], list[float], list[float]]]  # title → sizes, measured and expected values
 
 
 def options(batch: int = BATCH, depth: int = DEPTH, heads: int = HEADS) -> argparse.Namespace:
@@ -130,17 +131,18 @@ def first_checkpoint() -> float:
         return start_up(*run.split(), "--output-dir", folder, until=Path(folder, "checkpoint.pth"))
 
 
-def measure_des_nets() -> dict[str, tuple[float, int, int]]:
+def measure_des_nets(repeats: int) -> dict[str, tuple[float, int, int]]:
+    """For each Des-Net the median seconds, the memory and the parameters, each time in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "learngene.safetensors"))
-        models.Learngene.of(models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")).save(
-            path
-        )
-        names = tqdm([f"deit_base_patch16_224_{size}" for size in DES_NETS], leave=False)
-        return {name: in_process(des_net, path, name) for name in names}
+        aux_net = models.create_aux_net("deit_small_patch16_224_L8", "deit_base_patch16_224_L16_H12")
+        models.Learngene.of(aux_net).save(path)
+        names = [f"deit_base_patch16_224_{size}" for size in DES_NETS]
+        found = in_turn({name: partial(in_process, des_net, path, name) for name in names}, repeats, warm_up=0)
+    return {name: tuple(map(statistics.median, zip(*runs, strict=True))) for name, runs in found.items()}
 
 
-def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: str) -> None:
+def draw(panels: Panels, path: str) -> None:
     """Measurements, and the expected growth through the middle one, on logarithmic axes."""
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
     for axis, (title, (sizes, measured, expected)) in zip(axes, panels.items(), strict=True):
@@ -156,13 +158,7 @@ def draw(panels: dict[str, tuple[list[float], list[float], list[float]]], path: 
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repeats", type=int, default=5, help="of each measurement")
-    p.add_argument("--plot", type=place, help="file for the plot")
-    args = p.parse_args()
-    torch.set_num_threads(1)
-    print(machine(), flush=True)
+def print_steps(repeats: int) -> Panels:
     panels = {}
     print("| step against | from … to | measured exponent | exponent of the MACs |\n|---|---|---:|---:|")
     for title, sizes in {
@@ -170,7 +166,7 @@ def main() -> None:
         "layers of the Aux-Net": {depth: options(depth=depth) for depth in DEPTHS},
         "images of a batch": {batch: options(batch=batch) for batch in BATCHES},
     }.items():
-        found = measure_steps(sizes, args.repeats)
+        found = measure_steps(sizes, repeats)
         seconds, macs = (list(column) for column in zip(*found.values(), strict=True))
         panels[title] = [*found], seconds, macs
         print(
@@ -178,20 +174,48 @@ def main() -> None:
             f"| {exponent([*found], seconds):.2f} | {exponent([*found], macs):.2f} |",
             flush=True,
         )
-    print("\n| stage 1, two processes against one | ratio of images/s |\n|---|---:|")
+    return panels
+
+
+def print_processes(repeats: int) -> Panels:
+    print("| stage 1, two processes against one | ratio of images/s |\n|---|---:|")
     for kind in RUNS:
-        both = in_turn({n: partial(images_per_second, kind, n) for n in (1, 2)}, args.repeats, warm_up=0)
+        both = in_turn({n: partial(images_per_second, kind, n) for n in (1, 2)}, repeats, warm_up=0)
         print(f"| {kind} | {ratio(both[2], both[1])} |", flush=True)
-    print()
+    return {}
+
+
+def print_des_nets(repeats: int) -> Panels:
     print("| Des-Net | parameters | seconds | memory, MiB |\n|---|---:|---:|---:|")
-    found = measure_des_nets()
+    found = measure_des_nets(repeats)
     for name, (seconds, memory, parameters) in found.items():
-        print(f"| {name} | {parameters:,} | {seconds:.2f} | {memory / 2**20:,.0f} |")
+        print(f"| {name} | {parameters:,} | {seconds:.2f} | {memory / 2**20:,.0f} |", flush=True)
     seconds, _, parameters = (list(column) for column in zip(*found.values(), strict=True))
-    panels["millions of parameters of the Des-Net"] = [p / 1e6 for p in parameters], seconds, parameters
-    starts = in_turn({"--help": lambda: start_up("--help"), "a run": first_checkpoint}, args.repeats, warm_up=1)
+    return {"millions of parameters of the Des-Net": ([p / 1e6 for p in parameters], seconds, parameters)}
+
+
+def print_start_up(repeats: int) -> Panels:
+    starts = in_turn({"--help": lambda: start_up("--help"), "a run": first_checkpoint}, repeats, warm_up=1)
     for name, seconds in starts.items():
         print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}–{max(seconds):.2f})")
+    return {}
+
+
+PARTS = {"steps": print_steps, "processes": print_processes, "des-nets": print_des_nets, "start-up": print_start_up}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="of the program, default: all")
+    p.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    p.add_argument("--plot", type=place, help="file for the plot, of all parts")
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    print(machine(), flush=True)
+    panels = {}
+    for part in args.parts:
+        print()
+        panels |= PARTS[part](args.repeats)
     if args.plot:
         draw(panels, args.plot)
 

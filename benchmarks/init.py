@@ -52,7 +52,7 @@ def main() -> None:
         options = ["--once", "--load-gene", args.load_gene, "--des-arch", args.des_arch]
         programs = {"this": __file__} | ({"other": f"{args.against}/benchmarks/init.py"} if args.against else {})
         measure = {name: partial(in_process, program, options) for name, program in programs.items()}
-        times = in_turn(measure, args.repeats)
+        times = in_turn(measure, args.repeats, warm_up=1)
     print(f"{args.des_arch}; {machine()}")
     for name, found in times.items():
         print(f"{name}: {statistics.median(found):.2f} s ({min(found):.2f}–{max(found):.2f}, {len(found)} processes)")

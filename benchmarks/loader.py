@@ -120,7 +120,7 @@ def build_loaders(root: str, args: argparse.Namespace) -> dict[str, Iterable]:
     # it repeats images in distributed runs only, and decodes each repetition
     loaders["timm"] = create_loader(
         torchvision.datasets.ImageFolder(Path(root) / "train"),
-        input_size=224,
+        input_size=(3, 224, 224),  # of timm < 1.0.16, too
         batch_size=BATCH_SIZE,
         is_training=True,
         interpolation="bicubic",

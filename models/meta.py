@@ -24,3 +24,13 @@ class WeightsOnMeta(TorchFunctionMode):
         if func in self.CONSTRUCTORS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+class NumbersOnCpu(TorchFunctionMode):
+    """Context within ``torch.device("meta")`` in which `torch.linspace` has numbers, as timm ≤ 1.0.15 needs them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)

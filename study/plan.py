@@ -15,6 +15,7 @@ import models
 from common.errors import InputError, error_context, nearest
 from datasets import build_dataset, train_holdout_split
 from main import builder_of
+from models.meta import NumbersOnCpu
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from study.results import slug
@@ -296,7 +297,7 @@ def checked_options(run: Run) -> Config:
         models.parse_arch(name)  # every name stands for a ViT
     else:
         model = replace(config.model, **WITHOUT_FILES)  # the weights that it may start from are not there yet
-        with torch.device("meta"):
+        with torch.device("meta"), NumbersOnCpu():
             network = builder_of(model)(model, config.data.input_size, 1, None)
             if model.descendants:
                 build_supernet(config, network, 1)
