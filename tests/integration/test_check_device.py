@@ -92,7 +92,7 @@ def assert_same(folder: Path) -> dict:
 @pytest.mark.full  # half a minute of processor time
 def test_a_small_check(tmp_path, environment):
     tests = write_tests(tmp_path, "import pytest\ndef test_good(): pass\n@pytest.mark.full\ndef test_long(): pass\n")
-    command = [SCRIPT, "--small", "--device", "cpu", "--out", tmp_path / "out", "--tests", tests]
+    command = [SCRIPT, "--small", "--device", "cpu", "--out", tmp_path / "out", "--minutes", "30", "--tests", tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out" / "report.md").read_text()
     report = assert_same(tmp_path / "out")
