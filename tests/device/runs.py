@@ -67,7 +67,7 @@ SAME = 1e-3
 ONE_SIZE = "--descendants 1 --descendant-depths 3 --descendant-heads 1"  # in all batches of a step
 CACHE = "--teacher-cache OUT/teacher-cache"
 VARIANTS = {
-    "bfloat16": Variant("--amp-dtype bfloat16", 0.5, 0.02, ("tleg",)),
+    "bfloat16": Variant("--amp-dtype bfloat16", None, 0.03, ("tleg",)),
     "float16": Variant("--amp-dtype float16", None, 0.05, ("stage-2",)),  # leaves out steps until it has its scale
     "cache-data": Variant("--cache-data", None, 0.1, ("elastic",)),  # moves each image to another place
     "teacher-cache": Variant(CACHE, SAME, SAME, ("lets",)),
