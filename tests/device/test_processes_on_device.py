@@ -70,7 +70,8 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(runs, kind, more):
     assert len(names) == 2
     for name in names:
         found, expected = (load_file(folder / run / name) for run in ("killed", "whole"))
-        assert distance(found, expected) == 0
+        apart = distance(found, expected)
+        assert apart == 0, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +110,7 @@ def test_two_processes_compute_what_one_does(runs):
     assert "2 process(es)" in outputs[0]
     one, folder = runs.of(kind, common), runs.out / kind / "two"
     found = load_file(folder / "learngene.safetensors")
-    assert drift(found, {name: one.weights[name] for name in found}, {name: one.start[name] for name in found}) < 1e-3
+    of_weights = drift(found, {name: one.weights[name] for name in found}, {name: one.start[name] for name in found})
+    assert of_weights < 1e-3
     assert epochs_of(folder)[-1]["test_loss"] == pytest.approx(one.epochs[-1]["test_loss"], rel=1e-4)
     assert epochs_of(folder)[-1]["train_loss"] == pytest.approx(one.loss, rel=1e-4)

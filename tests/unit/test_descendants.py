@@ -81,6 +81,12 @@ def test_descendants_of_the_aux_nets_depth_leave_its_own_plan_alone():
     torch.testing.assert_close(net.eval()(images), expected, atol=1e-6, rtol=0)
 
 
+def test_an_aux_net_changes_its_precision_after_it_has_made_descendants():
+    net, images = supernet(4), torch.randn(3, 3, 16, 16)
+    logits = net(images)
+    torch.testing.assert_close(net.double()(images.double()).float(), logits, atol=1e-5, rtol=0)
+
+
 def test_the_wrapper_adds_no_parameters_buffers_or_keys():
     net = supernet(2)
     assert [id(p) for p in net.parameters()] == [id(p) for p in net.aux_net.parameters()]
