@@ -25,9 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from benchmarks.interleaved import in_turn, machine, ratio
+from benchmarks.interleaved import in_turn, machine, ratio, seconds_of
 from common import console
-from common.devices import accelerator, no_waiting, synchronize
+from common.devices import accelerator, synchronize
 from models.compiled import compiled_for_training
 from models.sizes import SizeSampler
 
@@ -98,12 +98,7 @@ class Passes:
                 p.grad = None
 
     def seconds(self) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        with no_waiting(self.device):
-            self()
-        synchronize(self.device)
-        return time.perf_counter() - start
+        return seconds_of(self, self.device)
 
 
 def compile_all(way: str, passes: Passes) -> None:

@@ -3,10 +3,11 @@
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from common.devices import CPU, device_name
+from common.devices import CPU, device_name, no_waiting, synchronize
 from common.files import atomic_write
 
 import timm
@@ -27,6 +28,16 @@ def in_turn(measure: Mapping[str, Callable[[], float]], repeats: int, warm_up: i
             if i >= warm_up:
                 results[name].append(result)
     return results
+
+
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call of ``step`` on a device. That the process waits for the device within it is an error."""
+    synchronize(device)
+    start = time.perf_counter()
+    with no_waiting(device):
+        step()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:

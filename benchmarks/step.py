@@ -14,16 +14,15 @@ import argparse
 import multiprocessing
 import statistics
 import sys
-import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from benchmarks.interleaved import in_turn, machine, ratio
+from benchmarks.interleaved import in_turn, machine, ratio, seconds_of
 from common import console
-from common.devices import accelerator, no_waiting, peak_memory, synchronize
+from common.devices import CPU, accelerator, peak_memory
 from models.compiled import compiled_for_training
 
 import torch
@@ -82,13 +81,7 @@ class Step:
             p.grad = None
 
     def seconds(self) -> float:
-        """Seconds of one step; a synchronisation within it is an error."""
-        synchronize(self.device)
-        start = time.perf_counter()
-        with no_waiting(self.device):
-            self()
-        synchronize(self.device)
-        return time.perf_counter() - start
+        return seconds_of(self, self.device)
 
     def macs(self) -> float:
         """Multiply-accumulates of one step, as torch counts them: matrix products, convolutions and attention."""
@@ -129,8 +122,8 @@ def main() -> None:
         line = f"{kind}: {median:.4g} s, {args.batch_size / median:.4g} images/s, {macs[kind] / 1e9:,.1f} GMACs"
         if args.peak_tflops:  # MACs of the plain ViT for both, as in model FLOPs utilisation
             line += f", {2 * macs['plain ViT'] / median / 1e12 / args.peak_tflops:.1%} of {args.peak_tflops:g} TFLOP/s"
-        if args.device != "cpu":
-            line += f", {peak_memory(torch.device(args.device)) / 2**20:,.0f} MiB for both networks"
+        if args.device != CPU and (peak := peak_memory(torch.device(args.device))) is not None:
+            line += f", {peak / 2**20:,.0f} MiB for both networks"
         print(line)
     print(f"ratio {ratio(*(seconds[kind] for kind in KINDS))}; of the MACs {macs['Aux-Net'] / macs['plain ViT']:.3f}")
 

@@ -15,7 +15,7 @@ SMALL_SECONDS = 300.0  # for a measurement with --small, on a CPU that may be bu
 AGAINST_PLAIN = "A step is forward, backward, AdamW and EMA in bfloat16; ratios are medians of pairs, with their range."
 # TFLOP/s of dense bfloat16 matrix products without sparsity, by a part of the device's name, from the data sheets:
 # nvidia.com/en-us/data-center/{h200,h100,a100,l40s,l4,a10}, amd.com/en/products/accelerators/instinct (MI300X, MI250X)
-DATA_SHEET = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+DATA_SHEET = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125}
 DATA_SHEET |= {"MI300X": 1307, "MI250X": 383}
 
 
