@@ -61,7 +61,7 @@ def as_worker_error(error: BaseException, where: str = "") -> WorkerError:
     return WorkerError(f"a data worker failed{where}: {one_line(text)}; {WITHOUT}, and shows where it fails")
 
 
-def raise_exit_reason(workers: Sequence[BaseProcess], seconds: float = 20) -> None:
+def raise_exit_reason(workers: Sequence[BaseProcess], seconds: float = 60) -> None:
     """After a connection to a worker broke, wait for its exit, which tells the cause. A core dump can delay it.
 
     Raises:
