@@ -44,7 +44,7 @@ import torch
 BATCH, DEPTH, HEADS = 4, 8, 4  # unless varied
 BATCHES, DEPTHS, WIDTHS = (1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 6, 8, 12)
 RUNS = {
-    "LeTs": "--src-arch deit_tiny_patch16_224_L4_H2 --tgt-arch deit_tiny_patch16_224_L8_H4 --descendants 0",
+    "LeTs": "--src-arch deit_tiny_patch16_224_L4_H2 --tgt-arch deit_tiny_patch16_224_L8_H4",
     "LeTs, with two descendants": "--src-arch deit_tiny_patch16_224_L4_H2 --tgt-arch deit_tiny_patch16_224_L8_H4 "
     "--descendants 2",
     "elastic, two sizes": "--src-arch deit_tiny_patch16_224_L8_H4",

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from common import console
 from common.devices import processors
+from common.forks import fork_server, print_to
 from training.command_line import REPOSITORY
 
 # imported once for all measurements
@@ -109,20 +108,8 @@ def start_program(
 
 @cache
 def server() -> multiprocessing.context.BaseContext:
-    """The server of which measurements are forks: to import the libraries takes longer than many of them.
-
-    It must not use the device, or no fork of it could: whatever asks for a device runs in a fork.
-    """
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process that has threads of OpenMP waits for them forever
-    forkserver.ensure_running()
-    os.environ.update({} if threads is None else {"OMP_NUM_THREADS": threads})
-    if threads is None:
-        del os.environ["OMP_NUM_THREADS"]
-    return context
+    """The server of which measurements are forks: to import the libraries takes longer than many of them."""
+    return fork_server(PRELOADED, REPOSITORY)
 
 
 def start_fork(function: Callable, arguments: Sequence, output: Path, seconds: float) -> Started:
@@ -139,10 +126,7 @@ def become(function: Callable, arguments: Sequence, output: Path, threads: int) 
 
     os.setsid()
     threading.Thread(target=end_with_parent, daemon=True).start()
-    number = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(number, 1)
-    os.dup2(number, 2)
-    console.accept_any_text()
+    print_to(output)
     torch.set_num_threads(threads)
     function(*arguments)
 

@@ -256,24 +256,12 @@ def stack_layers(vit: dict[str, Tensor], structure: Structure) -> dict[str, Tens
 
 def widen_out(A: Tensor, w: Tensor) -> Tensor:
     """⟨A⟩ w: the output axis of ``w`` (…, out, in) grows by the rows of A."""
-    return beside(w, A, w, dim=-2)
+    return torch.cat([w, A @ w], dim=-2)
 
 
 def widen_in(w: Tensor, A: Tensor) -> Tensor:
     """w ⟨A⟩ᵀ: the input axis of ``w`` (…, out, in) grows by the rows of A; a vector counts as a row."""
-    return beside(w, w, A.mT, dim=-1)
-
-
-def beside(w: Tensor, a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """``w`` and the product a b, concatenated along ``dim``; without gradients the product is not copied."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(w.device.type):
-        return torch.cat([w, a @ b], dim=dim)
-    shape = [*w.shape]
-    shape[dim] += a.shape[-2] if dim == -2 else b.shape[-1]
-    wide = w.new_empty(shape)
-    wide.narrow(dim, 0, w.shape[dim]).copy_(w)
-    torch.matmul(a, b, out=wide.narrow(dim, w.shape[dim], shape[dim] - w.shape[dim]))
-    return wide
+    return torch.cat([w, w @ A.mT], dim=-1)
 
 
 def widen(w: Tensor, axes: str, matrices: Mapping[str, Tensor], full_width: bool = False) -> Tensor:

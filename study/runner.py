@@ -14,9 +14,9 @@ from graphlib import TopologicalSorter
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from common import console
 from common.devices import CPU, device_name, processors, type_of
 from common.errors import InputError
+from common.forks import fork_server, print_to
 from main import main as run_main
 from study.plan import Run, Study, order_of
 from study.records import RECORD, Record, differences, last_printed, not_finite, read_record, result_of
@@ -38,10 +38,7 @@ def run_in_child(arguments: list[str], output: Path, threads: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the study forwards it as SIGTERM
     threading.Thread(target=watch_parent, daemon=True).start()
-    printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
-    console.accept_any_text()
+    print_to(output, append=True)
     torch.set_num_threads(threads)
     print(shlex.join(["python", "main.py", *arguments]), flush=True)
     sys.exit(run_main(arguments))
@@ -89,13 +86,8 @@ class Runner:
     @cached_property
     def context(self) -> multiprocessing.context.BaseContext:
         """Start runs as forks of a server process that has imported all modules once."""
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        # a fork of a process that has threads of OpenMP waits for them forever; runs set their own number of threads
-        os.environ["OMP_NUM_THREADS"] = "1"
-        context = multiprocessing.get_context("forkserver")
         # with the script itself: a process that imported it again would see later edits
-        context.set_forkserver_preload(["__main__", "training.launch", "study.runner", *LATE])
-        return context
+        return fork_server(["__main__", "training.launch", "study.runner", *LATE], REPOSITORY)
 
     @property
     def threads(self) -> int:

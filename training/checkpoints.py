@@ -202,7 +202,7 @@ def check_state(run: Run) -> None:
     """Raises NotFiniteError, on all processes together, if anything that a checkpoint would hold is not finite."""
     tensors = [*run.model.state_dict().values(), *(run.ema.module.state_dict().values() if run.ema else ())]
     tensors += tensors_in(run.optimizer.state_dict()["state"])
-    finite = all(all_finite(tensor) for tensor in tensors if tensor.is_floating_point())
+    finite = all_finite([tensor for tensor in tensors if tensor.is_floating_point()])
     if utils.max_over_processes(not finite)[0]:
         finding = f"weights or their averages are not finite in epoch {run.epoch} after step {run.position.steps}"
         raise not_finite(finding, run.optimizer)
