@@ -91,7 +91,8 @@ def default_jobs(kind: str) -> int:
 
     On an accelerator a run of small ViTs waits for its own processor, which starts one kernel after the other,
     more than for the device. The backward pass has a thread of its own: two processors for each run. Kernels of
-    different processes take turns, so that more than `MOST_ON_DEVICE` runs gain little.
+    different processes take turns, so more than `MOST_ON_DEVICE` are expected to gain little: ``benchmarks/device.py
+    together`` measures it.
     """
     return processors() if kind == CPU else max(1, min(MOST_ON_DEVICE, processors() // 2))
 
