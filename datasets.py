@@ -395,6 +395,7 @@ def build_transform(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     three_augment: bool = False,
     src: bool = False,
+    crop_padding: int | None = None,
 ) -> transforms.Compose:
     """PIL image → normalised tensor (3, input_size, input_size); DeiT's recipe for photographs.
 
@@ -407,6 +408,7 @@ def build_transform(
         three_augment: DeiT III's 3-Augment (timm's policy ``3a``, then ``color_jitter``) instead of ``aa`` and random
             erasing.
         src: DeiT III's simple random crop: resize the shorter side, then shift by up to 4 pixels.
+        crop_padding: another largest shift, in pixels. Raises InputError for images that are not shifted.
     """
     small = are_small(name, input_size)
     if not is_train:
@@ -431,6 +433,14 @@ def build_transform(
     if small or src:  # the first step is timm's random crop for photographs
         mode = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         resize = transforms.Resize((input_size, input_size) if small else input_size, mode)
-        padding = dict(padding=4, padding_mode="reflect") if src else dict(padding=max(1, input_size // 8))
-        transform.transforms[:1] = [resize, transforms.RandomCrop(input_size, **padding)]
+        transform.transforms[:1] = [resize, random_shift(input_size, src, crop_padding)]
+    elif crop_padding is not None:
+        raise InputError(f"--crop-padding {crop_padding} is for small images, and for --src: others have random crops")
     return transform
+
+
+def random_shift(input_size: int, src: bool, pixels: int | None) -> transforms.RandomCrop:
+    """Shift an image by up to ``pixels``; see `build_transform`."""
+    if src:
+        return transforms.RandomCrop(input_size, 4 if pixels is None else pixels, padding_mode="reflect")
+    return transforms.RandomCrop(input_size, max(1, input_size // 8) if pixels is None else pixels)

@@ -345,6 +345,11 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--start-epoch", type=at_least(0), default=0)
     g.add_argument("--eval", action="store_true", help="evaluate and stop")
     g.add_argument("--epochs", type=at_least(0), default=300, help="0: initialise, evaluate, write the model")
+    g.add_argument(
+        "--linear-probe",
+        action="store_true",
+        help="with --epochs 0: give the ViT the linear head that fits its features best, before the evaluation",
+    )
 
     g = p.add_argument_group("data")
     g.add_argument("--data-set", default="IMNET", choices=DATA_SETS)
@@ -419,6 +424,13 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         help="DeiT III's 3-Augment in the place of --aa and --reprob: grey, solarised or blurred, then --color-jitter",
     )
     g.add_argument("--src", action=flag, default=False, help="… with its simple random crop: resized, then shifted")
+    g.add_argument(
+        "--crop-padding",
+        type=at_least(0),
+        metavar="N",
+        help="training shifts small images, and those of --src, by up to N pixels; default: an eighth of --input-size, "
+        "with --src 4",
+    )
     g.add_argument("--color-jitter", type=number_or_none, default=0.3)
     g.add_argument("--aa", type=text_or_none, default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
     g.add_argument("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"))

@@ -227,12 +227,13 @@ def resolve_options(run: Run, study: Study) -> None:
 
 
 def substitute(text: str, run: Run, study: Study) -> str:
-    """``text`` with ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` replaced by those of the run."""
+    """``text`` with ``{seed}``, ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` replaced by those of the run."""
+    names = {"seed": run.seed}
     if run.size:
         arch = models.parse_arch(study.sizes[run.size])
-        names = {"arch": study.sizes[run.size], "size": run.size, "depth": arch.depth, "heads": arch.num_heads}
-        for name, value in names.items():
-            text = text.replace(f"{{{name}}}", str(value))
+        names |= {"arch": study.sizes[run.size], "size": run.size, "depth": arch.depth, "heads": arch.num_heads}
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", str(value))
     return text
 
 

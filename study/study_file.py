@@ -149,7 +149,7 @@ def check_names(study: Study) -> None:
     """Raises InputError where names of groups cannot be told apart, or those of other groups are unknown."""
     slugs: dict[str, str] = {}
     for name, group in study.groups.items():
-        if re.search(r"[{}/]", name) or name in ("arch", "size", "depth", "heads"):
+        if re.search(r"[{}/]", name) or name in ("seed", "arch", "size", "depth", "heads"):
             raise InputError(f"runs: {name!r} cannot be the name of a group, as references would mean something else")
         if group.slug in slugs:
             raise InputError(f"runs: {name!r} and {slugs[group.slug]!r} would have the same folder: rename one")

@@ -96,6 +96,7 @@ def transform_of(data: DataConfig, augment: AugmentConfig, is_train: bool) -> Ca
         std=preprocessing.std,
         three_augment=augment.three_augment,
         src=augment.src,
+        crop_padding=augment.crop_padding,
     )
 
 

@@ -50,6 +50,7 @@ def check(config: Config) -> str:
     check_timm(config.model)
     check_source_teacher(config)
     check_features(config)
+    check_linear_probe(kind, config)
     check_augmentation(config.augment, config.data)
     check_mixup(config)
     check_teacher_cache(config.teacher, config.data)
@@ -208,6 +209,17 @@ def check_features(config: Config) -> None:
     for option in ("order", "depth_order"):
         if teacher.without_labels and getattr(model, option) == "taylor":
             raise InputError(f"{option_name(option)} taylor needs the loss of a head, and features alone have none")
+
+
+def check_linear_probe(kind: str, config: Config) -> None:
+    """Raises InputError where --linear-probe has no features to fit a head to, or they would change."""
+    if not config.runtime.linear_probe:
+        return
+    if config.schedule.epochs or config.runtime.eval:
+        found = "--eval" if config.runtime.eval else f"--epochs {config.schedule.epochs}"
+        raise InputError(f"--linear-probe fits a head to frozen features: expected --epochs 0, found {found}")
+    if kind not in (STAGE_2, PLAIN) or (kind == PLAIN and not models.is_vit(config.model.model)):
+        raise InputError("--linear-probe is for ViTs: expected --des-arch, or a ViT for --model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ class AugmentConfig:
 
     three_augment: bool = False
     src: bool = False
+    crop_padding: int | None = None
     color_jitter: float | None = 0.3
     aa: str | None = "rand-m9-mstd0.5-inc1"
     train_interpolation: str = "bicubic"
@@ -211,6 +212,7 @@ class RuntimeConfig:
     """How the run is executed."""
 
     eval: bool = False
+    linear_probe: bool = False
     resume: str | None = None
     device: str = "auto"
     amp_dtype: str = "auto"

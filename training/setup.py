@@ -112,7 +112,7 @@ def model_of(
 def begin(run: Run) -> None:
     """Load the checkpoint of --resume, set the learning rate, open the log, and the images of a linear probe."""
     config = run.config
-    if config.teacher.without_labels:
+    if config.teacher.without_labels or config.runtime.linear_probe:
         run.probe_loader = probe_loader(config, run.device)
     if config.runtime.resume:
         resume(run)

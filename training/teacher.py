@@ -38,7 +38,8 @@ OPTIONS = ("data_set", "cache_data", "seed", "input_size", "batch_size", "repeat
 OPTIONS += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
 OPTIONS += ("mixup_switch_prob", "mixup_mode", "teacher_model", "teacher_cache_top")
 # in the key only if they differ from these values, so that older caches stay valid
-LATER_OPTIONS = {"three_augment": False, "src": False, "mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD]}
+LATER_OPTIONS = {"three_augment": False, "src": False, "crop_padding": None}
+LATER_OPTIONS |= {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD]}
 
 
 class Teacher:
