@@ -118,7 +118,7 @@ def tuning_rows(runner: Runner) -> Iterable[dict]:
     """One row per learning rate that was tried, with its accuracy on the images held out."""
     for (name, epochs), grid in runner.study.grids.items():
         done = [run for run in grid if runner.is_done(run)]
-        best = max(done, key=lambda run: runner.records[run].result["accuracy"], default=None)
+        best = max(done, key=lambda run: runner.records[run].tuned_on, default=None)
         for run in done:
             chosen = run is best and len(done) == len(grid)
             yield {
@@ -126,7 +126,7 @@ def tuning_rows(runner: Runner) -> Iterable[dict]:
                 "epochs": epochs,
                 "tuned_by_epochs": run.epochs,
                 "lr": run.lr,
-                "held_out_accuracy": runner.records[run].result["accuracy"],
+                "held_out_accuracy": runner.records[run].tuned_on,
                 "chosen": "yes" if chosen else "",
                 "at_edge": "yes" if chosen and run in (grid[0], grid[-1]) else "",
             }

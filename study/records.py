@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from common.errors import InputError
 from common.files import atomic_write, sha256
@@ -24,6 +25,11 @@ class Record:
     seconds: float = 0
     device: str = ""
     result: dict | None = None
+
+    @property
+    def tuned_on(self) -> float:
+        """What a learning rate is chosen by: the accuracy, of a family the mean of its largest and smallest member."""
+        return mean([self.result["accuracy"], *filter(None, [self.result.get("smallest")])])
 
     def write(self, folder: Path) -> None:
         with atomic_write(folder / RECORD) as unfinished:
@@ -73,6 +79,7 @@ def result_of(folder: Path) -> dict:
         stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return {
         "accuracy": log[-1]["test_acc1"],
+        "smallest": log[-1].get("smallest_test_acc1"),
         "before": log[0]["test_acc1"] if log[0]["epoch"] == -1 else None,
         "parameters": log[-1]["n_parameters"],
         "stored": stored,

@@ -247,6 +247,34 @@ class Results:
         return sum(found) if found else None
 
 
+def groups_of(runs: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups under ``runs``. One that is ``like`` another has all of it that it does not replace.
+
+    Options are replaced one by one; null removes one.
+
+    Raises:
+        InputError: a group is like one that there is not, or groups are like each other in a circle.
+    """
+
+    def whole(name: str, seen: tuple[str, ...]) -> Any:
+        group = runs[name]
+        if not isinstance(group, Mapping) or "like" not in group:
+            return group
+        if group["like"] not in runs:
+            raise InputError(f"runs, {name}: like is {group['like']!r:.100}, which is no group")
+        if group["like"] in (seen := (*seen, name)):
+            raise InputError(f"runs: {' → '.join([*seen, group['like']])}: groups are like each other in a circle")
+        other = whole(group["like"], seen)
+        own = {key: value for key, value in group.items() if key != "like"}
+        parts = [entry.get("options", {}) for entry in (other, own) if isinstance(entry, Mapping)]
+        if len(parts) < 2 or not all(isinstance(part, Mapping) for part in parts):
+            return own  # what reads it says what is wrong
+        options = {str(key).replace("_", "-"): value for part in parts for key, value in part.items()}
+        return {**other, **own, "options": {key: value for key, value in options.items() if value is not None}}
+
+    return {name: whole(name, ()) for name in runs}
+
+
 def lists_of(group: Mapping, study: Mapping) -> dict[str, Any]:
     """Sizes, numbers of epochs and seeds of a group's runs: the study's where it has none of its own."""
     lists = {key: group.get(key, study.get(key)) for key in ("sizes", "epochs", "seeds")}
@@ -258,7 +286,7 @@ def lists_of(group: Mapping, study: Mapping) -> dict[str, Any]:
 def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, int]]:
     """`Results.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none."""
     planned = set()
-    for name, group in content["runs"].items():
+    for name, group in groups_of(content["runs"]).items():
         if not isinstance(group, Mapping):
             raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
         if group.get("kind") != "vit":
@@ -292,7 +320,7 @@ def read_results(folder: Path) -> Results:
                 f"{folder / 'results.csv'}: size {row.size!r:.100} is none of study.yaml's: {', '.join(sizes)}"
             )
     planned = planned_vits(content, path)
-    methods = {group.get("method", name) for name, group in content["runs"].items()}
+    methods = {group.get("method", name) for name, group in groups_of(content["runs"]).items()}
     try:
         report = read_report(content, methods, content["data"].keys()) if "report" in content else None
     except InputError as error:

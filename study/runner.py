@@ -110,7 +110,7 @@ class Runner:
         """The given one, or the one with the best accuracy on the images held out; None until all are tried."""
         if not run.tuned_by or not all(self.is_done(tuning) for tuning in run.tuned_by):
             return run.lr
-        return max(run.tuned_by, key=lambda tuning: self.records[tuning].result["accuracy"]).lr
+        return max(run.tuned_by, key=lambda tuning: self.records[tuning].tuned_on).lr
 
     def made_from(self, run: Run) -> dict[str, str]:
         return {name: self.records[of].result["sha256"] for name, of in run.needs.items() if self.is_done(of)}

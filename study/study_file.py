@@ -8,7 +8,7 @@ import models
 from common.errors import InputError, error_context, nearest
 from common.files import read_yaml
 from study.plan import Group, Study, plan
-from study.results import lists_of, read_report, slug
+from study.results import groups_of, lists_of, read_report, slug
 
 KINDS = ("teacher", "stage1", "vit")
 SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
@@ -18,7 +18,7 @@ LIST, TEXT, MAP = (list,), (str,), (dict,)
 STUDY_KEYS = {"study": TEXT, "sizes": MAP, "seeds": LIST, "options": MAP, "data": MAP, "tuning": MAP, "runs": MAP}
 STUDY_KEYS |= {"report": MAP, "in_order": (bool,)}
 GROUP_KEYS = {"kind": TEXT, "method": TEXT, "data": TEXT, "sizes": LIST, "seeds": LIST, "epochs": (int, list)}
-GROUP_KEYS |= {"lr": (int, float, list, str), "tuning": MAP, "stored": (str, list), "options": MAP}
+GROUP_KEYS |= {"like": TEXT, "lr": (int, float, list, str), "tuning": MAP, "stored": (str, list), "options": MAP}
 
 
 def read_study(path: Path, data_path: Path | None = None, device: str | None = None) -> Study:
@@ -52,7 +52,7 @@ def read_study(path: Path, data_path: Path | None = None, device: str | None = N
             content["study"], sizes, content["seeds"], options, data, tuning, {}, content.get("in_order", False)
         )
         check_numbers(study.seeds, "seeds")
-        for name, entry in content["runs"].items():
+        for name, entry in groups_of(content["runs"]).items():
             with error_context(f"runs, {name}"):
                 study.groups[name] = read_group(str(name), entry, study)
         check_names(study)

@@ -381,7 +381,7 @@ def test_a_run_has_all_processors_if_it_is_alone(tmp_path):
     assert f"{len(os.sched_getaffinity(0))} thread" in (tmp_path / "results/tiny/results.csv").read_text()
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "trials", "elastic"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "trials", "elastic", "family"])
 def test_the_studies_of_this_project_are_ready(name, tmp_path, run_here):
     images = np.zeros((60_000, 28, 28), dtype=np.uint8)
     for part, count in (("train", 60_000), ("t10k", 10)):

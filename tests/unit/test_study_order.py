@@ -1,13 +1,17 @@
-"""The order in which the runs of a study start, which weights are kept for them, and options that are given for all."""
+"""The order in which the runs of a study start, the weights that are kept for them, and groups that are like others."""
 
 from pathlib import Path
 
+from common.errors import InputError
 from study.kept import that_fit
 from study.plan import Study, order_of
+from study.records import Record
+from study.results import planned_vits
 from study.runner import Runner
 from study.study_file import read_study
 
 import pytest
+import yaml
 from small_study import STUDY
 
 
@@ -45,3 +49,59 @@ def test_where_the_data_are_and_what_runs(tmp_path):
     (tmp_path / "study.yaml").write_text(text)
     study = read_study(tmp_path / "study.yaml", tmp_path, "cpu")
     assert {(run.options["data-path"], run.options["device"]) for run in study.all_runs} == {(str(tmp_path), "cpu")}
+
+
+LIKE = """
+  "scratch, smoothed":
+    like: scratch
+    seeds: [0, 1]
+    options: {smoothing: 0.1}
+  "scratch, other name":
+    like: "scratch, smoothed"
+    method: scratch, smoothed
+    sizes: [L2-H2]
+    epochs: [2]
+    options: {smoothing: null}
+"""
+
+
+def with_groups(folder: Path, groups: str) -> Path:
+    (folder / "study.yaml").write_text(STUDY.replace("report:", f"{groups.strip(chr(10))}\nreport:"))
+    return folder / "study.yaml"
+
+
+def test_groups_that_are_like_others(tmp_path):
+    path = with_groups(tmp_path, LIKE)
+    study = read_study(path)
+    smoothed, other = study.groups["scratch, smoothed"], study.groups["scratch, other name"]
+    assert (smoothed.method, smoothed.seeds, smoothed.epochs, smoothed.lrs) == (
+        "scratch, smoothed",
+        [0, 1],
+        [1],
+        [0.003],
+    )
+    assert smoothed.options == {"model": "{arch}", "smoothing": 0.1}
+    assert (other.method, other.sizes, other.epochs) == ("scratch, smoothed", ["L2-H2"], [2])
+    assert other.options == {"model": "{arch}"}  # null removes an option
+    planned = planned_vits(yaml.safe_load(path.read_text()), path)  # reports read the same file
+    assert ("scratch, smoothed", "DIGITS", "L2-H2", 2, 1) in planned
+    assert ("scratch, smoothed", "DIGITS", "L1-H1", 1, 0) in planned
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("  a: {like: scratsh}", "runs, a: like is 'scratsh', which is no group"),
+        ("  a: {like: b}\n  b: {like: a}", "runs: a → b → a: groups are like each other in a circle"),
+        ("  a: {like: scratch, options: [1]}", "runs, a: the group: options is [1], expected dict"),
+    ],
+)
+def test_groups_that_are_like_none(tmp_path, groups, message):
+    with pytest.raises(InputError) as error:
+        read_study(with_groups(tmp_path, groups))
+    assert message in str(error.value)
+
+
+def test_a_family_is_tuned_for_its_largest_and_smallest_member():
+    assert Record({}, 0.1, {}, result={"accuracy": 80.0, "smallest": 70.0}).tuned_on == 75.0
+    assert Record({}, 0.1, {}, result={"accuracy": 80.0}).tuned_on == 80.0
