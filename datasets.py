@@ -408,7 +408,7 @@ def build_transform(
         three_augment: DeiT III's 3-Augment (timm's policy ``3a``, then ``color_jitter``) instead of ``aa`` and random
             erasing.
         src: DeiT III's simple random crop: resize the shorter side, then shift by up to 4 pixels.
-        crop_padding: another largest shift, in pixels. Raises InputError for images that are not shifted.
+        crop_padding: another largest shift, in pixels, of images that are shifted.
     """
     small = are_small(name, input_size)
     if not is_train:
@@ -434,8 +434,6 @@ def build_transform(
         mode = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         resize = transforms.Resize((input_size, input_size) if small else input_size, mode)
         transform.transforms[:1] = [resize, random_shift(input_size, src, crop_padding)]
-    elif crop_padding is not None:
-        raise InputError(f"--crop-padding {crop_padding} is for small images, and for --src: others have random crops")
     return transform
 
 

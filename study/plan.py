@@ -24,6 +24,7 @@ from training.checks import check
 from training.command_line import Parser, arguments_of, parse_options
 from training.config import SOURCE, TIMM, Config, weight_sources
 from training.config import resolve as resolve_config
+from training.probe import PROBE_IMAGES
 from training.setup import is_address
 
 import torch
@@ -32,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 EVALUATED = 10_000  # images of an evaluation, about
 START = 10**10  # MACs that take about as long as the start of a run
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # where and how fast a run works
+ROTATED = "rotated"  # by how many degrees: a key of data that is no option of main.py
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WITHOUT_FILES |= {"order": "none", "depth_order": "even"}
 FOLDERS = ("tuning", "runs")  # of a study
@@ -86,6 +88,10 @@ class Run:
             return Path("tuning", self.group.slug, str(self.epochs), f"{self.lr:g}")
         return Path("runs", self.group.slug, self.size, str(self.epochs), str(self.seed))
 
+    def data_folder(self, root: Path) -> Path:
+        """Where a study with the folder ``root`` writes the rotated images of this run."""
+        return root / "data" / f"{slug(self.options['data-path'])}_{self.options[ROTATED]}"
+
     @property
     def after(self) -> set["Run"]:
         return {*self.needs.values(), *self.stored, *self.tuned_by}
@@ -103,6 +109,8 @@ class Run:
             for reference, run in self.needs.items() if isinstance(value, str) else ():
                 options[name] = options[name].replace(f"{{{reference}}}", str(root / run.folder))
         options |= {"epochs": self.epochs, "seed": self.seed, "output-dir": str(root / self.folder)}
+        if options.pop(ROTATED, None):
+            options["data-path"] = str(self.data_folder(root))
         options |= {} if lr is None else {"lr": lr}
         return arguments_of(option_parser(Parser), options, "options")
 
@@ -166,8 +174,8 @@ def plan(study: Study) -> None:
     order_of(study.all_runs)
     known: dict[tuple, tuple[int, int, int]] = {}
     for run in study.all_runs:
-        kind = run.group.name, run.size, run.epochs, run.tuning
-        if kind not in known:  # seeds and learning rates make no difference
+        kind = run.group.name, run.epochs, run.tuning, str(run.options)
+        if kind not in known:  # seeds make no difference unless options name them, learning rates none
             with error_context(f"runs, {run.group.name}"):
                 known[kind] = costs_of(checked_options(run))
         run.images, run.macs, run.cost = known[kind]
@@ -284,6 +292,8 @@ def checked_options(run: Run) -> Config:
         InputError: main.py would refuse them.
     """
     config = resolve_config(parse_options(run.arguments(Path("output"), run.lr)))
+    if ROTATED in run.options:  # that the study has not written yet, and whose labels are the same
+        config = config.with_options(data_path=run.options["data-path"])
     kind = check(config)
     for name, (place, _) in weight_sources(config.model, config.teacher, None).items():
         option = name.replace("_", "-")
@@ -306,7 +316,7 @@ def checked_options(run: Run) -> Config:
 
 
 def costs_of(config: Config) -> tuple[int, int, int]:
-    """Of a run: images seen, MACs of its training, and about what it costs in all."""
+    """Of a run: images trained on, MACs of its training or linear probe, and about what it costs in all."""
     data = config.data
     images, classes = size_of_data(data.data_set, data.data_path, data.inat_category, data.train_images, data.holdout)
     if data.batch_size > images:
@@ -323,7 +333,8 @@ def costs_of(config: Config) -> tuple[int, int, int]:
         teacher_macs = macs_of(
             model.src_arch if teacher.teacher_model == SOURCE else teacher.teacher_model, size, classes
         )
-    macs = seen * (FORWARD_AND_BACKWARD * forward + teacher_macs)
+    probed = min(images, PROBE_IMAGES) if config.runtime.linear_probe else 0
+    macs = seen * (FORWARD_AND_BACKWARD * forward + teacher_macs) + probed * forward
     return seen, macs, macs + EVALUATED * forward + START
 
 

@@ -18,8 +18,9 @@ from common.devices import CPU, device_name, processors, type_of
 from common.errors import InputError
 from common.forks import fork_server, print_to
 from main import main as run_main
-from study.plan import Run, Study, order_of
+from study.plan import ROTATED, Run, Study, order_of
 from study.records import RECORD, Record, differences, last_printed, not_finite, read_record, result_of
+from study.rotated import write_rotated
 from training.command_line import REPOSITORY
 from utils import StopSignals
 
@@ -190,6 +191,8 @@ class Runner:
     def start(self, run: Run) -> None:
         folder, lr = self.root / run.folder, self.learning_rate(run)
         folder.mkdir(parents=True, exist_ok=True)
+        if ROTATED in run.options:
+            write_rotated(run.options["data-path"], run.options[ROTATED], run.data_folder(self.root))
         if self.records[run] is None:
             self.records[run] = Record(run.identity, lr, self.made_from(run))
             self.records[run].write(folder)

@@ -1,4 +1,16 @@
-"""Read the YAML file of a study: check every key, and plan the runs before any of them starts."""
+"""Read the YAML file of a study: check every key, and plan the runs before any of them starts.
+
+Besides options of main.py, an entry under ``data`` may have the key ``rotated``: the study rotates the images of
+Fashion-MNIST counterclockwise by 90, 180 or 270 degrees, and writes them to its output folder before they are used::
+
+    data:
+      ROTATED: {data-set: FMNIST, data-path: /usr/share/datasets/fashion-mnist, rotated: 90, train-images: 1000}
+
+In options that are texts, ``{seed}`` stands for the seed of the run, and in those of ViTs ``{arch}``, ``{size}``,
+``{depth}`` and ``{heads}`` for theirs.
+
+A group that is ``like: OTHER`` has all that the other has and it does not replace (`study.results.groups_of`).
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,8 +19,10 @@ from pathlib import Path
 import models
 from common.errors import InputError, error_context, nearest
 from common.files import read_yaml
-from study.plan import Group, Study, plan
+from options import place
+from study.plan import ROTATED, Group, Study, plan
 from study.results import groups_of, lists_of, read_report, slug
+from study.rotated import DEGREES
 
 KINDS = ("teacher", "stage1", "vit")
 SET_BY_THE_STUDY = ("epochs", "lr", "seed", "output-dir", "resume", "config", "eval")
@@ -45,7 +59,7 @@ def read_study(path: Path, data_path: Path | None = None, device: str | None = N
         check_keys(tuning, {"seed": (int,), "size": TEXT, "holdout": (int,)}, "tuning")
         options = named_options(content.get("options", {}), "options")
         options |= {} if device is None else {"device": device}
-        data = {name: named_options(entry, f"data, {name}") for name, entry in content["data"].items()}
+        data = {name: data_options(entry, f"data, {name}") for name, entry in content["data"].items()}
         for entry in data.values():
             entry |= {"data-path": str(data_path)} if data_path and "data-path" in entry else {}
         study = Study(
@@ -88,7 +102,22 @@ def named_options(options: object, where: str) -> dict:
     options = {str(name).replace("_", "-"): value for name, value in options.items()}
     if given := [name for name in options if name in SET_BY_THE_STUDY]:
         raise InputError(f"{where}: {given[0]} is not an option here: it is set for every run")
+    if ROTATED in options:
+        raise InputError(f"{where}: {ROTATED} is not an option: it belongs to an entry under data")
     return options
+
+
+def data_options(entry: object, where: str) -> dict:
+    """Options of main.py, and ``rotated`` where the study is to rotate the images."""
+    degrees = entry.pop(ROTATED, None) if isinstance(entry, dict) else None
+    options = named_options(entry, where)
+    if degrees is None:
+        return options
+    if type(degrees) is not int or degrees not in DEGREES:
+        raise InputError(f"{where}: {ROTATED} is {degrees!r}, expected {', '.join(map(str, DEGREES))} degrees")
+    if options.get("data-set") != "FMNIST" or "data-path" not in options:
+        raise InputError(f"{where}: {ROTATED} is for images of data-set FMNIST, in the folder data-path")
+    return options | {"data-path": place(str(options["data-path"])), ROTATED: degrees}
 
 
 def read_group(name: str, entry: object, study: Study) -> Group:

@@ -9,7 +9,9 @@ from conftest import TESTS
 FIXTURES = TESTS / "fixtures"
 
 DIGITS = "--num-workers 0 --epochs 1 --data-set DIGITS"
-PLAIN = f"{DIGITS} --model deit_nano_patch8_32_L2"
+MODEL = "--model deit_nano_patch8_32_L2"
+PLAIN = f"{DIGITS} {MODEL}"
+PROBE = f"{DIGITS} --epochs 0 --linear-probe"
 FOLDER = "--num-workers 0 --epochs 1 --model deit_nano_patch8_32_L2"
 DESCEND = f"{DIGITS} --des-arch deit_nano_patch8_32_L4_H2"
 LETS = "--load-gene FILES/lets.safetensors"
@@ -48,6 +50,17 @@ CASES = {
     "seed": Case(f"{PLAIN} --seed -1", ("--seed", "-1")),
     "crop_ratio_0": Case(f"{PLAIN} --eval-crop-ratio 0 --input-size 72", ("--eval-crop-ratio", "0")),
     "crop_ratio_negative": Case(f"{PLAIN} --eval-crop-ratio=-1 --input-size 72", ("--eval-crop-ratio", "-1")),
+    "crop_padding": Case(f"{PLAIN} --crop-padding=-1", ("--crop-padding", "-1 is too small")),
+    "crop_padding_of_photographs": Case(
+        f"{PLAIN} --crop-padding 2 --input-size 72", ("--crop-padding 2", "DIGITS", "--input-size 72", "--src")
+    ),
+    "crop_padding_of_all": Case(f"{PLAIN} --crop-padding 32", ("--crop-padding 32", "less than --input-size 32")),
+    "probe_and_training": Case(f"{PLAIN} --linear-probe", ("--linear-probe", "--epochs 0", "found --epochs 1"), BOTH),
+    "probe_and_eval": Case(f"{PROBE} {MODEL} --eval", ("--linear-probe", "--epochs 0", "found --eval")),
+    "probe_after_training": Case(f"{PROBE} {MODEL} --start-epoch 1", ("--linear-probe", "--finetune"), BOTH),
+    "probe_and_average": Case(f"{PROBE} {MODEL} --model-ema", ("--linear-probe", "--model-ema")),
+    "probe_of_stage_1": Case(f"{PROBE} --src-arch deit_nano_patch8_32_L2", ("--linear-probe", "--des-arch", "--model")),
+    "probe_of_another_network": Case(f"{PROBE} --model resnet18", ("--linear-probe", "a ViT for --model")),
     "smoothing": Case(f"{PLAIN} --smoothing 2 --mixup 0 --cutmix 0", ("--smoothing", "2")),
     "drop": Case(f"{PLAIN} --drop 2", ("--drop", "2")),
     "drop_aux": Case(f"{AUX} --tgt-arch deit_nano_patch8_32_L8_H2 --drop 2", ("--drop", "2")),

@@ -5,7 +5,7 @@ What depends on a file, the data or the device is checked where that is read or 
 
 import models
 from common.errors import InputError
-from datasets import DATA_SETS
+from datasets import DATA_SETS, are_small
 from models.baselines import NEED_GRADIENTS
 from models.preprocessing import SMALL
 from models.registry import METHODS, method_of_stage_1
@@ -218,6 +218,8 @@ def check_linear_probe(kind: str, config: Config) -> None:
     if config.schedule.epochs or config.runtime.eval:
         found = "--eval" if config.runtime.eval else f"--epochs {config.schedule.epochs}"
         raise InputError(f"--linear-probe fits a head to frozen features: expected --epochs 0, found {found}")
+    if config.optim.model_ema:
+        raise InputError("--model-ema averages over steps of training: --linear-probe has none, expected one of them")
     if kind not in (STAGE_2, PLAIN) or (kind == PLAIN and not models.is_vit(config.model.model)):
         raise InputError("--linear-probe is for ViTs: expected --des-arch, or a ViT for --model")
 
@@ -237,6 +239,16 @@ def check_augmentation(augment: AugmentConfig, data: DataConfig) -> None:
         value = getattr(augment, option)
         if value and value != getattr(AugmentConfig(), option):
             raise InputError(f"--ThreeAugment takes the place of --{option} {value}: expected one of them")
+    padding, size = augment.crop_padding, data.input_size
+    if padding is None or size is None:  # the size may be that of a learngene
+        return
+    if not augment.src and not are_small(data.data_set, size):
+        raise InputError(
+            f"--crop-padding {padding} is for images that are shifted: those of --data-set {data.data_set} at "
+            f"--input-size {size} have random crops, expected small images or --src"
+        )
+    if padding >= size:
+        raise InputError(f"--crop-padding {padding} leaves nothing of an image: expected less than --input-size {size}")
 
 
 def check_mixup(config: Config) -> None:

@@ -160,7 +160,7 @@ class OptimConfig:
     unscale_lr: bool = False
     accum_iter: int = 1
     clip_grad: float | None = None
-    model_ema: bool | None = None  # None: in training, not in evaluation
+    model_ema: bool | None = None  # None: in training, not in evaluation or for a linear probe
     model_ema_decay: float = 0.99996
     model_ema_force_cpu: bool = False
 
@@ -274,7 +274,7 @@ def resolve(config: Config) -> Config:
     depends on the learngene is left to `resolve_with`.
     """
     model_ema, device, size = config.optim.model_ema, config.runtime.device, config.data.input_size
-    if config.runtime.eval:  # evaluate the model's own weights by default
+    if config.runtime.eval or config.runtime.linear_probe:  # the model's own weights by default
         model_ema = bool(model_ema)
     elif model_ema is None:
         model_ema = True

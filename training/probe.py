@@ -29,7 +29,7 @@ def fit_head(
     num_classes: int,
     autocast: AbstractContextManager,
 ) -> None:
-    """Give a timm ViT without head the head of least squares.
+    """Give a timm ViT the head of least squares, in the place of that which it may have.
 
     Ridge regression of one-hot targets on the pooled features in closed form, as for the few-shot accuracies of
     Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: W minimises mean |W z + b − y|² + λ |W|², where z

@@ -53,7 +53,8 @@ class Run:
     schedule_lag: int = 1  # DeiT steps the schedule after each epoch; 0 for a run begun when this program did not
     rollbacks: int = 0  # since the newest checkpoint
     supernet: models.Supernet | None = None  # around the model, where descendants are trained
-    probe_loader: CheckedLoader | None = None  # what a head is fitted to in each evaluation, where the model has none
+    # what a head is fitted to in each evaluation, where the model has none, or with --linear-probe
+    probe_loader: CheckedLoader | None = None
     epoch_macs: list[int] = field(default_factory=list)  # of the epochs that are counted already
 
     @property

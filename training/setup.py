@@ -116,6 +116,11 @@ def begin(run: Run) -> None:
         run.probe_loader = probe_loader(config, run.device)
     if config.runtime.resume:
         resume(run)
+    if config.runtime.linear_probe and (run.epoch or run.position.images):
+        raise InputError(
+            "--linear-probe is for weights that are not trained further, and this run has begun to: expected them by "
+            "--finetune, and an --output-dir without checkpoints"
+        )
     run.set_learning_rate()
     if config.output.push_to_hub and run.epoch >= config.schedule.epochs > 0:
         raise InputError(f"--push-to-hub: nothing is left to train or upload, epoch {run.epoch} has been reached")
@@ -142,8 +147,8 @@ def check_names(config: Config, classes: list[str], gene: models.Learngene | Non
     ours = names_known(config.data.data_set, classes)
     if not config.runtime.eval:
         check_teacher_names(config.teacher, ours)
-    if config.runtime.resume or config.teacher.without_labels:  # its weights replace all others; or have no head
-        return
+    if config.runtime.resume or config.teacher.without_labels or config.runtime.linear_probe:
+        return  # no head is kept: the weights of a checkpoint replace it, or it is left out, or fitted anew
     if gene is not None:
         warn_of_head(f"--load-gene {config.model.load_gene}", gene.classes, ours)
     sources = weight_sources(config.model, config.teacher, config.runtime.resume)

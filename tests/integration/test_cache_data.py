@@ -121,6 +121,17 @@ def test_pixels_have_the_distribution_of_those_augmented_one_by_one(options):
     assert ((found.mean(0) - expected.mean(0)).abs() / error).max() < 5
 
 
+@pytest.mark.parametrize("pixels", [0, 3])
+def test_shifts_are_as_large_as_those_of_single_images(pixels):
+    transform = build_transform("DIGITS", True, 12, aa=None, color_jitter=0.0, reprob=0.0, crop_padding=pixels)
+    picture = pictures(12)[0]
+    torch.manual_seed(0)
+    expected = {transform(picture).numpy().tobytes() for _ in range(800)}
+    found = BatchAugment(transform)(to_pixels(picture).expand(800, -1, -1, -1), seeds(800))
+    assert {image.numpy().tobytes() for image in found} == expected
+    assert len(expected) == (2 * pixels + 1) ** 2
+
+
 def test_operations_are_drawn_as_often_as_timm_draws_them():
     count = 20_000
     policy = Policy(build_transform("FMNIST", True, 28, aa="rand-m9-n3-mstd0.5-inc1").transforms[3])

@@ -200,6 +200,18 @@ def test_probe_is_ridge_regression_on_standardised_features(kind):
     assert (found.argmax(1) == labels).float().mean() > 0.5
 
 
+@every_kind
+def test_probe_takes_the_place_of_a_head(kind):
+    case = case_of(kind)
+    batches = [(case.images(), torch.tensor([0, 6]))]
+    found, expected = case.source(), models.create_vit(case.src, num_classes=0)
+    expected.load_state_dict(without_head(found.state_dict()))
+    for vit in (found, expected):
+        fit_head(vit, batches, 7, nullcontext())
+    assert found.num_classes == 7
+    torch.testing.assert_close(found(case.images()), expected(case.images()), atol=1e-3, rtol=1e-3)
+
+
 def test_probe_with_a_distillation_token_sets_both_heads():
     case = case_of("deit_tiny_distilled_patch16_224")
     images, labels = digits(case.src.img_size)

@@ -223,6 +223,14 @@ def test_a_cache_of_other_runs_is_refused(root, cache, more, sentence):
         set_up_run(command)
 
 
+def test_a_cache_of_other_shifts_is_refused(root, tmp_path):
+    torch.save({"model": models.create_model("test_resnet", num_classes=10).state_dict()}, tmp_path / "ten.pth")
+    digits = f"--data-set DIGITS --train-images 64 --teacher-path {tmp_path}/ten.pth --teacher-cache {tmp_path}/cache"
+    set_up_run(options(root, LETS, digits))
+    with pytest.raises(models.InputError, match="was made with --crop-padding null, this run has 1"):
+        set_up_run(options(root, LETS, digits, "--crop-padding 1"))
+
+
 def test_a_folder_that_is_no_cache_is_refused(root, tmp_path):
     (tmp_path / "teacher_cache.json").write_text("[]")
     with pytest.raises(models.InputError, match=r"teacher_cache.json describes no teacher cache"):

@@ -100,6 +100,16 @@ def placements(image: Image.Image, shift: int) -> dict[bytes, tuple[int, int]]:
     return {padded[:, y : y + width, x : x + width].numpy().tobytes(): (y, x) for y, x in ways}
 
 
+def drawn(transform: transforms.Compose, image: Image.Image, count: int) -> list[bytes]:
+    """The pixels of training images that are made from ``image``."""
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    found = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        found.append(((transform(image) * std + mean) * 255).round().to(torch.uint8).numpy().tobytes())
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "size", "mirrored"), [("FMNIST", 28, True), ("CIFAR10", 32, True), ("DIGITS", 32, False)]
 )
@@ -108,14 +118,28 @@ def test_small_images_are_shifted_to_train_but_no_digit_is_mirrored(name: str, s
     straight = placements(image, size // 8)
     turned = placements(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), size // 8)
     transform = build_transform(name, True, size, **PLAIN)
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    found = []
-    for seed in range(60):
-        torch.manual_seed(seed)
-        pixels = ((transform(image) * std + mean) * 255).round().to(torch.uint8).numpy().tobytes()
-        assert pixels in straight or pixels in turned
-        found.append(pixels)
+    found = drawn(transform, image, 60)
+    assert all(pixels in straight or pixels in turned for pixels in found)
     assert any(pixels in turned for pixels in found) == mirrored
     ways = {(straight | turned)[pixels] for pixels in found}
     assert len(ways) > 20
     assert {y for y, _ in ways} | {x for _, x in ways} == set(range(2 * (size // 8) + 1))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+def test_crop_padding_is_the_largest_shift(shift: int):
+    image = noise(28, 28)
+    ways = placements(image, shift)
+    found = {
+        ways[pixels] for pixels in drawn(build_transform("DIGITS", True, 28, crop_padding=shift, **PLAIN), image, 80)
+    }
+    assert {y for y, _ in found} == {x for _, x in found} == set(range(2 * shift + 1))
+
+
+def test_crop_padding_of_the_simple_random_crop():
+    image = noise(28, 28)
+    unmoved = {PIXELS(way).numpy().tobytes() for way in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))}
+    for shift, count in ((0, 2), (None, 40)):
+        found = {*drawn(build_transform("IMNET", True, 28, src=True, crop_padding=shift, **PLAIN), image, 60)}
+        assert len(found) >= count
+        assert (found == unmoved) == (shift == 0)

@@ -1,0 +1,78 @@
+"""--linear-probe: the head that fits the features of a ViT best, through main.py."""
+
+import json
+
+import pytest
+import torch
+from conftest import epochs_of
+from data_layouts import make_fmnist
+from runs_of_families import Runs, run_phases
+from safetensors.torch import load_file
+
+BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 256 --warmup-epochs 0 --lr 5e-3 --device cpu"
+VIT = "--model deit_nano_patch8_16_L2_H1"
+GENE = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2"
+PROBE = "--epochs 0 --linear-probe"
+OTHER = "--data-set FMNIST --data-path OUT/data --train-images 20"
+
+PHASES = [
+    {"vit": f"{VIT} --epochs 1 --output-dir OUT/vit", "gene": f"{GENE} --epochs 1 --output-dir OUT/gene"},
+    {
+        "probe": f"{VIT} {PROBE} --finetune OUT/vit/model.safetensors --resume auto --output-dir OUT/probe",
+        "two": f"{VIT} {PROBE} --finetune OUT/vit/model.safetensors --output-dir OUT/two",
+        "des-net": f"--des-arch deit_nano_patch8_16_L2_H2 {PROBE} --load-gene OUT/gene --output-dir OUT/des-net",
+        "other": f"{VIT} {PROBE} {OTHER} --finetune OUT/vit/model.safetensors --output-dir OUT/other",
+        "trained": f"{VIT} {PROBE} --resume auto --output-dir OUT/vit",
+    },
+    {
+        "again": "--config OUT/probe/args.yaml --output-dir OUT/again",
+        "eval-probe": f"{VIT} --eval --resume OUT/probe/model.safetensors",
+        "eval-des-net": "--model deit_nano_patch8_16_L2_H2 --eval --resume OUT/des-net/model.safetensors",
+        "eval-other": f"{VIT} --eval {OTHER} --resume OUT/other/model.safetensors",
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    out = tmp_path_factory.mktemp("probe")
+    make_fmnist(out / "data")
+    return run_phases(PHASES, BASE, out)
+
+
+@pytest.mark.parametrize("name", ["probe", "des-net", "other"])
+def test_written_model_has_the_head_of_the_probe(runs, name):
+    (line,) = epochs_of(runs.finished(name))
+    assert line["epoch"] == -1
+    assert runs.outcomes[name].stdout.count("(linear probe)") == 1
+    assert "is kept" not in runs.outcomes[name].stderr  # as a head of other classes would be
+    runs.finished(f"eval-{name}")
+    evaluated = json.loads(runs.outcomes[f"eval-{name}"].stdout.splitlines()[-1])
+    assert evaluated["test_acc1"] == line["test_acc1"]
+    assert not (runs.out / name / "model_ema.safetensors").exists()  # of a head that no probe has fitted
+
+
+def test_probe_changes_the_head_alone(runs):
+    found, before = (load_file(runs.finished(name) / "model.safetensors") for name in ("probe", "vit"))
+    assert [key for key in found if not torch.equal(found[key], before[key])] == ["head.bias", "head.weight"]
+    assert epochs_of(runs.out / "probe")[0]["test_acc1"] > epochs_of(runs.out / "vit")[-1]["test_acc1"]
+    again = load_file(runs.finished("again") / "model.safetensors")
+    assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+def test_two_processes_fit_the_same_head(runs):
+    found, expected = (load_file(runs.finished(name) / "model.safetensors") for name in ("two", "probe"))
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
+
+
+def test_classes_are_those_of_the_other_data_set(runs):
+    assert "Sandal" in json.loads((runs.finished("other") / "config.json").read_text())["label_names"]
+
+
+def test_a_run_that_has_trained_is_not_probed(runs):
+    assert runs.outcomes["trained"].codes == [2]
+    (line,) = runs.outcomes["trained"].stderr.splitlines()
+    assert "--linear-probe" in line
+    assert "--finetune" in line
