@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import models
 from common.errors import InputError, one_line
 from common.files import read_yaml
 from study.compared import Questions, Report, read_compared
@@ -239,6 +240,17 @@ def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, 
     return planned
 
 
+def of_size(text: str, size: str, sizes: Mapping[str, str]) -> str:
+    """``text`` with ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` replaced by those of a size that there is."""
+    if size not in sizes or "{" not in text:
+        return text
+    arch = models.parse_arch(str(sizes[size]))
+    names = {"arch": sizes[size], "size": size, "depth": arch.depth, "heads": arch.num_heads}
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
 def ancestors(content: Mapping) -> dict[tuple[str, str, str], set[Ancestor]]:
     """`Results.ancestors` of what study.yaml holds."""
     found = {}
@@ -259,9 +271,9 @@ def referred(content: Mapping, name: str, size: str) -> set[Ancestor]:
     group = groups[name]
     for options in (content.get("options"), content["data"].get(group.get("data")), group.get("options")):
         for value in options.values() if isinstance(options, Mapping) else ():
-            for reference in re.findall(r"\{([^{}]*)\}", str(value).replace("{size}", size)):
+            for reference in re.findall(r"\{([^{}]*)\}", of_size(str(value), size, content["sizes"])):
                 of, *rest = reference.split("/")
-                if of not in groups:  # {arch} and {seed} are no groups
+                if of not in groups:  # {seed} is none
                     continue
                 own = size if groups[of].get("kind") == "vit" else ""
                 epochs = lists_of(groups[of], content)["epochs"] or [""]
@@ -293,11 +305,10 @@ def read_results(folder: Path) -> Results:
     methods = {group.get("method", name) for name, group in content["runs"].items()}
     try:
         compared = read_compared(content, methods, sizes, content["data"].keys())
+        needed = ancestors(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Results(
-        str(content.get("study", folder.name)), sizes, content["seeds"], compared, planned, rows, ancestors(content)
-    )
+    return Results(str(content.get("study", folder.name)), sizes, content["seeds"], compared, planned, rows, needed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ QUESTIONS = {
 SOURCE, GENE = "{scratch/large/10}/model.safetensors", "{stage 1}/learngene.safetensors"
 STUDY = {
     "study": "tiny",
-    "sizes": {"small": "@L1-H1", "middle": "@L2-H1", "large": "@L4-H1", "odd": "@L3-H1"},
+    "sizes": {name: f"deit_nano_patch7_28_L{n}_H1" for name, n in dict(small=1, middle=2, large=4, odd=3).items()},
     "seeds": [0, 1],
     "data": {"A": {}, "B": {}},
     "runs": {
@@ -288,7 +288,7 @@ def test_mistakes_are_one_sentence(case: str, tmp_path: Path, capsys: pytest.Cap
 def test_a_study_asks_before_it_runs(tmp_path: Path):
     path = tmp_path / "study.yaml"
     runs = {name: group | {"lr": 1.0e-3} for name, group in STUDY["runs"].items()}
-    study = STUDY | {"sizes": dict.fromkeys(SIZES, "deit_nano_patch7_28_L1_H1"), "runs": runs}
+    study = STUDY | {"runs": runs}
     path.write_text(yaml.safe_dump(study | {"questions": QUESTIONS | {"alone": "lonely"}}))
     with pytest.raises(InputError, match="questions names the method 'lonely'"):
         read_study(path)
