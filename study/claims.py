@@ -208,7 +208,7 @@ def claim_4(study: Results, method: str) -> Answer:
 
 def family_macs(study: Results, method: str, sizes: Sequence[str], epochs: int) -> float | None:
     """Stage 1, once, if it is not from scratch, and training every size. None where one of these has not run."""
-    costs = [study.macs(method, study.report.first, size, epochs) for size in sizes]
+    costs = [study.cost(method, study.report.first, size, epochs) for size in sizes]
     if method != study.report.scratch:
         costs.append(study.stage_1_macs(method))
     return None if None in costs else sum(costs)
@@ -253,11 +253,11 @@ def alone(study: Results, method: str, size: str, epochs: int, lengths: Sequence
     """Of one size; None where a run has not been made."""
     first, scratch = study.report.first, study.report.scratch
     wanted = study.mean(method, first, size, epochs)
-    if wanted is None or not lengths or any(study.macs(scratch, first, size, n) is None for n in lengths):
+    if wanted is None or not lengths or any(study.cost(scratch, first, size, n) is None for n in lengths):
         return None
     short = None
     for n in sorted(lengths):
-        trained = Trained(n, study.mean(scratch, first, size, n), study.macs(scratch, first, size, n))
+        trained = Trained(n, study.mean(scratch, first, size, n), study.cost(scratch, first, size, n))
         if trained.accuracy >= wanted:
             return Alone(size, wanted, short, trained)
         short = trained
@@ -328,17 +328,20 @@ def claim_5(study: Results, method: str) -> Answer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def to_come(study: Results) -> list[str]:
+    """How many ViTs are missing; nothing of a study that is finished."""
+    left = study.unfinished()
+    text = f"The study is not finished: {left} of {len(study.planned)} ViTs are to come. Answers may change."
+    return [text, ""] if left else []
+
+
 def claims(study: Results) -> list[str]:
     """The lines of claims.md."""
     learngenes = study.report.learngenes
     functions = (claim_1, claim_2, claim_3, claim_4, claim_5)
     answers = [[function(study, method) for method in learngenes] for function in functions]
     lines = [f"# What the study “{study.name}” says about the papers' claims", ""]
-    if left := study.unfinished():
-        lines += [
-            f"The study is not finished: {left} of {len(study.planned)} ViTs are to come. Answers may change.",
-            "",
-        ]
+    lines += to_come(study)
     lines += [
         "Accuracies are test top-1 in %, after the last epoch, mean over the seeds "
         f"{', '.join(map(str, study.seeds))}, or those of them that have run. MACs are of training alone: 3 × a "

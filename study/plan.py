@@ -18,6 +18,7 @@ from main import builder_of
 from models.meta import NumbersOnCpu
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
+from study.groups import of_size
 from study.results import slug
 from training.build_model import CHANNELS, build_supernet, create_sized, size_sampler
 from training.checks import check
@@ -236,13 +237,7 @@ def resolve_options(run: Run, study: Study) -> None:
 
 def substitute(text: str, run: Run, study: Study) -> str:
     """``text`` with ``{seed}``, ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` replaced by those of the run."""
-    names = {"seed": run.seed}
-    if run.size:
-        arch = models.parse_arch(study.sizes[run.size])
-        names |= {"arch": study.sizes[run.size], "size": run.size, "depth": arch.depth, "heads": arch.num_heads}
-    for name, value in names.items():
-        text = text.replace(f"{{{name}}}", str(value))
-    return text
+    return of_size(text.replace("{seed}", str(run.seed)), run.size, study.sizes)
 
 
 def resolve(reference: str, run: Run, study: Study) -> Run:

@@ -1,7 +1,7 @@
 """Plots of a study, for README pages about 900 pixels wide."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from study.claims import family_macs
 from study.results import NONE, Results, after, in_short, spread
@@ -47,10 +47,46 @@ def draw_points(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], **s
     axes.errorbar(x, means, bars, **{"markersize": 5, "linewidth": 1.5, "elinewidth": 1, "capsize": 2, **style})
 
 
+def mark_sizes(axes: Axes, places: Mapping[str, float], fontsize: int = 8) -> None:
+    """An x axis of parameters in thousands, with the names of sizes at their places on top."""
+    axes.set_xlabel("parameters, thousands")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    tidy(axes)
+    names = axes.secondary_xaxis("top")
+    names.xaxis.set_minor_locator(NullLocator())
+    names.set_xticks([*places.values()], [*places], rotation=90, fontsize=fontsize)
+    names.spines["top"].set_visible(False)
+
+
+def draw_rows(axes: Axes, names: Sequence[str], columns: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """One line for each name, with the mean and standard deviation of its values in each column as a point.
+
+    Args:
+        columns: labels of the legend → values of all names; the points of the first are hollow.
+    """
+    for (label, values), face in zip(columns.items(), ("white", LEARNGENES[0], LEARNGENES[1]), strict=False):
+        color = LEARNGENES[0] if face == "white" else face
+        style = dict(color=color, marker="o", linestyle="none", markerfacecolor=face, markersize=7)
+        for y, of_name in enumerate(values):
+            if of_name:
+                axes.errorbar(statistics.mean(of_name), y, xerr=spread(of_name), capsize=2, **style)
+        axes.plot([], [], label=label, **style)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    tidy(axes)
+
+
 def legend(figure: Figure, entries: dict[str, dict], columns: int) -> None:
     """One for all axes, below them."""
-    handles = [Line2D([], [], label=label, markersize=6, **style) for label, style in entries.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles=handles_of(entries), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def handles_of(entries: dict[str, dict]) -> list[Line2D]:
+    """What a legend shows of labels and their styles."""
+    return [Line2D([], [], label=label, markersize=6, **style) for label, style in entries.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,16 +166,7 @@ def draw_family(study: Results) -> Figure:
         axes.set_title(
             "learngenes before training" if epochs == 0 else f"learngenes after {after(epochs)}", fontsize=10
         )
-        axes.set_xlabel("parameters, thousands")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.xaxis.set_minor_locator(NullLocator())
-        tidy(axes)
-        names = axes.secondary_xaxis("top")
-        names.xaxis.set_minor_locator(NullLocator())
-        names.set_xticks([*places.values()], [*places], rotation=90, fontsize=8)
-        names.spines["top"].set_visible(False)
+        mark_sizes(axes, places)
     both[0].set_ylabel(f"{report.first}: test accuracy, %")
     legend(figure, entries, columns=len(entries))
     return figure
@@ -156,18 +183,13 @@ def draw_ablations(study: Results) -> Figure:
     methods = list(dict.fromkeys([*study.report.learngenes, *study.report.ablations]))
     figure = Figure(figsize=(9, 1.1 + 0.34 * len(methods)), layout="constrained")
     axes = figure.subplots()
-    for epochs, face in ((0, "white"), (1, LEARNGENES[0])):
+    columns = {}
+    for epochs in (0, 1):
         sizes = study.shared_sizes(methods, first, epochs)
-        style = dict(color=LEARNGENES[0], marker="o", linestyle="none", markerfacecolor=face, markersize=7)
-        for y, method in enumerate(methods):
-            values = [*study.over_sizes(method, first, sizes, epochs).values()]
-            if values:
-                axes.errorbar(statistics.mean(values), y, xerr=spread(values), capsize=2, **style)
-        axes.plot([], [], label=f"{after(epochs)}, mean of {in_short(sizes, study.sizes)}", **style)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set_ylim(len(methods) - 0.5, -0.5)
+        label = f"{after(epochs)}, mean of {in_short(sizes, study.sizes)}"
+        columns[label] = [[*study.over_sizes(method, first, sizes, epochs).values()] for method in methods]
+    draw_rows(axes, methods, columns)
     axes.set_xlabel(f"{first}: test accuracy, %")
-    tidy(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 

@@ -1,14 +1,17 @@
 """Tables, answers and plots of a study, from what scripts/study.py measured.
 
-Reads results.csv and study.yaml in the study's folder and writes beside them tables.md, claims.md, summary.md,
-epochs.png, family.png, ablations.png and cost.png. A study that is not finished gives what it has so far.
+Reads results.csv and study.yaml in the study's folder and writes beside them, for a study with a report, tables.md,
+claims.md, summary.md, epochs.png, family.png, ablations.png and cost.png; for one with questions, answers.md,
+details.md, tables.md, answers.png, cost.png, finetuning.png and methods.png; for others tables.md. A study that is not
+finished gives what it has so far.
 
 scripts/study_report.py results/cpu
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -17,7 +20,12 @@ from options import local_path
 from study.archive import ARCHIVE, check_rows
 from study.claims import claims, family_macs
 from study.plots import draw_ablations, draw_cost, draw_epochs, draw_family
+from study.question_plots import draw_answers, draw_costs, draw_fine_tuning, draw_methods
+from study.question_tables import details
+from study.questions import answers
 from study.results import NONE, Results, after, cell, in_short, in_units, read_results, table
+
+from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
@@ -110,7 +118,7 @@ def cost_table(study: Results) -> list[str]:
         lines[-1] += storage(study, study.stored(method), sizes)
     for n in (n for n in study.epochs([report.scratch], first) if n > 0):
         sizes = study.sizes_of(report.scratch, first, n)
-        total = sum(study.macs(report.scratch, first, size, n) for size in sizes)
+        total = sum(study.cost(report.scratch, first, size, n) for size in sizes)
         lines.append([f"{report.scratch}, {after(n)}", str(len(sizes)), NONE, in_units(total), in_units(total)])
         lines[-1] += storage(study, sum(study.parameters(size) for size in sizes), sizes)
     header = ["method", "sizes", "stage 1, MACs", "ViTs, MACs", "together, MACs", "stored parameters", "of all ViTs"]
@@ -154,7 +162,7 @@ def tables(study: Results) -> list[str]:
 
 
 def trials(study: Results) -> list[str]:
-    """The lines of tables.md of a study without a report: all methods, in the order of its file."""
+    """The lines of tables.md of all studies without a report: all methods, in the order of its file."""
     lines = [f"# Results of the study “{study.name}”", ""]
     lines += ["Accuracy in %. MACs are those of a method's own stage 1, without what that starts from.", ""]
     methods = dict.fromkeys((row.data, row.method, row.epochs) for row in study.rows if row.kind == "vit")
@@ -163,7 +171,7 @@ def trials(study: Results) -> list[str]:
         sizes = study.sizes_of(method, data, epochs)
         mean = cell(study.over_sizes(method, data, sizes, epochs).values(), seeds)
         each = (cell(study.accuracies(method, data, size, epochs).values(), seeds) for size in study.sizes)
-        cost = in_units(study.macs_of_groups("stage1", method=method))
+        cost = in_units(study.cost_of_groups("stage1", method=method))
         rows.append([method, data, after(epochs), cost, mean, *each])
     return [*lines, *table(["method", "data", "after", "stage 1, MACs", "mean", *study.sizes], rows)]
 
@@ -188,10 +196,29 @@ def summary(study: Results) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path) -> None:
-    """Write tables.md, claims.md, summary.md and four plots beside the results.csv and study.yaml in ``folder``.
+@dataclass(frozen=True)
+class Files:
+    """What a report writes beside results.csv."""
 
-    Of a study that does not say what to compare, under ``report``, tables.md alone.
+    texts: Mapping[str, Callable[[Results], list[str]]]  # names of .md files → their lines
+    plots: Mapping[str, Callable[[Results], Figure]]  # names of .png files
+
+
+OF_REPORT = Files(
+    {"tables": tables, "claims": claims, "summary": summary},
+    {"epochs": draw_epochs, "family": draw_family, "ablations": draw_ablations, "cost": draw_cost},
+)
+OF_QUESTIONS = Files(
+    {"answers": answers, "details": details, "tables": trials},
+    {"answers": draw_answers, "cost": draw_costs, "finetuning": draw_fine_tuning, "methods": draw_methods},
+)
+OF_OTHERS = Files({"tables": trials}, {})
+
+
+def write(folder: Path) -> None:
+    """Write the tables, answers and plots of a study beside the results.csv and study.yaml in ``folder``.
+
+    Of a study that does not say what to compare, under ``report`` or ``questions``, tables.md alone.
 
     Raises:
         InputError: study.yaml or results.csv is missing or malformed, or differs from the logs in the archive.
@@ -199,12 +226,11 @@ def write(folder: Path) -> None:
     study = read_results(folder)
     if (folder / ARCHIVE).exists():
         check_rows(folder / ARCHIVE, study.rows)
-    texts = {"tables": tables, "claims": claims, "summary": summary} if study.report else {"tables": trials}
-    for name, lines in texts.items():
+    files = OF_REPORT if study.report else OF_QUESTIONS if study.questions else OF_OTHERS
+    for name, lines in files.texts.items():
         with atomic_write(folder / f"{name}.md") as unfinished:
             Path(unfinished).write_text("\n".join(lines(study)) + "\n", encoding="utf-8")
-    plots = {"epochs": draw_epochs, "family": draw_family, "ablations": draw_ablations, "cost": draw_cost}
-    for name, draw in plots.items() if study.report else ():
+    for name, draw in files.plots.items():
         with atomic_write(folder / f"{name}.png") as unfinished:
             draw(study).savefig(unfinished, format="png", dpi=150, metadata={"Software": None})
 

@@ -1,16 +1,16 @@
-"""What a study has measured: its results.csv, and the parts of its study.yaml that say what to compare."""
+"""What a study has measured: its results.csv, and what its study.yaml planned and compares."""
 
 import csv
-import itertools
 import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from common.errors import InputError, one_line
 from common.files import read_yaml
+from study.compared import Questions, Report, read_compared
+from study.groups import Ancestor, ancestors, groups_of, planned_vits
 
 NONE = "–"  # what stands in a table where there is no run yet
 
@@ -18,75 +18,6 @@ NONE = "–"  # what stands in a table where there is no run yet
 def slug(name: str) -> str:
     """A name of a group as that of a folder."""
     return re.sub(r"[^\w.+-]+", "_", name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# study.yaml
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is compared with what: names of methods, and of two data sets."""
-
-    learngenes: Sequence[str]
-    scratch: str
-    first: str
-    linear: str | None = None
-    second: str | None = None
-    baselines: Sequence[str] = ()
-    ablations: Sequence[str] = ()
-    widths: Sequence[str] = ()
-
-    @property
-    def descended(self) -> list[str]:
-        """The methods with a stage 1 whose families are compared."""
-        return [*self.learngenes, *([self.linear] if self.linear else [])]
-
-    @property
-    def methods(self) -> list[str]:
-        """All of them, each once."""
-        names = [*self.descended, self.scratch, *self.baselines, *self.ablations, *self.widths]
-        return list(dict.fromkeys(names))
-
-
-KEYS = [part.name for part in fields(Report)]
-LISTS = ("learngenes", "baselines", "ablations", "widths")
-
-
-def read_report(content: Mapping, methods: Collection[str], data: Collection[str]) -> Report:
-    """The part ``report`` of a study.
-
-    Args:
-        content: what the study's YAML file holds.
-        methods: the methods that there are.
-        data: the data sets that there are.
-
-    Raises:
-        InputError: a key is unknown, missing or of the wrong kind, or names a method or a data set that there is not.
-    """
-    report = content.get("report")
-    if not isinstance(report, Mapping):
-        raise InputError(f"report is {report!r:.100}: expected the names of what to compare, under {', '.join(KEYS)}")
-    for key, value in report.items():
-        if key not in KEYS:
-            raise InputError(f"report has the unknown key {key!r:.100}: expected {', '.join(KEYS)}")
-        names = value if key in LISTS and isinstance(value, list) else [value]
-        if not all(isinstance(name, str) for name in names) or (key in LISTS) != isinstance(value, list):
-            raise InputError(
-                f"report: {key} is {value!r:.100}: expected {'names in a list' if key in LISTS else 'a name'}"
-            )
-    for key in ("learngenes", "scratch", "first"):
-        if not report.get(key):
-            raise InputError(f"report has no {key}: expected {'names in a list' if key in LISTS else 'a name'}")
-    found = Report(**report)
-    for name in found.methods:
-        if name not in methods:
-            raise InputError(f"report names the method {name!r:.100}: expected one of {', '.join(sorted(methods))}")
-    for name in filter(None, (found.first, found.second)):
-        if name not in data:
-            raise InputError(f"report names the data set {name!r:.100}: expected one of {', '.join(sorted(data))}")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +40,7 @@ class Row:
     macs: float  # of this run's training
     parameters: int  # of the network of this run
     stored_parameters: int  # to make the whole family
+    seconds: float = 0.0  # wall clock of the run
 
 
 OF_VITS = ("accuracy", "stored_parameters")  # a teacher and stage 1 may leave these empty
@@ -123,7 +55,8 @@ def read_rows(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            missing = [part.name for part in fields(Row) if part.name not in (reader.fieldnames or ())]
+            needed = [part.name for part in fields(Row) if part.default is MISSING]
+            missing = [name for name in needed if name not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(f"{path} has no column {missing[0]}: expected the results.csv of a study")
             return [read_row(values, f"{path}, line {reader.line_num}") for values in reader]
@@ -135,8 +68,8 @@ def read_row(values: Mapping[str, str | None], where: str) -> Row:
     """One line of results.csv. Raises InputError, beginning with ``where``, if a value is no number."""
     converted = {}
     for part in fields(Row):
-        text = values[part.name] or ""
-        if not text and part.name in OF_VITS and values["kind"] != "vit":
+        text = values.get(part.name) or ""
+        if not text and (part.default == 0 or (part.name in OF_VITS and values["kind"] != "vit")):
             text = "0"
         try:
             converted[part.name] = part.type(text)
@@ -152,9 +85,10 @@ class Results:
     name: str
     sizes: list[str]
     seeds: list[int]
-    report: Report | None
+    compared: Report | Questions | None
     planned: set[tuple[str, str, str, int, int]]  # all ViTs: method, data set, size, number of epochs, seed
     rows: list[Row]
+    ancestors: dict[tuple[str, str, str], set[Ancestor]]  # of the ViTs of a method, data set and size
     _runs: dict[tuple, dict[int, Row]] = field(default_factory=dict, init=False)  # what `runs` looks up
 
     def __post_init__(self):
@@ -168,26 +102,36 @@ class Results:
                 )
             of_seeds[row.seed] = row
 
+    @property
+    def report(self) -> Report | None:
+        return self.compared if isinstance(self.compared, Report) else None
+
+    @property
+    def questions(self) -> Questions | None:
+        return self.compared if isinstance(self.compared, Questions) else None
+
     def runs(self, method: str, data: str, size: str, epochs: int) -> dict[int, Row]:
         """The ViTs of one size, by their seeds."""
         return self._runs.get(("vit", method, data, size, epochs), {})
 
     def stage_1_macs(self, method: str) -> float | None:
         """Of a method's stage 1 on the first data set, all its groups together: mean over seeds."""
-        return self.macs_of_groups("stage1", self.report.first, method)
+        return self.cost_of_groups("stage1", self.compared.first, method)
 
     def teacher_macs(self) -> float | None:
         """Of training all teachers of the first data set, each once: mean over seeds."""
-        return self.macs_of_groups("teacher", self.report.first)
+        return self.cost_of_groups("teacher", self.compared.first)
 
-    def macs_of_groups(self, kind: str, data: str | None = None, method: str | None = None) -> float | None:
-        """Of all groups of a kind, perhaps of one data set or method, together: means over seeds."""
+    def cost_of_groups(
+        self, kind: str, data: str | None = None, method: str | None = None, unit: str = "macs"
+    ) -> float | None:
+        """MACs or seconds of all groups of a kind, perhaps of one data set or method, together: means over seeds."""
         groups = [
             runs
             for key, runs in self._runs.items()
             if key[0] == kind and method in (None, key[1]) and data in (None, key[2])
         ]
-        return sum(statistics.mean(row.macs for row in runs.values()) for runs in groups) if groups else None
+        return sum(mean_cost(runs.values(), unit) for runs in groups) if groups else None
 
     def accuracies(self, method: str, data: str, size: str, epochs: int) -> dict[int, float]:
         return {seed: row.accuracy for seed, row in self.runs(method, data, size, epochs).items()}
@@ -203,10 +147,23 @@ class Results:
         seeds = set.intersection(*map(set, runs)) if runs else ()
         return {seed: statistics.mean(run[seed] for run in runs) for seed in sorted(seeds)}
 
-    def macs(self, method: str, data: str, size: str, epochs: int) -> float | None:
-        """Of training one ViT: mean over seeds."""
+    def cost(self, method: str, data: str, size: str, epochs: int, unit: str = "macs") -> float | None:
+        """MACs or seconds of training one ViT: mean over seeds."""
         runs = self.runs(method, data, size, epochs).values()
-        return statistics.mean(row.macs for row in runs) if runs else None
+        return mean_cost(runs, unit) if runs else None
+
+    def ancestors_of(self, method: str, sizes: Iterable[str]) -> set[Ancestor]:
+        """The runs that the ViTs of these sizes need, for the first data set."""
+        return {run for size in sizes for run in self.ancestors.get((method, self.compared.first, size), ())}
+
+    def cost_of_runs(self, runs: Collection[Ancestor], unit: str = "macs") -> float | None:
+        """MACs or seconds of runs together, means over seeds; None if there are none, or one of them has not run."""
+        found: dict[Ancestor, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.group, row.size, str(row.epochs)), []).append(row)
+        if not runs or not all(run in found for run in runs):
+            return None
+        return sum(mean_cost(found[run], unit) for run in runs)
 
     def epochs(self, methods: Iterable[str], data: str) -> list[int]:
         """All numbers of epochs after which there is a ViT of one of the methods."""
@@ -221,6 +178,11 @@ class Results:
         methods = set(methods)
         planned = {size for method, data_set, size, _, _ in self.planned if method in methods and data_set == data}
         return [size for size in self.sizes if size in planned]
+
+    def planned_epochs(self, method: str, data: str) -> dict[int, list[str]]:
+        """All numbers of epochs that ViTs of the method are to be trained for, and the sizes of those ViTs."""
+        planned = {(row[3], row[2]) for row in self.planned if row[:2] == (method, data)}
+        return {n: [size for size in self.sizes if (n, size) in planned] for n in sorted({n for n, _ in planned})}
 
     def is_planned(self, method: str, data: str, epochs: int) -> bool:
         """Whether the method is to make ViTs that are trained for so many epochs."""
@@ -237,66 +199,18 @@ class Results:
 
     def parameters(self, size: str) -> int | None:
         """Of the ViT for the first data set."""
-        found = {r.parameters for r in self.rows if (r.kind, r.data, r.size) == ("vit", self.report.first, size)}
+        found = {r.parameters for r in self.rows if (r.kind, r.data, r.size) == ("vit", self.compared.first, size)}
         return max(found, default=None)
 
     def stored(self, method: str) -> int | None:
         """Parameters to be stored for the family; what several sizes are made from counts once."""
-        first = self.report.first
+        first = self.compared.first
         found = {r.stored_parameters for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, first)}
         return sum(found) if found else None
 
 
-def groups_of(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """The groups under ``runs``. One that is ``like`` another has all of it that it does not replace.
-
-    Options are replaced one by one; null removes one.
-
-    Raises:
-        InputError: a group is like one that there is not, or groups are like each other in a circle.
-    """
-
-    def whole(name: str, seen: tuple[str, ...]) -> Any:
-        group = runs[name]
-        if not isinstance(group, Mapping) or "like" not in group:
-            return group
-        if group["like"] not in runs:
-            raise InputError(f"runs, {name}: like is {group['like']!r:.100}, which is no group")
-        if group["like"] in (seen := (*seen, name)):
-            raise InputError(f"runs: {' → '.join([*seen, group['like']])}: groups are like each other in a circle")
-        other = whole(group["like"], seen)
-        own = {key: value for key, value in group.items() if key != "like"}
-        parts = [entry.get("options", {}) for entry in (other, own) if isinstance(entry, Mapping)]
-        if len(parts) < 2 or not all(isinstance(part, Mapping) for part in parts):
-            return own  # what reads it says what is wrong
-        options = {str(key).replace("_", "-"): value for part in parts for key, value in part.items()}
-        return {**other, **own, "options": {key: value for key, value in options.items() if value is not None}}
-
-    return {name: whole(name, ()) for name in runs}
-
-
-def lists_of(group: Mapping, study: Mapping) -> dict[str, Any]:
-    """Sizes, numbers of epochs and seeds of a group's runs: the study's where it has none of its own."""
-    lists = {key: group.get(key, study.get(key)) for key in ("sizes", "epochs", "seeds")}
-    if isinstance(lists["epochs"], int):
-        lists["epochs"] = [lists["epochs"]]
-    return lists
-
-
-def planned_vits(content: Mapping, path: Path) -> set[tuple[str, str, str, int, int]]:
-    """`Results.planned` of what study.yaml holds. Raises InputError, naming ``path``, if a group is none."""
-    planned = set()
-    for name, group in groups_of(content["runs"]).items():
-        if not isinstance(group, Mapping):
-            raise InputError(f"{path}: {name!s:.100} is {group!r:.100}: expected a group of runs")
-        if group.get("kind") != "vit":
-            continue
-        lists = lists_of(group, content)
-        for key, value in lists.items():
-            if not isinstance(value, list | dict):
-                raise InputError(f"{path}: {name!s:.100} has the {key} {value!r:.100}: expected a list")
-        planned |= {(group.get("method", name), group.get("data"), *vit) for vit in itertools.product(*lists.values())}
-    return planned
+def mean_cost(runs: Collection[Row], unit: str) -> float:
+    return statistics.mean(getattr(row, unit) for row in runs)
 
 
 def read_results(folder: Path) -> Results:
@@ -319,13 +233,18 @@ def read_results(folder: Path) -> Results:
             raise InputError(
                 f"{folder / 'results.csv'}: size {row.size!r:.100} is none of study.yaml's: {', '.join(sizes)}"
             )
-    planned = planned_vits(content, path)
-    methods = {group.get("method", name) for name, group in groups_of(content["runs"]).items()}
     try:
-        report = read_report(content, methods, content["data"].keys()) if "report" in content else None
+        content = {**content, "runs": groups_of(content["runs"])}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Results(str(content.get("study", folder.name)), sizes, content["seeds"], report, planned, rows)
+    planned = planned_vits(content, path)
+    methods = {group.get("method", name) for name, group in content["runs"].items()}
+    try:
+        compared = read_compared(content, methods, sizes, content["data"].keys())
+        needed = ancestors(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return Results(str(content.get("study", folder.name)), sizes, content["seeds"], compared, planned, rows, needed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,11 +257,14 @@ def spread(values: Collection[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def cell(values: Collection[float], seeds: int) -> str:
-    """Mean ± standard deviation; in brackets the number of values, where it is not ``seeds``."""
+def cell(values: Collection[float], seeds: int, sign: str = "") -> str:
+    """Mean ± standard deviation; in brackets the number of values, where it is not ``seeds``.
+
+    With "+" as ``sign`` the mean of what is a difference has a sign, also where it is positive.
+    """
     if not values:
         return NONE
-    text = f"{statistics.mean(values):.1f}"
+    text = f"{statistics.mean(values):{sign}.1f}"
     if len(values) > 1:
         text += f" ± {spread(values):.1f}"
     return text if len(values) == seeds else f"{text} ({len(values)})"

@@ -20,8 +20,10 @@ import models
 from common.errors import InputError, error_context, nearest
 from common.files import read_yaml
 from options import place
+from study.compared import read_compared
+from study.groups import groups_of, lists_of
 from study.plan import ROTATED, Group, Study, plan
-from study.results import groups_of, lists_of, read_report, slug
+from study.results import slug
 from study.rotated import DEGREES
 
 KINDS = ("teacher", "stage1", "vit")
@@ -30,7 +32,7 @@ INITIALISED = ("load-gene", "finetune", "init")  # options of runs that log what
 
 LIST, TEXT, MAP = (list,), (str,), (dict,)
 STUDY_KEYS = {"study": TEXT, "sizes": MAP, "seeds": LIST, "options": MAP, "data": MAP, "tuning": MAP, "runs": MAP}
-STUDY_KEYS |= {"report": MAP, "in_order": (bool,)}
+STUDY_KEYS |= {"report": MAP, "questions": MAP, "in_order": (bool,)}
 GROUP_KEYS = {"kind": TEXT, "method": TEXT, "data": TEXT, "sizes": LIST, "seeds": LIST, "epochs": (int, list)}
 GROUP_KEYS |= {"like": TEXT, "lr": (int, float, list, str), "tuning": MAP, "stored": (str, list), "options": MAP}
 
@@ -70,8 +72,7 @@ def read_study(path: Path, data_path: Path | None = None, device: str | None = N
             with error_context(f"runs, {name}"):
                 study.groups[name] = read_group(str(name), entry, study)
         check_names(study)
-        if "report" in content:
-            read_report(content, {group.method for group in study.groups.values()}, study.data)
+        read_compared(content, {group.method for group in study.groups.values()}, study.sizes, study.data)
         plan(study)
     return study
 

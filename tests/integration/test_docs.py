@@ -31,7 +31,7 @@ pytestmark = pytest.mark.full  # it takes over a minute
 REPOSITORY = MAIN.parent
 FIRST = ("README.md", "docs/options.md", "docs/models_out.md")  # their runs leave what other pages start from
 PAGES = [*FIRST, *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
-PAGES = list(dict.fromkeys([*PAGES, "results/README.md", "CONTRIBUTING.md"]))
+PAGES = list(dict.fromkeys([*PAGES, "results/README.md", "results/cpu/README.md", "CONTRIBUTING.md"]))
 
 FEW = "--num-workers 0 --warmup-epochs 0 --no-repeated-aug"
 IMAGES = f"--data-set FOLDER --input-size 16 --batch-size 4 {FEW}"  # instead of ImageNet

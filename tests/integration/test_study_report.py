@@ -13,6 +13,7 @@ from study.report import main, write
 import pytest
 import yaml
 from conftest import ENVIRONMENT, SECONDS, TESTS
+from markdown_tables import cells
 
 RESULTS = TESTS.parent / "results"
 SCRIPT = TESTS.parent / "scripts" / "study_report.py"
@@ -102,19 +103,6 @@ def write_study(folder: Path, found: list[dict], **report) -> Path:
         writer.writerows(found)
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | {"report": REPORT | report}, sort_keys=False))
     return folder
-
-
-def cells(text: str, title: str = "") -> dict[str, list[str]]:
-    """The first table below a title: the first cell of each line → the others."""
-    lines = text[text.index(title) :].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    table = {}
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        first, *others = line.strip("| ").split(" | ")
-        table[first] = others
-    return table
 
 
 def answers(text: str) -> list[list[str]]:
@@ -283,7 +271,9 @@ def test_study_that_says_nothing_of_a_report_gets_one_table(tmp_path: Path):
 
 
 def test_the_results_of_this_project_are_what_was_measured(tmp_path: Path):
-    for folder in (RESULTS / "cpu", RESULTS / "trials", RESULTS / "elastic"):
+    folders = [path.parent for path in RESULTS.glob("*/tables.md")]
+    assert {"cpu", "trials", "elastic"} <= {folder.name for folder in folders}
+    for folder in folders:
         copy = tmp_path / folder.name
         copy.mkdir()
         for name in ("results.csv", "study.yaml", ARCHIVE):  # whose logs have to agree with the rows
@@ -294,10 +284,19 @@ def test_the_results_of_this_project_are_what_was_measured(tmp_path: Path):
 
 
 def test_the_documents_quote_the_results():
-    measured = {line for path in RESULTS.glob("*/*.md") for line in path.read_text().splitlines()}
-    quoted = [line for line in (RESULTS / "README.md").read_text().splitlines() if line.startswith("| ")]
+    written = [path for path in RESULTS.glob("*/*.md") if path.name != "README.md"]
+    measured = {line for path in written for line in path.read_text().splitlines()}
+    pages = [path.read_text().splitlines() for path in RESULTS.rglob("README.md")]
+    quoted = [line for lines in pages for line in lines if line.startswith("| ")]
     assert quoted
     assert not [line for line in quoted if line not in measured]
+
+
+def test_the_page_of_results_has_all_answers_in_order():
+    for path in RESULTS.glob("*/answers.md"):
+        lines = iter((RESULTS / "README.md").read_text().splitlines())
+        missing = [line for line in path.read_text().splitlines() if line not in lines]  # goes on after each
+        assert not missing, path.parent.name
 
 
 ERRORS = {

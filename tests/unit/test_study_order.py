@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from common.errors import InputError
+from study.groups import groups_of, planned_vits
 from study.kept import that_fit
 from study.plan import Study, order_of
 from study.records import Record
-from study.results import planned_vits
 from study.runner import Runner
 from study.study_file import read_study
 
@@ -83,7 +83,8 @@ def test_groups_that_are_like_others(tmp_path):
     assert smoothed.options == {"model": "{arch}", "smoothing": 0.1}
     assert (other.method, other.sizes, other.epochs) == ("scratch, smoothed", ["L2-H2"], [2])
     assert other.options == {"model": "{arch}"}  # null removes an option
-    planned = planned_vits(yaml.safe_load(path.read_text()), path)  # reports read the same file
+    content = yaml.safe_load(path.read_text())
+    planned = planned_vits(content | {"runs": groups_of(content["runs"])}, path)  # reports read the same file
     assert ("scratch, smoothed", "DIGITS", "L2-H2", 2, 1) in planned
     assert ("scratch, smoothed", "DIGITS", "L1-H1", 1, 0) in planned
 
