@@ -54,6 +54,8 @@ class Questions:
         variants: methods that differ from the family's, and how.
         who: situations of a user, and the methods to choose from.
         second: other data sets.
+        held_out: the data of the family with images held out, on which ``scratch`` shows how accuracy grows with the
+            epochs, and all other methods are trials of the family's recipe.
     """
 
     data: str
@@ -66,6 +68,7 @@ class Questions:
     variants: Mapping[str, str] = field(default_factory=dict, metadata={"holds": TEXTS})
     who: Mapping[str, Sequence[str]] = field(default_factory=dict, metadata={"holds": LISTS})
     second: Sequence[str] = field(default=(), metadata={"holds": NAMES})
+    held_out: str | None = None
 
     @property
     def first(self) -> str:
@@ -84,7 +87,7 @@ class Questions:
 
     @property
     def data_sets(self) -> list[str]:
-        return [self.data, *self.second]
+        return [self.data, *self.second, *([self.held_out] if self.held_out else [])]
 
 
 PARTS = {"report": Report, "questions": Questions}

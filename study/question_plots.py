@@ -230,3 +230,27 @@ def draw_methods(study: Results) -> Figure:
     axes.set_xlabel(f"{data}: test accuracy, %, mean of sizes")
     figure.legend(loc="outside lower center", ncols=len(columns), frameon=False)
     return figure
+
+
+def draw_curve(study: Results) -> Figure:
+    """How accuracy on images held out grows with the epochs from scratch, for each size that has a curve."""
+    data, scratch = study.questions.held_out, study.questions.scratch
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    lengths, entries = [*study.planned_epochs(scratch, data)], {}
+    colors = (*LEARNGENES, LINEAR, *OTHERS)
+    sizes = sorted(study.sizes_for([scratch], data), key=lambda size: study.parameters(size) or 0)
+    for i, size in enumerate(sizes):
+        points = [(n, [*study.accuracies(scratch, data, size, n).values()]) for n in lengths]
+        if any(values for _, values in points):
+            marker = MARKERS["others"][i % len(MARKERS["others"])]
+            entries[size] = dict(color=colors[i % len(colors)], marker=marker)
+            draw_points(axes, points, **entries[size])
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("epochs from scratch")
+    axes.set_ylabel("accuracy on images held out, %")
+    tidy(axes)
+    legend(figure, entries, columns=4)
+    return figure

@@ -165,6 +165,17 @@ def second_table(study: Results, data: str, methods: Sequence[str]) -> list[str]
     return [*table(["method", *map(after, epochs)], lines), "", f"Means of {in_short(sizes, study.sizes)}."]
 
 
+def curve_table(study: Results) -> list[str]:
+    """Accuracy from scratch on images held out, for each size and number of epochs."""
+    data, scratch, seeds = study.questions.held_out, study.questions.scratch, len(study.seeds)
+    epochs = [*study.planned_epochs(scratch, data)]
+    lines = [
+        [size, *(cell(study.accuracies(scratch, data, size, n).values(), seeds) for n in epochs)]
+        for size in study.sizes_for([scratch], data)
+    ]
+    return table(["size", *map(after, epochs)], lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,4 +206,10 @@ def details(study: Results) -> list[str]:
         for title, methods in ((f"{data}, fine-tuned", others), (f"{data}, linear probe", probes)):
             if methods:
                 lines += ["", f"## {title}", "", *second_table(study, data, methods)]
+    if data := questions.held_out:
+        tried = {row.method: None for row in study.rows if row.kind == "vit" and row.data == data}
+        tried = [method for method in tried if method != questions.scratch]
+        lines += ["", f"## {questions.scratch}, on images held out", "", *curve_table(study)]
+        lines += ["", f"## Trials of “{questions.family}”, on images held out", ""] if tried else []
+        lines += second_table(study, data, tried) if tried else []
     return lines
