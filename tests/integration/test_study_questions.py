@@ -228,6 +228,16 @@ def test_details(details: str):
     assert cells(details, "## B, linear probe")["elastic, linear probe"] == ["85.0 ± 0.0"]
 
 
+def test_images_held_out(tmp_path: Path):
+    write(write_study(tmp_path, rows(), held_out="B", second=[]))
+    details = (tmp_path / "details.md").read_text()
+    assert cells(details, "## scratch, on images held out")["small"] == ["21.0 ± 1.4", "94.0 ± 1.4"]
+    trials = cells(details, "## Trials of “elastic”")
+    assert trials["elastic"] == ["91.0 ± 1.4"]
+    assert trials["elastic, linear probe"] == ["85.0 ± 0.0"]
+    assert (tmp_path / "curve.png").stat().st_size > 0
+
+
 def test_files_are_the_same_again(folder: Path, tmp_path: Path):
     write(write_study(tmp_path, rows()))
     names = {"answers.md", "details.md", "tables.md", "answers.png", "cost.png", "finetuning.png", "methods.png"}
@@ -265,6 +275,7 @@ ERRORS = {
     "unknown variant": (dict(variants={"x": "y"}), "questions names the method 'x'"),
     "unknown size": (dict(between=["huge"]), "questions names the size 'huge': expected one of large, middle, odd, s"),
     "unknown size of the source": (dict(source=["scratch", "huge"]), "questions names the size 'huge'"),
+    "no data held out": (dict(held_out="C"), "questions names the data set 'C'"),
     "unknown data set": (dict(second=["C"]), "questions names the data set 'C': expected one of A, B"),
     "no pair": (dict(source=["scratch"]), "source is ['scratch']: expected a method and a size"),
     "no list": (dict(sizes="small"), "sizes is 'small': expected names in a list"),
