@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv if it is missing, checks the style, and runs the tests.
 #
-# scripts/test.sh          every feature but uploads once, in about 8 minutes on two processor cores
+# scripts/test.sh          every feature but uploads once, in about 9 minutes on two processor cores
 # scripts/test.sh --all    all tests, also the long ones: interruption at random moments, hostile files, several hosts
 #
 # Further arguments go to pytest: scripts/test.sh tests/unit -k lets

@@ -165,6 +165,11 @@ def second_table(study: Results, data: str, methods: Sequence[str]) -> list[str]
     return [*table(["method", *map(after, epochs)], lines), "", f"Means of {in_short(sizes, study.sizes)}."]
 
 
+def has_curve(study: Results) -> bool:
+    """Whether a ViT from scratch was measured on images held out."""
+    return bool(study.epochs([study.questions.scratch], study.questions.held_out))
+
+
 def curve_table(study: Results) -> list[str]:
     """Accuracy from scratch on images held out, for each size and number of epochs."""
     data, scratch, seeds = study.questions.held_out, study.questions.scratch, len(study.seeds)
@@ -209,7 +214,8 @@ def details(study: Results) -> list[str]:
     if data := questions.held_out:
         tried = {row.method: None for row in study.rows if row.kind == "vit" and row.data == data}
         tried = [method for method in tried if method != questions.scratch]
-        lines += ["", f"## {questions.scratch}, on images held out", "", *curve_table(study)]
+        if has_curve(study):
+            lines += ["", f"## {questions.scratch}, on images held out", "", *curve_table(study)]
         lines += ["", f"## Trials of “{questions.family}”, on images held out", ""] if tried else []
         lines += second_table(study, data, tried) if tried else []
     return lines

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from study.claims import every, to_come
-from study.results import NONE, Results, after, cell, in_short, in_units, table
+from study.results import NONE, Results, after, cell, in_units, table
 
 COUNTS = range(1, 13)  # numbers of sizes whose cost is compared
 EARLY = (0, 1, 5)  # epochs of fine-tuning in the table of question 4
@@ -314,7 +314,7 @@ def offers(study: Results, methods: Collection[str]) -> tuple[list[str], list[Of
 
 
 def whom_table(study: Results) -> list[str]:
-    """The method with the highest accuracy before training, for each situation of a user."""
+    """For each situation of a user, the method that is best before training, over the sizes that all have."""
     questions, seeds = study.questions, len(study.seeds)
     lines = []
     for situation, methods in questions.who.items():
@@ -327,7 +327,7 @@ def whom_table(study: Results) -> list[str]:
         planned = [method for method in methods if study.is_planned(method, questions.data, 0)]
         name = best.method + (" so far" if len(measured) < len(planned) else "")
         if len(sizes) < len(questions.sizes):
-            name += f" (at {in_short(sizes, questions.sizes)})"
+            name += f" (at {len(sizes)} of {len(questions.sizes)} sizes)"
         next_best = f"{others[0].method}: {others[0].untrained:.1f}" if others else NONE
         lines.append([situation, name, *best.cells(seeds), next_best])
     return table(["you have", "take", *OFFER_COLUMNS, "next best"], lines)

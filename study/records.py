@@ -29,7 +29,8 @@ class Record:
     @property
     def tuned_on(self) -> float:
         """What a learning rate is chosen by: the accuracy, of a family the mean of its largest and smallest member."""
-        return mean([self.result["accuracy"], *filter(None, [self.result.get("smallest")])])
+        ends = self.result["accuracy"], self.result.get("smallest")
+        return mean(accuracy for accuracy in ends if accuracy is not None)
 
     def write(self, folder: Path) -> None:
         with atomic_write(folder / RECORD) as unfinished:

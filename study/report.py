@@ -2,8 +2,8 @@
 
 Reads results.csv and study.yaml in the study's folder and writes beside them, for a study with a report, tables.md,
 claims.md, summary.md, epochs.png, family.png, ablations.png and cost.png; for one with questions, answers.md,
-details.md, tables.md, answers.png, cost.png, finetuning.png, methods.png, and curve.png if it has images held out; for
-others tables.md. A study that is not finished gives what it has so far.
+details.md, tables.md, answers.png, cost.png, finetuning.png, methods.png, and curve.png if it has a curve; for others
+tables.md. A study that is not finished gives what it has so far.
 
 scripts/study_report.py results/cpu
 """
@@ -21,7 +21,7 @@ from study.archive import ARCHIVE, check_rows
 from study.claims import claims, family_macs
 from study.plots import draw_ablations, draw_cost, draw_epochs, draw_family
 from study.question_plots import draw_answers, draw_costs, draw_curve, draw_fine_tuning, draw_methods
-from study.question_tables import details
+from study.question_tables import details, has_curve
 from study.questions import answers
 from study.results import NONE, Results, after, cell, in_short, in_units, read_results, table
 
@@ -230,7 +230,7 @@ def write(folder: Path) -> None:
     for name, lines in files.texts.items():
         with atomic_write(folder / f"{name}.md") as unfinished:
             Path(unfinished).write_text("\n".join(lines(study)) + "\n", encoding="utf-8")
-    plots = {**files.plots, **({"curve": draw_curve} if study.questions and study.questions.held_out else {})}
+    plots = files.plots | ({"curve": draw_curve} if study.questions and has_curve(study) else {})
     for name, draw in plots.items():
         with atomic_write(folder / f"{name}.png") as unfinished:
             draw(study).savefig(unfinished, format="png", dpi=150, metadata={"Software": None})

@@ -199,7 +199,7 @@ def test_which_method_for_whom(folder: Path, details: str):
     whom = cells((folder / "answers.md").read_text())
     cost = ["400 k", "450 k", "4,000"]
     # over the sizes of pruning
-    first = ["elastic (at middle, small)", "75.5 ± 0.4", "76.5 ± 0.0", "77.5 ± 0.0", *cost, "pruning: 35.0"]
+    first = ["elastic (at 2 of 3 sizes)", "75.5 ± 0.4", "76.5 ± 0.0", "77.5 ± 0.0", *cost, "pruning: 35.0"]
     assert whom["a large ViT"] == first
     assert whom["nothing"] == ["elastic", "78.6 ± 0.6", "79.2 ± 0.4", "80.0 ± 0.0", *cost, "–"]
     each = cells(details, "### a large ViT")
@@ -236,6 +236,10 @@ def test_images_held_out(tmp_path: Path):
     assert trials["elastic"] == ["91.0 ± 1.4"]
     assert trials["elastic, linear probe"] == ["85.0 ± 0.0"]
     assert (tmp_path / "curve.png").stat().st_size > 0
+    without = [row for row in rows() if (row["method"], row["data"]) != ("scratch", "B")]
+    write(write_study(tmp_path / "begun", without, held_out="B", second=[]))
+    assert "images held out" in (tmp_path / "begun" / "details.md").read_text()  # of the trials
+    assert not (tmp_path / "begun" / "curve.png").exists()
 
 
 def test_files_are_the_same_again(folder: Path, tmp_path: Path):
@@ -264,7 +268,7 @@ def test_study_with_some_sizes(tmp_path: Path):
     )
     assert found[2] == "Of the sizes, a member is ahead of its twin from scratch at 1 of 2 untouched."
     assert cells((tmp_path / "answers.md").read_text())["a large ViT"][:2] == [
-        "elastic so far (at middle, small)",
+        "elastic so far (at 2 of 3 sizes)",
         "75.2 (1)",
     ]
 
