@@ -75,7 +75,7 @@ def draw_rows(axes: Axes, names: Sequence[str], columns: Mapping[str, Sequence[S
                 axes.errorbar(statistics.mean(of_name), y, xerr=spread(of_name), capsize=2, **style)
         axes.plot([], [], label=label, **style)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     tidy(axes)
 
 

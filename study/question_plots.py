@@ -208,12 +208,13 @@ def draw_lengths(axes: Axes, study: Results, size: str, styles: Mapping[str, dic
 
 
 def draw_methods(study: Results) -> Figure:
-    """Mean accuracy of all methods to choose from and of the variants of the family, over the sizes that each has."""
+    """Mean accuracy of the methods to choose from and of the variants that have run, over the sizes that each has."""
     questions, data = study.questions, study.questions.data
     sizes: dict[str, Sequence[str]] = {}
     for method in dict.fromkeys([questions.family, *questions.offered, *questions.variants]):
         planned = study.planned_epochs(method, data).get(0, [])
-        if there := [size for size in questions.sizes if size in planned]:
+        there = [size for size in questions.sizes if size in planned]
+        if there and any(study.over_sizes(method, data, there, n) for n in EARLY):
             sizes[method] = there
     columns = {
         after(n): [[*study.over_sizes(method, data, there, n).values()] for method, there in sizes.items()]

@@ -320,11 +320,11 @@ def whom_table(study: Results) -> list[str]:
     for situation, methods in questions.who.items():
         sizes, found = offers(study, methods)
         measured = [offer for offer in found if offer.untrained is not None]
-        if not measured:
+        planned = [method for method in methods if study.is_planned(method, questions.data, 0)]
+        if not measured or len(measured) == 1 < len(planned):  # the best of one is no answer
             lines.append([situation, NOT_ANSWERED, *[NONE] * (len(OFFER_COLUMNS) + 1)])
             continue
         best, *others = measured
-        planned = [method for method in methods if study.is_planned(method, questions.data, 0)]
         name = best.method + (" so far" if len(measured) < len(planned) else "")
         if len(sizes) < len(questions.sizes):
             name += f" (at {len(sizes)} of {len(questions.sizes)} sizes)"
