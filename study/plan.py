@@ -33,7 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 EVALUATED = 10_000  # images of an evaluation, about
 START = 10**10  # MACs that take about as long as the start of a run
-NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval")  # where and how fast a run works
+# where and how fast a run works
+NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval", "teacher-cache")
+STUDY = "study"  # {study} in an option: the folder of the study
 ROTATED = "rotated"  # by how many degrees: a key of data that is no option of main.py
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}
 WITHOUT_FILES |= {"order": "none", "depth_order": "even"}
@@ -106,9 +108,10 @@ class Run:
     def arguments(self, root: Path, lr: float | None) -> list[str]:
         """The command line of main.py, where ``root`` is the folder of the study."""
         options = dict(self.options)
+        folders = {STUDY: root, **{reference: root / run.folder for reference, run in self.needs.items()}}
         for name, value in options.items():
-            for reference, run in self.needs.items() if isinstance(value, str) else ():
-                options[name] = options[name].replace(f"{{{reference}}}", str(root / run.folder))
+            for reference, folder in folders.items() if isinstance(value, str) else ():
+                options[name] = options[name].replace(f"{{{reference}}}", str(folder))
         options |= {"epochs": self.epochs, "seed": self.seed, "output-dir": str(root / self.folder)}
         if options.pop(ROTATED, None):
             options["data-path"] = str(self.data_folder(root))
@@ -228,6 +231,8 @@ def resolve_options(run: Run, study: Study) -> None:
     for name, value in options.items():
         run.options[name] = substitute(value, run, study) if isinstance(value, str) else value
         for reference, rest in re.findall(r"\{([^{}]*)\}([^{}]*)", str(run.options[name])):
+            if reference == STUDY:
+                continue
             run.needs[reference] = resolve(reference, run, study)
             if rest.lstrip("/") not in WEIGHTS:
                 raise InputError(f"{name} is {value}: expected {' or '.join(WEIGHTS)} of that run")

@@ -8,7 +8,7 @@ from statistics import mean
 
 from common.errors import InputError
 from common.files import atomic_write, sha256
-from study.plan import WEIGHTS, Run
+from study.plan import NOT_THE_RESULT, WEIGHTS, Run
 
 from safetensors import safe_open
 
@@ -65,7 +65,8 @@ def differences(run: Run, record: Record, lr: float | None) -> str | None:
         lr: its learning rate now; None if that is not known yet.
     """
     asked = json.loads(json.dumps(run.identity)) | ({} if lr is None else {"lr": lr})
-    found = record.identity | ({} if lr is None else {"lr": record.lr})
+    found = {name: value for name, value in record.identity.items() if name not in NOT_THE_RESULT}
+    found |= {} if lr is None else {"lr": record.lr}
     for name in [*asked, *found]:
         if asked.get(name) != found.get(name):
             return f"{name} {found.get(name, 'nothing')}, not {asked.get(name, 'nothing')}"

@@ -6,8 +6,8 @@ Fashion-MNIST counterclockwise by 90, 180 or 270 degrees, and writes them to its
     data:
       ROTATED: {data-set: FMNIST, data-path: /usr/share/datasets/fashion-mnist, rotated: 90, train-images: 1000}
 
-In options that are texts, ``{seed}`` stands for the seed of the run, and in those of ViTs ``{arch}``, ``{size}``,
-``{depth}`` and ``{heads}`` for theirs.
+In options that are texts, ``{study}`` stands for the folder that the runs write to, ``{seed}`` for the seed of the run,
+and in those of ViTs ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` for theirs.
 
 A group that is ``like: OTHER`` has all that the other has and it does not replace (`study.results.groups_of`).
 """
@@ -22,7 +22,7 @@ from common.files import read_yaml
 from options import place
 from study.compared import read_compared
 from study.groups import groups_of, lists_of
-from study.plan import ROTATED, Group, Study, plan
+from study.plan import ROTATED, STUDY, Group, Study, plan
 from study.results import slug
 from study.rotated import DEGREES
 
@@ -179,7 +179,7 @@ def check_names(study: Study) -> None:
     """Raises InputError where names of groups cannot be told apart, or those of other groups are unknown."""
     slugs: dict[str, str] = {}
     for name, group in study.groups.items():
-        if re.search(r"[{}/]", name) or name in ("seed", "arch", "size", "depth", "heads"):
+        if re.search(r"[{}/]", name) or name in (STUDY, "seed", "arch", "size", "depth", "heads"):
             raise InputError(f"runs: {name!r} cannot be the name of a group, as references would mean something else")
         if group.slug in slugs:
             raise InputError(f"runs: {name!r} and {slugs[group.slug]!r} would have the same folder: rename one")

@@ -29,6 +29,9 @@ data:
   ROTATED: {data-set: FMNIST, data-path: images, rotated: 90, train-images: 15}
 runs:
   scratch: {kind: vit, data: FMNIST, seeds: [0], epochs: 1, lr: 1.0e-3, options: {model: "{arch}"}}
+  taught: {kind: vit, data: FMNIST, seeds: [0], epochs: 1, lr: 1.0e-3,
+    options: {model: "{arch}", distillation-type: soft, teacher-model: deit_nano_patch7_28_L1_H1,
+      teacher-path: "{scratch}/model.safetensors", teacher-cache: "{study}/teachers/{seed}"}}
   probe: {kind: vit, data: ROTATED, seeds: [0], epochs: 0,
     options: {model: "{arch}", finetune: "{scratch}/model.safetensors", linear-probe: true}}
 """
@@ -75,7 +78,9 @@ def test_a_study_rotates_images_before_it_uses_them(done):
     assert "data-path" not in identity
     rows = {row["group"]: row for row in csv.DictReader((done / "results/other/results.csv").open())}
     forward = models.parse_arch("deit_nano_patch7_28_L1_H1").macs(10)
-    assert {name: int(row["macs"]) for name, row in rows.items()} == {"scratch": 60 * forward, "probe": 15 * forward}
+    expected = {"scratch": 60 * forward, "taught": 80 * forward, "probe": 15 * forward}
+    assert {name: int(row["macs"]) for name, row in rows.items()} == expected
+    assert (done / "output/study/other/teachers/0/teacher_cache.json").exists()
 
 
 def test_what_is_done_depends_on_the_rotation_and_not_on_the_folder(done, tmp_path, listed):
@@ -83,7 +88,7 @@ def test_what_is_done_depends_on_the_rotation_and_not_on_the_folder(done, tmp_pa
         shutil.copytree(done / name, tmp_path / name)
     shutil.copytree(done / "images", tmp_path / "elsewhere")
     code, found, _ = listed(STUDY, "--data-path", "elsewhere")
-    assert (code, found.count("(1 done, 0 begun, 0 to do)")) == (0, 2)
+    assert (code, found.count("(1 done, 0 begun, 0 to do)")) == (0, 3)
     code, _, message = listed(STUDY.replace("rotated: 90", "rotated: 180"), "--data-path", "elsewhere")
     assert code == 2
     assert "with rotated 90, not 180: remove this folder to run it again" in message
