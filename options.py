@@ -315,7 +315,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--descendant-sampling",
         choices=SIZE_SAMPLINGS,
-        help="… of random sizes, or the largest, the smallest and random ones between" + OF_METHOD,
+        help="… of random sizes, the smallest and random ones, or the largest, the smallest and random ones between"
+        + OF_METHOD,
     )
     g.add_argument(
         "--descendant-warmup-epochs", type=at_least(0), metavar="N", help="… the largest alone in the first N epochs"

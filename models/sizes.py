@@ -10,7 +10,7 @@ from statistics import mean
 from common.errors import InputError
 from models.vit import ViTArch
 
-KINDS = ("random", "sandwich")
+KINDS = ("random", "smallest", "sandwich")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class SizeSampler:
     Attributes:
         macs: of all sizes, the MACs of an image.
         per_step: how many a step trains, at most.
-        kind: ``random``; or ``sandwich``, as in "Universally Slimmable Networks" (Yu and Huang, ICCV 2019): the
-            largest, the smallest, and random ones between.
+        kind: ``random``; ``smallest``: the smallest and random ones; or ``sandwich``, as in "Universally Slimmable
+            Networks" (Yu and Huang, ICCV 2019): the largest, the smallest, and random ones between.
         alone: whether the Aux-Net is left out of training. If not, it is the largest of each step.
         warmup_epochs: first epochs that train the largest alone.
         coarse_to_fine: whether the other epochs begin with few sizes: the smallest and largest depth, number of heads
@@ -44,6 +44,8 @@ class SizeSampler:
             )
         if self.kind == "sandwich" and self.alone and self.per_step == 1:
             raise InputError("1 descendant in a step is no sandwich of largest and smallest: expected 2 or more")
+        if self.kind == "smallest" and self.alone and self.per_step == 1:
+            raise InputError("1 descendant in a step is always the smallest: expected 2 or more")
 
     @cached_property
     def archs(self) -> list[ViTArch]:
@@ -76,6 +78,8 @@ class SizeSampler:
         among = self._offered(epoch)
         if self.kind == "random":
             return [], among
+        if self.kind == "smallest":
+            return among[:1], among[1:]
         ends = [*largest, among[0]] if among[:1] != largest else largest
         return ends, [arch for arch in among if arch not in ends]
 

@@ -133,8 +133,16 @@ def test_a_sandwich_has_the_largest_and_the_smallest():
     assert len({arch for drawn in draws for arch in drawn}) == 12
 
 
+def test_the_smallest_is_in_every_step_and_all_others_come_equally_often():
+    draws = [sampler(3, kind="smallest").draw(0, seed) for seed in range(2000)]
+    assert all((drawn[-1].label, len(set(drawn))) == ("L1-H1", 3) for drawn in draws)
+    counts = Counter(arch.label for drawn in draws for arch in drawn[:-1])
+    assert len(counts) == 11
+    assert min(counts.values()) > 0.8 * max(counts.values())
+
+
 def test_the_mean_cost_of_a_step_is_that_of_the_draws():
-    for kind in ("random", "sandwich"):
+    for kind in ("random", "smallest", "sandwich"):
         sizes = sampler(3, kind=kind, warmup_epochs=2, epochs=10)
         for epoch in (0, 5):
             drawn = [sum(sizes.macs[arch] for arch in sizes.draw(epoch, seed)) for seed in range(2000)]
@@ -157,7 +165,10 @@ def test_coarse_sizes_come_first_and_all_of_them_last():
     assert len({frozenset(epoch) for epoch in offered}) == 3
 
 
-@pytest.mark.parametrize(("per_step", "kind", "found"), [(13, "random", "of 12 sizes"), (1, "sandwich", "no sandwich")])
+@pytest.mark.parametrize(
+    ("per_step", "kind", "found"),
+    [(13, "random", "of 12 sizes"), (1, "sandwich", "no sandwich"), (1, "smallest", "always the smallest")],
+)
 def test_impossible_steps_are_refused(per_step, kind, found):
     with pytest.raises(InputError, match=found):
         sampler(per_step, kind=kind)
