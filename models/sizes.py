@@ -10,8 +10,6 @@ from statistics import mean
 from common.errors import InputError
 from models.vit import ViTArch
 
-KINDS = ("random", "smallest", "sandwich")
-
 
 @dataclass(frozen=True)
 class SizeSampler:

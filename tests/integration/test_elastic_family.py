@@ -84,6 +84,10 @@ REFUSED = {  # a command line, and what its message says
         f"--src-arch {PLAIN} --descendants 1 --chain-weight 0.5",
         "--chain-weight needs two members in a step",
     ),
+    "smallest-alone": (
+        f"--src-arch {PLAIN} --descendants 1 --descendant-sampling smallest",
+        "1 descendant in a step is always the smallest",
+    ),
     "stage-2": (f"--model {PLAIN} --descendant-sampling sandwich", "--descendant-sampling needs stage 1"),
     "other-head": (
         f"--src-arch {PLAIN} --src-path OUT/seven-classes {TARGETS} {SIZES}",
