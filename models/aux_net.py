@@ -35,6 +35,7 @@ class AuxNet(nn.Module, ABC):
         options: options of main.py that stage 1 of no other method takes.
         defaults: what options of stage 1 are unless they are given.
         usage: how a command asks for stage 1, for messages; default: ``--method`` and the name.
+        measured: accuracies of its ViTs in results/family, for model cards; None if the study has none.
     """
 
     method: str
@@ -56,6 +57,7 @@ class AuxNet(nn.Module, ABC):
         "distillation_mean": "logits",
     }
     usage: str | None = None
+    measured: str | None = None
 
     def __init__(self, arch: ViTArch, vit_options: dict, **kwargs):
         """

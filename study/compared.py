@@ -52,6 +52,7 @@ class Questions:
         alone: the same sizes, each distilled from the source alone.
         scratch: the same sizes, on labels alone.
         variants: methods that differ from the family's, and how.
+        varied: the one that the variants differ from, if it is not the family itself.
         who: situations of a user, and the methods to choose from.
         second: other data sets.
         held_out: the data of the family with images held out, on which ``scratch`` shows how accuracy grows with the
@@ -66,6 +67,7 @@ class Questions:
     scratch: str
     between: Sequence[str] = field(default=(), metadata={"holds": NAMES})
     variants: Mapping[str, str] = field(default_factory=dict, metadata={"holds": TEXTS})
+    varied: str | None = None
     who: Mapping[str, Sequence[str]] = field(default_factory=dict, metadata={"holds": LISTS})
     second: Sequence[str] = field(default=(), metadata={"holds": NAMES})
     held_out: str | None = None
@@ -83,6 +85,7 @@ class Questions:
     def methods(self) -> list[str]:
         """All of them, each once."""
         names = [self.family, self.source[0], self.alone, self.scratch, *self.variants, *self.offered]
+        names += [self.varied] if self.varied else []
         return list(dict.fromkeys(names))
 
     @property

@@ -126,7 +126,7 @@ def tuning_rows(runner: Runner) -> Iterable[dict]:
                 "epochs": epochs,
                 "tuned_by_epochs": run.epochs,
                 "lr": run.lr,
-                "held_out_accuracy": runner.records[run].tuned_on,
+                "held_out_accuracy": round(runner.records[run].tuned_on, 3),
                 "chosen": "yes" if chosen else "",
                 "at_edge": "yes" if chosen and run in (grid[0], grid[-1]) else "",
             }

@@ -6,6 +6,7 @@ from study.claims import to_come
 from study.questions import (
     ALONE,
     COUNTS,
+    EARLY,
     FAMILY,
     OFFER_COLUMNS,
     ONE_BY_ONE,
@@ -13,10 +14,13 @@ from study.questions import (
     TITLES,
     ahead,
     ahead_on_average,
+    by_parameters,
+    costs_before,
     curves,
     end,
     from_on,
     last,
+    listed,
     offers,
     paired,
     passes_after,
@@ -120,19 +124,21 @@ def offer_tables(study: Results) -> Iterable[str]:
 def variants_table(study: Results) -> list[str]:
     """Members before training, of the family and of its variants, each over the sizes that the variant has."""
     questions, seeds = study.questions, len(study.seeds)
-    data, family = questions.data, questions.family
+    data, varied = questions.data, questions.varied or questions.family
     ordered = sorted(questions.sizes, key=lambda size: study.parameters(size) or 0)
     ends = [ordered[0], ordered[-1]]
     lines = []
-    for method, change in {family: "–", **questions.variants}.items():
+    for method, change in {questions.family: "–", **questions.variants}.items():
         planned = study.planned_epochs(method, data).get(0, [])
         sizes = [size for size in questions.sizes if size in planned]
         means = study.over_sizes(method, data, sizes, 0)
-        gap = [] if method == family else paired(means, study.over_sizes(family, data, sizes, 0))
+        macs = in_units(costs_before(study, method, data, sizes)[1])
+        gap = [] if method == varied else paired(means, study.over_sizes(varied, data, sizes, 0))
         each = [study.accuracies(method, data, size, 0).values() for size in ends]
-        line = [method, change, in_short(sizes, questions.sizes), cell(means.values(), seeds), cell(gap, seeds, "+")]
-        lines.append([*line, *(cell(a, seeds) for a in each)])
-    return table(["method", "what is changed", "sizes", "mean", f"mean − {family}", *ends], lines)
+        line = [method, change, macs, in_short(sizes, questions.sizes), cell(means.values(), seeds)]
+        lines.append([*line, cell(gap, seeds, "+"), *(cell(a, seeds) for a in each)])
+    header = ["method", "what is changed", "stage 1, MACs", "sizes", "mean", f"mean − {varied}", *ends]
+    return table(header, lines)
 
 
 def methods_table(study: Results) -> list[str]:
@@ -172,13 +178,47 @@ def has_curve(study: Results) -> bool:
 
 def curve_table(study: Results) -> list[str]:
     """Accuracy from scratch on images held out, for each size and number of epochs."""
-    data, scratch, seeds = study.questions.held_out, study.questions.scratch, len(study.seeds)
+    data, scratch = study.questions.held_out, study.questions.scratch
+    seeds = len(study.seeds_for(data))
     epochs = [*study.planned_epochs(scratch, data)]
     lines = [
         [size, *(cell(study.accuracies(scratch, data, size, n).values(), seeds) for n in epochs)]
         for size in study.sizes_for([scratch], data)
     ]
     return table(["size", *map(after, epochs)], lines)
+
+
+def trials_table(study: Results, tried: Sequence[str]) -> list[str]:
+    """Trials of the family's recipe on images held out: means over the sizes that all have, and single sizes."""
+    data = study.questions.held_out
+    seeds = len(study.seeds_for(data))
+    planned = {method: study.planned_epochs(method, data) for method in tried}
+    common = [size for size in study.sizes if all(size in study.sizes_for([method], data) for method in tried)]
+    sizes = by_parameters(study, common)
+    epochs = sorted({n for lengths in planned.values() for n in lengths})
+    lines = []
+    for method in tried:
+        means = (cell(study.over_sizes(method, data, sizes, n).values(), seeds) for n in epochs)
+        each = (cell(study.accuracies(method, data, size, epochs[0]).values(), seeds) for size in sizes)
+        lines.append([method, in_units(costs_before(study, method, data, sizes)[1]), *means, *each])
+    header = ["method", "stage 1, MACs", *(f"mean, {after(n)}" for n in epochs), *sizes]
+    return table(header, lines)
+
+
+def in_a_line(study: Results, method: str) -> str | None:
+    """What the README and model cards quote of a method with a stage 1; None for others, and where ViTs are missing."""
+    questions, seeds, data = study.questions, len(study.seeds), study.questions.data
+    sizes = [size for size in study.sizes_for([method], data) if size in questions.sizes]
+    if costs_before(study, method, data, sizes)[1] is None or not study.over_sizes(method, data, sizes, 0):
+        return None
+
+    def mean_of(name: str, epochs: int) -> str:
+        return f"{cell(study.over_sizes(name, data, sizes, epochs).values(), seeds)} %"
+
+    own = ", ".join(f"{mean_of(method, n)} {'after ' * (n > 0)}{after(n)}" for n in EARLY)
+    twins = {SCRATCH: questions.scratch, ALONE: questions.alone}
+    others = ", ".join(f"{label} {mean_of(name, end(study, name))}" for label, name in twins.items())
+    return f"{own}; the same ViTs to the end: {others} (mean of {in_short(sizes, questions.sizes)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,8 +254,12 @@ def details(study: Results) -> list[str]:
     if data := questions.held_out:
         tried = {row.method: None for row in study.rows if row.kind == "vit" and row.data == data}
         tried = [method for method in tried if method != questions.scratch]
+        where = f"on images held out, seed {listed([*map(str, study.seeds_for(data))])}"
         if has_curve(study):
-            lines += ["", f"## {questions.scratch}, on images held out", "", *curve_table(study)]
-        lines += ["", f"## Trials of “{questions.family}”, on images held out", ""] if tried else []
-        lines += second_table(study, data, tried) if tried else []
+            lines += ["", f"## {questions.scratch}, {where}", "", *curve_table(study)]
+        if tried:
+            lines += ["", f"## Trials of “{questions.family}”, {where}", "", *trials_table(study, tried)]
+    quotes = {method: in_a_line(study, method) for method in questions.offered}
+    lines += ["", "## In a line", ""]
+    lines += [f"- **{method}**: {quote}" for method, quote in quotes.items() if quote]
     return lines

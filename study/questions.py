@@ -297,18 +297,23 @@ class Offer:
 OFFER_COLUMNS = (*map(after, EARLY), "start, MACs", "stage 1, MACs", "stored parameters")
 
 
+def costs_before(study: Results, method: str, data: str, sizes: Iterable[str]) -> tuple[float | None, float | None]:
+    """MACs behind the ViTs of these sizes: of what stage 1 starts from and learns from, and of stage 1."""
+    stage_1_groups = {row.group for row in study.rows if row.kind == "stage1"}
+    ancestors = study.ancestors_of(method, data, sizes)
+    stage_1 = {run for run in ancestors if run[0] in stage_1_groups}
+    return study.cost_of_runs(ancestors - stage_1), study.cost_of_runs(stage_1)
+
+
 def offers(study: Results, methods: Collection[str]) -> tuple[list[str], list[Offer]]:
     """The sizes that all of the methods have before training that have any, and the methods, the best first."""
     questions = study.questions
     untrained = [study.planned_epochs(method, questions.data).get(0) for method in methods]
     sizes = [size for size in questions.sizes if all(size in of_method for of_method in untrained if of_method)]
-    stage_1_groups = {row.group for row in study.rows if row.kind == "stage1"}
     found = []
     for method in methods:
         means = {n: [*study.over_sizes(method, questions.data, sizes, n).values()] for n in EARLY}
-        ancestors = study.ancestors_of(method, sizes)
-        stage_1 = {run for run in ancestors if run[0] in stage_1_groups}
-        costs = study.cost_of_runs(ancestors - stage_1), study.cost_of_runs(stage_1)
+        costs = costs_before(study, method, questions.data, sizes)
         found.append(Offer(method, means, *costs, study.stored(method)))
     return sizes, sorted(found, key=lambda offer: offer.untrained or 0, reverse=True)
 

@@ -152,9 +152,9 @@ class Results:
         runs = self.runs(method, data, size, epochs).values()
         return mean_cost(runs, unit) if runs else None
 
-    def ancestors_of(self, method: str, sizes: Iterable[str]) -> set[Ancestor]:
-        """The runs that the ViTs of these sizes need, for the first data set."""
-        return {run for size in sizes for run in self.ancestors.get((method, self.compared.first, size), ())}
+    def ancestors_of(self, method: str, data: str, sizes: Iterable[str]) -> set[Ancestor]:
+        """The runs that the ViTs of these sizes need."""
+        return {run for size in sizes for run in self.ancestors.get((method, data, size), ())}
 
     def cost_of_runs(self, runs: Collection[Ancestor], unit: str = "macs") -> float | None:
         """MACs or seconds of runs together, means over seeds; None if there are none, or one of them has not run."""
@@ -178,6 +178,10 @@ class Results:
         methods = set(methods)
         planned = {size for method, data_set, size, _, _ in self.planned if method in methods and data_set == data}
         return [size for size in self.sizes if size in planned]
+
+    def seeds_for(self, data: str) -> list[int]:
+        """The seeds of all ViTs that are to be made for a data set."""
+        return sorted({row[4] for row in self.planned if row[1] == data})
 
     def planned_epochs(self, method: str, data: str) -> dict[int, list[str]]:
         """All numbers of epochs that ViTs of the method are to be trained for, and the sizes of those ViTs."""

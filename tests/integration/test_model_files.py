@@ -298,6 +298,8 @@ def test_model_card_says_where_the_model_comes_from(runs):
         'timm.create_model("hf-hub:owner/vit", pretrained=True)',
     ):
         assert text in card
+    measured = gene.method_class.measured
+    assert measured is None or f"(10,000 images; three seeds unless another number is in brackets)**: {measured}" in card
     assert str(runs.out) not in card  # the folders of a machine are nobody else's business
 
 

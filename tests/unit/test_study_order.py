@@ -14,6 +14,8 @@ import pytest
 import yaml
 from small_study import STUDY
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
@@ -106,3 +108,12 @@ def test_groups_that_are_like_none(tmp_path, groups, message):
 def test_a_family_is_tuned_for_its_largest_and_smallest_member():
     assert Record({}, 0.1, {}, result={"accuracy": 80.0, "smallest": 70.0}).tuned_on == 75.0
     assert Record({}, 0.1, {}, result={"accuracy": 80.0}).tuned_on == 80.0
+
+
+@pytest.mark.parametrize("name", ["family", "gpu"])
+def test_the_elastic_family_of_a_study_has_the_recipe_that_is_offered(name):
+    recipe = yaml.safe_load((CONFIGS / "elastic.yaml").read_text())
+    stage_1 = yaml.safe_load((CONFIGS / f"study_{name}.yaml").read_text())["runs"]["elastic stage 1"]["options"]
+    taken = {"order", "descendants", "descendant-sampling", "chain-weight", "teacher-model", "distillation-type"}
+    taken |= {"distillation-alpha", "distillation-tau"}
+    assert {option: stage_1[option] for option in taken} == {option: recipe[option] for option in taken}
