@@ -81,19 +81,20 @@ def answer_1(study: Results) -> str:
     smallest = known[0] if len(known) == len(questions.sizes) else None
     verdict = every([*map(near.get, questions.sizes), means[smallest] > 0 if smallest in means else None])
     goal = {True: "Goal met", False: "Goal missed", None: "Not answered yet"}[verdict]
-    text = f"{goal}: at {sum(near.values())} of {len(near)} sizes a member is at most {NEAR:g} point behind"
+    so_far = " so far" if study.unfinished() and verdict is not None else ""
+    text = f"{goal}{so_far}: at {sum(near.values())} of {len(near)} sizes a member is at most {NEAR:g} point behind"
     text += f" (goal: at all {len(questions.sizes)})"
     if smallest in gaps:
         text += f", and the smallest, {smallest}, differs by {cell(gaps[smallest], seeds, '+')} points (goal: above 0)"
-    least = min(means, key=means.__getitem__)
-    what = "largest gap" if means[least] < 0 else "smallest lead"
-    text += f". The {what} is {cell(gaps[least], seeds, '+')} points, at {least}"
+    low, high = (of(means, key=means.__getitem__) for of in (min, max))
+    ends = [f"{cell(gaps[size], seeds, '+')} ({size})" for size in dict.fromkeys((low, high))]
+    text += f". Single sizes differ by {' to '.join(ends)} points"
     if total := ahead_on_average(study, questions.sizes, 0, questions.alone):
         both = ((questions.family, 0), (questions.alone, end(study, questions.alone)))
         ours, theirs = (
             cell(study.over_sizes(method, questions.data, questions.sizes, n).values(), seeds) for method, n in both
         )
-        text += f"; the mean of all sizes differs by {cell(total, seeds, '+')} points ({ours} against {theirs} %)"
+        text += f"; their mean differs by {cell(total, seeds, '+')} points ({ours} against {theirs} %)"
     return f"{text}.{never_sampled(study)}"
 
 
@@ -123,11 +124,10 @@ def total(*parts: float | None) -> float | None:
 
 
 def mean_training(study: Results, method: str, unit: str) -> float | None:
-    """Of one ViT, to the end: mean over all sizes of the method. None where one of these has not run."""
+    """Of one ViT, to the end: mean over the sizes of the family. None where one of these has not run."""
     data, epochs = study.questions.data, end(study, method)
-    sizes = study.planned_epochs(method, data).get(epochs, [])
-    costs = [study.cost(method, data, size, epochs, unit) for size in sizes]
-    return statistics.mean(costs) if costs and None not in costs else None
+    costs = [study.cost(method, data, size, epochs, unit) for size in study.questions.sizes]
+    return None if None in costs else statistics.mean(costs)
 
 
 def teacher_passes(study: Results) -> float | None:
@@ -136,7 +136,7 @@ def teacher_passes(study: Results) -> float | None:
     epochs = end(study, questions.alone)
     both = [
         [study.cost(method, questions.data, size, epochs) for method in (questions.alone, questions.scratch)]
-        for size in study.sizes
+        for size in questions.sizes
     ]
     more = [distilled - labels for distilled, labels in both if None not in (distilled, labels)]
     return statistics.mean(more) if more else None
@@ -174,7 +174,7 @@ def storage(study: Results) -> Curves:
     """Parameters to store for so many sizes."""
     questions = study.questions
     stored = study.stored(questions.family)
-    parameters = [study.parameters(size) for size in (*questions.sizes, *questions.between)]
+    parameters = [study.parameters(size) for size in questions.sizes]
     each = None if None in parameters else statistics.mean(parameters)
     return {
         FAMILY: None if stored is None else [stored] * len(COUNTS),
@@ -244,10 +244,14 @@ def answer_3(study: Results) -> str:
         gaps = [gap for size in questions.sizes if (gap := ahead(study, size, n, questions.scratch))]
         if gaps:
             won = sum(statistics.mean(gap) > 0 for gap in gaps)
-            counts.append(f"at {won} of {len(gaps)} {'untouched' if n == 0 else f'after {after(n)}'}")
+            counts.append(f"at {won} of {len(gaps)} sizes {'untouched' if n == 0 else f'after {after(n)}'}")
     if not counts:
         return "Not answered yet."
-    text = f"Of the sizes, a member is ahead of its twin from scratch {', '.join(counts)}."
+    text = f"A member is ahead of its twin from scratch {', '.join(counts)}."
+    seeds, data, sizes = len(study.seeds), questions.data, questions.sizes
+    means = {n: study.over_sizes(questions.family, data, sizes, n).values() for n in EARLY}
+    cells = [f"{cell(of_seeds, seeds)} % {'after ' * (n > 0)}{after(n)}" for n, of_seeds in means.items() if of_seeds]
+    text += f" Members have {', '.join(cells)} (mean of all sizes)." if cells else ""
     lengths = sorted({last(study, size) for size in questions.sizes} - {0})
     parts = []
     for name, twin in (("from scratch", questions.scratch), ("distilled alone", questions.alone)):

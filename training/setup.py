@@ -36,6 +36,10 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
+MEASURED = (
+    "accuracy of the method in miniature (Fashion-MNIST, at most 0.5 M parameters; 3 seeds, or as many as in brackets)"
+)
+
 
 def set_up(config: Config, build: Builder) -> Run:
     """Build everything; no process waits for another here.
@@ -226,8 +230,7 @@ def facts_of(config: ModelConfig, gene: models.Learngene | None) -> dict[str, ob
 
 def measured(method: type[models.AuxNet]) -> dict[str, str]:
     """What to expect of the method, from a study of its ViTs."""
-    study = "the method on Fashion-MNIST (10,000 images; three seeds unless another number is in brackets)"
-    return {study: method.measured} if method.measured else {}
+    return {MEASURED: method.measured} if method.measured else {}
 
 
 def start_of(config: ModelConfig, option: str) -> str | None:
