@@ -67,8 +67,10 @@ def raise_exit_reason(workers: Sequence[BaseProcess], seconds: float = 60) -> No
     Raises:
         RuntimeError: a worker exited; the message is torch's, with the signal.
     """
-    wait([worker.sentinel for worker in workers], seconds)  # torch may raise here already
+    ended = wait([worker.sentinel for worker in workers], seconds)  # torch may raise here already
     for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(seconds)  # the kernel closes its sentinel before its exit status can be read
         if worker.exitcode:
             how = f"is killed by signal: {signal.strsignal(-worker.exitcode)}" if worker.exitcode < 0 else "exited"
             raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}")

@@ -117,6 +117,26 @@ def test_a_worker_that_only_exited_is_asked_for_the_signal(monkeypatch):
         next(iter(batches))
 
 
+def test_the_signal_is_known_some_time_after_the_files_of_a_worker_are_closed(monkeypatch):
+    """The kernel closes the files of a process first, among them the pipe that tells its end."""
+    read, write = os.pipe()
+
+    def work() -> None:
+        os.closerange(3, read)
+        os.closerange(read + 1, 1024)
+        os.read(read, 1)
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    join = process.join
+    monkeypatch.setattr(process, "join", lambda *args: (os.write(write, b"x"), join(*args)))
+    with pytest.raises(RuntimeError, match="is killed by signal: Bus error"):
+        workers.raise_exit_reason([process])
+    os.close(read)
+    os.close(write)
+
+
 def test_a_worker_whose_main_process_stops_receiving_is_silent(capfd):
     """A broken connection to the thread from which the main process takes tensors ends without a traceback."""
     batches = batches_of(1)
