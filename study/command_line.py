@@ -115,7 +115,8 @@ def work(args: argparse.Namespace, deadline: float) -> int:
             runner = Runner(study, root, jobs, chosen_runs(study, args.only))
             runner.keep = partial(write_results, runner, results, args.config)
             if kept:
-                print(f"{len(kept)} runs are done already, as {results} has them", flush=True)
+                done = sum(of_run.record.result is not None for of_run in kept.values())
+                print(f"{done} runs are done already, as {results} has them", flush=True)
             status = 1
             try:
                 status = runner.run_all(deadline)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -17,14 +17,21 @@ RECORD = "run.json"
 
 @dataclass
 class Record:
-    """The content of ``run.json`` in the folder of a run; ``result`` is None until the run is done."""
+    """The content of ``run.json`` in the folder of a run; ``result`` is None until the run is done.
 
-    identity: dict  # the options that the result depends on
+    Attributes:
+        identity: the options that the result depends on.
+        made_from: reference → SHA-256 of the weights of that run.
+        former: SHA-256 of the weights of former trainings, which were not kept, and from which others were made.
+    """
+
+    identity: dict
     lr: float | None
-    made_from: dict[str, str]  # reference → SHA-256 of the weights of that run
+    made_from: dict[str, str]
     seconds: float = 0
     device: str = ""
     result: dict | None = None
+    former: list[str] = field(default_factory=list)
 
     @property
     def tuned_on(self) -> float:
@@ -32,9 +39,22 @@ class Record:
         ends = self.result["accuracy"], self.result.get("smallest")
         return mean(accuracy for accuracy in ends if accuracy is not None)
 
+    @property
+    def trainings(self) -> list[str]:
+        """SHA-256 of the weights of every training of this run."""
+        return [*self.former, self.result["sha256"]]
+
+    def anew(self) -> "Record":
+        """The record of a finished run that has to be done again, before it starts."""
+        return Record(self.identity, self.lr, {}, former=self.trainings)
+
+    @property
+    def text(self) -> str:
+        return json.dumps(vars(self), indent=1) + "\n"
+
     def write(self, folder: Path) -> None:
         with atomic_write(folder / RECORD) as unfinished:
-            Path(unfinished).write_text(json.dumps(vars(self), indent=1) + "\n")
+            Path(unfinished).write_text(self.text)
 
 
 def read_record(path: Path) -> Record | None:

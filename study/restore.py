@@ -1,8 +1,8 @@
 """Continue a study where its archives end, on a machine that has its results alone.
 
 Of a finished run, ``results/NAME`` has the record and the logs, and the weights as long as other runs wait for them and
-there is room (`study.kept`). Where such weights are not there, the run is done again, and so is all that was made from
-it, since a second training gives other weights.
+there is room (`study.kept`). Where such weights are not there, the run is done again, with the same options and seed.
+What was made from the first training stays: the record has the SHA-256 of both.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ WITH_WEIGHTS = (*WEIGHTS, "config.json")  # files that other runs load
 
 @dataclass(frozen=True)
 class Kept:
-    """A finished run in the archives: its record, and its files by their names."""
+    """A run in the archives: its record, without a result if it has to be done again, and its files by their names."""
 
     record: Record
     files: dict[str, bytes]
@@ -33,7 +33,7 @@ class Kept:
 
 
 def kept_runs(study: Study, root: Path, results: Path) -> dict[Run, Kept]:
-    """The finished runs of the archives in ``results`` that the study continues from.
+    """The runs of the archives in ``results`` that the study continues from.
 
     None where ``root``, the folder that the runs write to, has runs already: who removes one of them wants another.
 
@@ -56,7 +56,7 @@ def kept_runs(study: Study, root: Path, results: Path) -> dict[Run, Kept]:
         names = (name for name in (RECORD, *LOGS, *WITH_WEIGHTS) if f"{run.folder}/{name}" in files)
         kept[run] = Kept(record, {name: files[f"{run.folder}/{name}"] for name in names})
         check_weights(run, kept[run], results / WEIGHTS_ARCHIVE)
-    return without_lost(kept, study)
+    return with_lost(kept, study)
 
 
 def check_weights(run: Run, kept: Kept, path: Path) -> None:
@@ -66,20 +66,18 @@ def check_weights(run: Run, kept: Kept, path: Path) -> None:
         raise InputError(f"{path} holds other weights of {run} than its record says: restore both archives")
 
 
-def without_lost(kept: Mapping[Run, Kept], study: Study) -> dict[Run, Kept]:
-    """Those of ``kept`` that need not be done again.
-
-    A run is done again if one that is not done needs its weights and they are not there, or if one is done again that
-    it was made from.
-    """
+def with_lost(kept: Mapping[Run, Kept], study: Study) -> dict[Run, Kept]:
+    """``kept``, where a run has to be done again if one that is to be done needs its weights and they are not there."""
     kept = dict(kept)
     while True:
-        needed = {needed for run in study.all_runs if run not in kept for needed in run.needs.values()}
-        lost = [run for run in kept if (run in needed and not kept[run].has_weights) or not run.after <= kept.keys()]
+        to_do = [run for run in study.all_runs if run not in kept or kept[run].record.result is None]
+        needed = {needed for run in to_do for needed in run.needs.values()}
+        lost = [run for run in needed & kept.keys() if kept[run].record.result and not kept[run].has_weights]
         if not lost:
             return kept
         for run in lost:
-            del kept[run]
+            record = kept[run].record.anew()
+            kept[run] = Kept(record, {RECORD: record.text.encode()})
 
 
 def restore(kept: Mapping[Run, Kept], root: Path) -> None:

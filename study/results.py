@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 from common.errors import InputError, one_line
@@ -41,6 +42,7 @@ class Row:
     parameters: int  # of the network of this run
     stored_parameters: int  # to make the whole family
     seconds: float = 0.0  # wall clock of the run
+    device: str = ""
 
 
 OF_VITS = ("accuracy", "stored_parameters")  # a teacher and stage 1 may leave these empty
@@ -102,6 +104,19 @@ class Results:
                 )
             of_seeds[row.seed] = row
 
+    @cached_property
+    def device(self) -> str | None:
+        """That the source of the family was trained on; seconds are compared on one alone."""
+        method, size = self.questions.source if self.questions else ("", "")
+        rows = [row for row in self.rows if (row.kind, row.method, row.size) == ("vit", method, size) and row.seconds]
+        return rows[0].device if rows else None
+
+    def mean_cost(self, runs: Collection[Row], unit: str) -> float | None:
+        """MACs or seconds, mean over runs, seconds over those on `device`; None if there are none."""
+        if unit == "seconds":
+            runs = [row for row in runs if self.device in (None, row.device)]
+        return statistics.mean(getattr(row, unit) for row in runs) if runs else None
+
     @property
     def report(self) -> Report | None:
         return self.compared if isinstance(self.compared, Report) else None
@@ -131,7 +146,8 @@ class Results:
             for key, runs in self._runs.items()
             if key[0] == kind and method in (None, key[1]) and data in (None, key[2])
         ]
-        return sum(mean_cost(runs.values(), unit) for runs in groups) if groups else None
+        costs = [self.mean_cost(runs.values(), unit) for runs in groups]
+        return sum(costs) if costs and None not in costs else None
 
     def accuracies(self, method: str, data: str, size: str, epochs: int) -> dict[int, float]:
         return {seed: row.accuracy for seed, row in self.runs(method, data, size, epochs).items()}
@@ -149,8 +165,7 @@ class Results:
 
     def cost(self, method: str, data: str, size: str, epochs: int, unit: str = "macs") -> float | None:
         """MACs or seconds of training one ViT: mean over seeds."""
-        runs = self.runs(method, data, size, epochs).values()
-        return mean_cost(runs, unit) if runs else None
+        return self.mean_cost(self.runs(method, data, size, epochs).values(), unit)
 
     def ancestors_of(self, method: str, data: str, sizes: Iterable[str]) -> set[Ancestor]:
         """The runs that the ViTs of these sizes need."""
@@ -163,7 +178,8 @@ class Results:
             found.setdefault((row.group, row.size, str(row.epochs)), []).append(row)
         if not runs or not all(run in found for run in runs):
             return None
-        return sum(mean_cost(found[run], unit) for run in runs)
+        costs = [self.mean_cost(found[run], unit) for run in runs]
+        return sum(costs) if None not in costs else None
 
     def epochs(self, methods: Iterable[str], data: str) -> list[int]:
         """All numbers of epochs after which there is a ViT of one of the methods."""
@@ -211,10 +227,6 @@ class Results:
         first = self.compared.first
         found = {r.stored_parameters for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, first)}
         return sum(found) if found else None
-
-
-def mean_cost(runs: Collection[Row], unit: str) -> float:
-    return statistics.mean(getattr(row, unit) for row in runs)
 
 
 def read_results(folder: Path) -> Results:

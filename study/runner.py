@@ -96,9 +96,13 @@ class Runner:
 
     def device_of(self, run: Run) -> str:
         kind = type_of(run.options.get("device", "auto"))
-        if kind != CPU:
-            return device_name(torch.device(kind))
-        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}"
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if kind == CPU else ""
+        return device_name(torch.device(kind)) + threads
+
+    def is_begun(self, run: Run) -> bool:
+        """Whether it was started; a run that has to be done again has a record before that (`study.restore`)."""
+        record = self.records[run]
+        return record is not None and record.made_from.keys() == run.needs.keys()
 
     def is_done(self, run: Run) -> bool:
         return self.records[run] is not None and self.records[run].result is not None
@@ -117,14 +121,14 @@ class Runner:
         return {name: self.records[of].result["sha256"] for name, of in run.needs.items() if self.is_done(of)}
 
     def check(self, run: Run) -> None:
-        """Raises InputError if the run was begun with other options, or from other weights, than it would be now."""
+        """Raises InputError if the run was begun with other options, or from other runs, than it would be now."""
         record, folder = self.records[run], self.root / run.folder
         if record is None:
             return
         if (found := differences(run, record, self.learning_rate(run))) is not None:
             raise InputError(f"{folder} holds {run} with {found}: remove this folder to run it again")
-        for name, digest in self.made_from(run).items():
-            if record.made_from.get(name) != digest:
+        for name, of in run.needs.items() if self.is_begun(run) else ():
+            if self.is_done(of) and record.made_from.get(name) not in self.records[of].trainings:
                 raise InputError(
                     f"{folder} holds {run}, made from another run of {name}: remove this folder to run it again"
                 )
@@ -193,8 +197,9 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         if ROTATED in run.options:
             write_rotated(run.options["data-path"], run.options[ROTATED], run.data_folder(self.root))
-        if self.records[run] is None:
-            self.records[run] = Record(run.identity, lr, self.made_from(run))
+        if not self.is_begun(run):
+            former = self.records[run].former if self.records[run] else []
+            self.records[run] = Record(run.identity, lr, self.made_from(run), former=former)
             self.records[run].write(folder)
         arguments = [*run.arguments(self.root, lr), "--resume=auto"]
         process = self.context.Process(target=run_in_child, args=(arguments, folder / "output.txt", self.threads))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
+from common.devices import device_name
 from study.archive import ARCHIVE, WEIGHTS_ARCHIVE, read_archive, read_files
 
 import numpy as np
@@ -203,7 +204,9 @@ def test_table(done):
             assert int(row["stored_parameters"]) == stored[method]
         if (method, kind, epochs) in macs:
             assert int(row["macs"]) == macs[method, kind, epochs]
-        assert (row["study"], row["data"], row["device"][:5]) == ("tiny", "DIGITS", "cpu, ")
+        processor, _, threads = row["device"].rpartition(", ")
+        assert (row["study"], row["data"], processor) == ("tiny", "DIGITS", device_name(torch.device("cpu")))
+        assert re.fullmatch("1 thread|[2-9] threads", threads)
         assert (float(row["seconds"]) > 0) == (epochs != "0" or method != "LeTs")
     assert int(rows["scratch", "vit", "L2-H2", "1", "0"]["stored_parameters"]) == large.num_params(10)
     assert int(rows["weight selection", "vit", "L1-H1", "0", "0"]["macs"]) == 0
@@ -233,13 +236,6 @@ def test_another_machine_continues_from_the_results(done, copy, run_here):
     weights = (copy.results / WEIGHTS_ARCHIVE).read_bytes()
     (copy.results / WEIGHTS_ARCHIVE).write_bytes(b"")
     assert "weights.tar.gz cannot be read" in run_here(copy.folder, "--list").stderr
-    (copy.results / WEIGHTS_ARCHIVE).unlink()  # the learngene is made again, so its teacher is, and all that both made
-    again = run_here(copy.folder, "--list").stdout
-    assert [
-        name
-        for name in ("teacher", "LeTs", "scratch")
-        if f"{name}: 1 runs (0 " in again or f"{name}: 2 runs (0 " in again
-    ] == ["teacher", "LeTs"]
     (copy.results / WEIGHTS_ARCHIVE).write_bytes(weights)
     piece = run(copy.folder)
     assert piece.code == 0, piece.stderr
@@ -251,6 +247,30 @@ def test_another_machine_continues_from_the_results(done, copy, run_here):
     assert all(found == row for found, row in same)
     assert (copy.root / "runs/LeTs_stage_1/2/1/run.json").read_text() == done.kept["runs/LeTs_stage_1/2/1/run.json"]
     assert not (copy.results / WEIGHTS_ARCHIVE).exists()
+
+
+def test_where_weights_are_lost_only_what_they_are_needed_from_is_done_again(done, copy, run_here):
+    """With the learngene that is needed its teacher is; what was made from the first training of both stays."""
+    shutil.rmtree(copy.root / "runs/LeTs/L1-H1/1/1")
+    assert run_here(copy.folder, "--minutes", "1e-9").code == 3
+    shutil.rmtree(copy.folder / "output")
+    (copy.results / WEIGHTS_ARCHIVE).unlink()
+    listed = run_here(copy.folder, "--list").stdout
+    left = {"teacher": "0 done, 1 begun", "LeTs stage 1": "1 done, 1 begun", "LeTs": "1 done, 0 begun"}
+    for name, state in (left | {"scratch": "2 done, 0 begun"}).items():
+        assert re.search(rf"^{name}: \d runs \({state}", listed, re.MULTILINE), listed
+    piece = run(copy.folder)
+    assert piece.code == 0, piece.stderr
+    assert piece.stdout.startswith("7 runs are done already")
+    (lost,) = copy.root.glob("runs/teacher/*/*/run.json")
+    record, first = (json.loads(text) for text in (lost.read_text(), done.kept[str(lost.relative_to(copy.root))]))
+    assert record["former"] == [first["result"]["sha256"]]
+    assert record["seconds"] != first["seconds"]
+    again = json.loads((copy.root / "runs/LeTs_stage_1/2/1/run.json").read_text())
+    assert [*again["made_from"].values()] == [record["result"]["sha256"]]
+    untouched = "runs/LeTs/L1-H1/1/0/run.json"
+    assert (copy.root / untouched).read_text() == done.kept[untouched]
+    assert run(copy.folder).stdout.startswith("all 10 runs are done")
 
 
 def test_what_a_changed_study_cannot_continue_from(copy, run_here):
