@@ -117,7 +117,7 @@ def offer_tables(study: Results) -> Iterable[str]:
     for situation, methods in study.questions.who.items():
         sizes, found = offers(study, methods)
         yield from ["", f"### {situation}", "", f"Means of {in_short(sizes, study.questions.sizes)}.", ""]
-        lines = ([offer.method, *offer.cells(len(study.seeds))] for offer in found)
+        lines = [[offer.method, *offer.cells(len(study.seeds))] for offer in found]
         yield from table(["method", *OFFER_COLUMNS], lines)
 
 

@@ -280,64 +280,88 @@ def span(means: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Offer:
-    """A method that a user may take."""
+    """A method that a user may take, for some sizes.
+
+    Attributes:
+        untrained: mean accuracies over the sizes before training, of each seed; empty for ViTs one by one.
+        epochs: of training; of fine-tuning, where the method has such.
+        trained: mean accuracies after them.
+        macs: of all that these ViTs need: source and teacher, stage 1, and the training of each.
+        stored: parameters from which these ViTs are made.
+    """
 
     method: str
-    accuracies: dict[int, list[float]]  # by `EARLY` epochs: means over sizes, of the seeds
-    start: float | None  # MACs of training what stage 1, or the ViTs themselves, start from and learn from
-    stage_1: float | None  # its MACs
-    stored: int | None  # parameters
+    untrained: list[float]
+    epochs: int
+    trained: list[float]
+    macs: float | None
+    stored: int | None
 
     @property
-    def untrained(self) -> float | None:
-        """Mean accuracy before training."""
-        return statistics.mean(self.accuracies[0]) if self.accuracies[0] else None
+    def mean(self) -> float | None:
+        return statistics.mean(self.trained) if self.trained else None
 
     def cells(self, seeds: int) -> list[str]:
-        costs = [in_units(self.start), in_units(self.stage_1), NONE if self.stored is None else f"{self.stored:,}"]
-        return [*(cell(self.accuracies[n], seeds) for n in EARLY), *costs]
+        trained = f"{cell(self.trained, seeds)}{f' after {after(self.epochs)}' * bool(self.epochs)}"
+        stored = NONE if self.stored is None else f"{self.stored:,}"
+        return [cell(self.untrained, seeds), trained if self.trained else NONE, in_units(self.macs), stored]
 
 
-OFFER_COLUMNS = (*map(after, EARLY), "start, MACs", "stage 1, MACs", "stored parameters")
+OFFER_COLUMNS = ("before training", "trained", "MACs of all", "stored parameters")
 
 
 def costs_before(study: Results, method: str, data: str, sizes: Iterable[str]) -> tuple[float | None, float | None]:
-    """MACs behind the ViTs of these sizes: of what stage 1 starts from and learns from, and of stage 1."""
+    """MACs behind the ViTs of these sizes: of what stage 1 starts from and learns from, and of stage 1.
+
+    None where a run is missing, or where there is none.
+    """
     stage_1_groups = {row.group for row in study.rows if row.kind == "stage1"}
     ancestors = study.ancestors_of(method, data, sizes)
     stage_1 = {run for run in ancestors if run[0] in stage_1_groups}
     return study.cost_of_runs(ancestors - stage_1), study.cost_of_runs(stage_1)
 
 
+def offer_of(study: Results, method: str, sizes: Sequence[str]) -> Offer:
+    data = study.questions.data
+    epochs = offered_epochs(study, method)
+    untrained, trained = (study.over_sizes(method, data, sizes, n) for n in (0, epochs))
+    ancestors = study.ancestors_of(method, data, sizes)
+    before = study.cost_of_runs(ancestors) if ancestors else 0.0
+    macs = total(before, *(study.cost(method, data, size, epochs) for size in sizes))
+    return Offer(method, [*untrained.values()], epochs, [*trained.values()], macs, study.stored(method, sizes))
+
+
+def offered_epochs(study: Results, method: str) -> int:
+    """The epochs after which a method is compared: the largest of `EARLY` that it has, or else its end."""
+    planned = study.planned_epochs(method, study.questions.data)
+    return max((n for n in planned if n in EARLY), default=end(study, method))
+
+
 def offers(study: Results, methods: Collection[str]) -> tuple[list[str], list[Offer]]:
-    """The sizes that all of the methods have before training that have any, and the methods, the best first."""
+    """The sizes that all of the methods have that have any, and the methods, the best after training first."""
     questions = study.questions
-    untrained = [study.planned_epochs(method, questions.data).get(0) for method in methods]
-    sizes = [size for size in questions.sizes if all(size in of_method for of_method in untrained if of_method)]
-    found = []
-    for method in methods:
-        means = {n: [*study.over_sizes(method, questions.data, sizes, n).values()] for n in EARLY}
-        costs = costs_before(study, method, questions.data, sizes)
-        found.append(Offer(method, means, *costs, study.stored(method)))
-    return sizes, sorted(found, key=lambda offer: offer.untrained or 0, reverse=True)
+    of_methods = [study.planned_epochs(method, questions.data).get(offered_epochs(study, method)) for method in methods]
+    sizes = [size for size in questions.sizes if all(size in of_method for of_method in of_methods if of_method)]
+    found = [offer_of(study, method, sizes) for method in methods]
+    return sizes, sorted(found, key=lambda offer: offer.mean or 0, reverse=True)
 
 
 def whom_table(study: Results) -> list[str]:
-    """For each situation of a user, the method that is best before training, over the sizes that all have."""
+    """For each situation of a user, the method that is best after training, over the sizes that all have."""
     questions, seeds = study.questions, len(study.seeds)
     lines = []
     for situation, methods in questions.who.items():
         sizes, found = offers(study, methods)
-        measured = [offer for offer in found if offer.untrained is not None]
-        planned = [method for method in methods if study.is_planned(method, questions.data, 0)]
-        if not measured or len(measured) == 1 < len(planned):  # the best of one is no answer
+        measured = [offer for offer in found if offer.mean is not None]
+        if len(measured) < 2:  # the best of one is no answer
             lines.append([situation, NOT_ANSWERED, *[NONE] * (len(OFFER_COLUMNS) + 1)])
             continue
-        best, *others = measured
+        best, second = measured[:2]
+        planned = [method for method in methods if study.planned_epochs(method, questions.data)]
         name = best.method + (" so far" if len(measured) < len(planned) else "")
         if len(sizes) < len(questions.sizes):
-            name += f" (at {len(sizes)} of {len(questions.sizes)} sizes)"
-        next_best = f"{others[0].method}: {others[0].untrained:.1f}" if others else NONE
+            name += f" ({len(sizes)} of {len(questions.sizes)} sizes)"
+        next_best = f"{second.method}: {second.cells(seeds)[1]}, {in_units(second.macs)} MACs"
         lines.append([situation, name, *best.cells(seeds), next_best])
     return table(["you have", "take", *OFFER_COLUMNS, "next best"], lines)
 
@@ -346,8 +370,9 @@ def answer_4(study: Results) -> str:
     if not study.questions.who:
         return "Not asked."
     return (
-        "The table has the method with the highest mean accuracy before training, and that after fine-tuning. "
-        "“Start” is the training of what stage 1 starts from and of its teacher; who has these does not pay for them."
+        f"The table has the method with the highest mean accuracy, initialised ViTs after {EARLY[-1]} epochs of "
+        "fine-tuning, others trained to the end. “MACs of all” are those of the source, the teacher, stage 1, and the "
+        "training of all sizes; who has a trained source pays the rest."
     )
 
 

@@ -222,10 +222,11 @@ class Results:
         found = {r.parameters for r in self.rows if (r.kind, r.data, r.size) == ("vit", self.compared.first, size)}
         return max(found, default=None)
 
-    def stored(self, method: str) -> int | None:
-        """Parameters to be stored for the family; what several sizes are made from counts once."""
+    def stored(self, method: str, sizes: Collection[str] | None = None) -> int | None:
+        """Parameters to be stored for these sizes, or all; what several are made from counts once."""
         first = self.compared.first
-        found = {r.stored_parameters for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, first)}
+        rows = [r for r in self.rows if (r.kind, r.method, r.data) == ("vit", method, first)]
+        found = {r.stored_parameters for r in rows if sizes is None or r.size in sizes}
         return sum(found) if found else None
 
 
