@@ -16,6 +16,7 @@ LEARNGENES = ("#0072b2", "#d55e00")
 LINEAR, SCRATCH = "#009e73", "#6b6b6b"
 OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = {"learngenes": "oD", "others": "vP<X>*"}
+NEAR = 0.05  # of an axis: names of sizes that are nearer than that move apart
 
 
 def styles(study: Results) -> dict[str, dict[str, str]]:
@@ -57,8 +58,15 @@ def mark_sizes(axes: Axes, places: Mapping[str, float], fontsize: int = 8) -> No
     tidy(axes)
     names = axes.secondary_xaxis("top")
     names.xaxis.set_minor_locator(NullLocator())
-    names.set_xticks([*places.values()], [*places], rotation=90, fontsize=fontsize)
+    ordered = sorted(places.items(), key=lambda item: item[1])
+    names.set_xticks([place for _, place in ordered], [name for name, _ in ordered], rotation=90, fontsize=fontsize)
     names.spines["top"].set_visible(False)
+    near = (ordered[-1][1] / ordered[0][1]) ** NEAR if ordered else 1.0
+    labels = names.get_xticklabels()
+    for i in range(len(ordered) - 1):
+        if ordered[i + 1][1] < near * ordered[i][1]:
+            labels[i].set_horizontalalignment("right")
+            labels[i + 1].set_horizontalalignment("left")
 
 
 def draw_rows(axes: Axes, names: Sequence[str], columns: Mapping[str, Sequence[Sequence[float]]]) -> None:

@@ -1,7 +1,7 @@
 """Plots of the answers to the questions of `study.questions`, for README pages about 900 pixels wide."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from study.plots import (
     LEARNGENES,
@@ -105,10 +105,10 @@ def draw_sizes(axes: Axes, study: Results) -> dict[str, dict]:
 
 
 def draw_curves(axes: Axes, found: Curves) -> None:
-    """Cost against the number of sizes, with a ring where the family becomes cheaper, and that number beside it."""
+    """Cost against the number of sizes, with a ring at the first number where the family is cheaper."""
     for name, values in found.items():
         if values:
-            axes.plot([*COUNTS], values, linewidth=1.8, **CURVES[name])
+            axes.plot([*COUNTS], values, linewidth=1.8, marker=".", **CURVES[name])
     for family, others in MARKED.items():
         for other in others:
             if not found.get(family) or not found.get(other):
@@ -118,7 +118,7 @@ def draw_curves(axes: Axes, found: Curves) -> None:
                 style = dict(marker="o", markersize=8, markerfacecolor="white", zorder=5)
                 axes.plot(*place, **style, color=CURVES[other]["color"])
                 axes.annotate(f"from {k}", place, (6, -13), textcoords="offset points", fontsize=9)
-    axes.set_xlabel("number of sizes")
+    axes.set_xlabel("number of sizes, of average cost")
     axes.set_xticks([*COUNTS])
     axes.set_ylim(bottom=0)
     tidy(axes)
@@ -154,7 +154,10 @@ def three_of(study: Results) -> list[str]:
 
 
 def draw_fine_tuning(study: Results) -> Figure:
-    """Accuracy over epochs of fine-tuning at three sizes; the twins at their end as lines across."""
+    """Accuracy over epochs of fine-tuning at three sizes, near that of the twins at their end, which are lines across.
+
+    What methods have before that is in `draw_methods`.
+    """
     questions, data = study.questions, study.questions.data
     methods = [m for m in questions.offered if m not in (questions.family, questions.alone, questions.scratch)]
     colors = (LINEAR, *OTHERS)
@@ -170,7 +173,7 @@ def draw_fine_tuning(study: Results) -> Figure:
     sizes = three_of(study)
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     entries = {}
-    for axes, size in zip(figure.subplots(1, 3, squeeze=False)[0], sizes, strict=False):
+    for axes, size in zip(figure.subplots(1, 3, squeeze=False, sharey=True)[0], sizes, strict=False):
         entries |= draw_lengths(axes, study, size, styles)
         for twin, style in ((questions.alone, OF_ALONE), (questions.scratch, OF_SCRATCH)):
             accuracy = study.mean(twin, data, size, end(study, twin))
@@ -181,6 +184,10 @@ def draw_fine_tuning(study: Results) -> Figure:
         axes.set_title(size, fontsize=10)
         axes.set_xlabel("epochs of fine-tuning")
         tidy(axes)
+    shown = {*styles, questions.alone, questions.scratch}
+    trained = [row.accuracy for row in study.rows if row.method in shown and row.data == data and row.epochs > 1]
+    if trained:
+        figure.axes[0].set_ylim(min(trained) - 1, max(trained) + 1)
     figure.axes[0].set_ylabel(f"{data}: test accuracy, %")
     legend(figure, entries, columns=4)
     return figure
@@ -208,29 +215,44 @@ def draw_lengths(axes: Axes, study: Results, size: str, styles: Mapping[str, dic
 
 
 def draw_methods(study: Results) -> Figure:
-    """Mean accuracy of the methods to choose from and of the variants that have run, over the sizes that each has."""
-    questions, data = study.questions, study.questions.data
-    sizes: dict[str, Sequence[str]] = {}
-    for method in dict.fromkeys([questions.family, *questions.offered, *questions.variants]):
+    """Mean accuracy over the sizes that each has: above of the methods to choose from, below of the variants."""
+    questions = study.questions
+    panels = []
+    for methods in ([questions.family, *questions.offered], [questions.family, *questions.variants]):
+        sizes = sizes_untrained(study, dict.fromkeys(methods))
+        if len(sizes) > 1 or not panels:
+            panels.append(sizes)
+    heights = [1 + len(sizes) for sizes in panels]
+    figure = Figure(figsize=(9, 1.2 + 0.3 * sum(heights)), layout="constrained")
+    for axes, sizes in zip(
+        figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
+    ):
+        draw_means(axes, study, sizes)
+    axes.set_xlabel(f"{questions.data}: test accuracy, %, mean of sizes")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def sizes_untrained(study: Results, methods: Iterable[str]) -> dict[str, Sequence[str]]:
+    """The sizes of the family that each method has before training; of methods that have run."""
+    questions, data, found = study.questions, study.questions.data, {}
+    for method in methods:
         planned = study.planned_epochs(method, data).get(0, [])
         there = [size for size in questions.sizes if size in planned]
         if there and any(study.over_sizes(method, data, there, n) for n in EARLY):
-            sizes[method] = there
-    columns = {
-        after(n): [[*study.over_sizes(method, data, there, n).values()] for method, there in sizes.items()]
-        for n in EARLY
-    }
-    untrained = dict(zip(sizes, columns[after(0)], strict=True))
+            found[method] = there
+    return found
+
+
+def draw_means(axes: Axes, study: Results, sizes: Mapping[str, Sequence[str]]) -> None:
+    """One line for each method, the best before training first."""
+    questions, data = study.questions, study.questions.data
+    untrained = {method: [*study.over_sizes(method, data, there, 0).values()] for method, there in sizes.items()}
     order = sorted(sizes, key=lambda m: statistics.mean(untrained[m]) if untrained[m] else 0, reverse=True)
-    places = [[*sizes].index(method) for method in order]
     total = len(questions.sizes)
     names = [m if len(sizes[m]) == total else f"{m} ({len(sizes[m])} of {total} sizes)" for m in order]
-    figure = Figure(figsize=(9, 1.3 + 0.3 * max(1, len(order))), layout="constrained")
-    axes = figure.subplots()
-    draw_rows(axes, names, {label: [values[i] for i in places] for label, values in columns.items()})
-    axes.set_xlabel(f"{data}: test accuracy, %, mean of sizes")
-    figure.legend(loc="outside lower center", ncols=len(columns), frameon=False)
-    return figure
+    columns = {after(n): [[*study.over_sizes(m, data, sizes[m], n).values()] for m in order] for n in EARLY}
+    draw_rows(axes, names, columns)
 
 
 def draw_curve(study: Results) -> Figure:

@@ -22,7 +22,7 @@ from study.claims import claims, family_macs
 from study.plots import draw_ablations, draw_cost, draw_epochs, draw_family
 from study.question_plots import draw_answers, draw_costs, draw_curve, draw_fine_tuning, draw_methods
 from study.question_tables import details, has_curve
-from study.questions import answers
+from study.questions import answers, costs_before
 from study.results import NONE, Results, after, cell, in_short, in_units, read_results, table
 
 from matplotlib.figure import Figure
@@ -165,13 +165,15 @@ def trials(study: Results) -> list[str]:
     """The lines of tables.md of all studies without a report: all methods, in the order of its file."""
     lines = [f"# Results of the study “{study.name}”", ""]
     lines += ["Accuracy in %. MACs are those of a method's own stage 1, without what that starts from.", ""]
+    of_family = study.questions.sizes if study.questions else study.sizes
     methods = dict.fromkeys((row.data, row.method, row.epochs) for row in study.rows if row.kind == "vit")
     seeds, rows = len(study.seeds), []
     for data, method, epochs in methods:
-        sizes = study.sizes_of(method, data, epochs)
+        sizes = [size for size in study.sizes_of(method, data, epochs) if size in of_family]
         mean = cell(study.over_sizes(method, data, sizes, epochs).values(), seeds)
         each = (cell(study.accuracies(method, data, size, epochs).values(), seeds) for size in study.sizes)
-        cost = in_units(study.cost_of_groups("stage1", method=method))
+        own = study.cost_of_groups("stage1", method=method)
+        cost = in_units(costs_before(study, method, data, sizes)[1] if own is None else own)
         rows.append([method, data, after(epochs), cost, mean, *each])
     return [*lines, *table(["method", "data", "after", "stage 1, MACs", "mean", *study.sizes], rows)]
 
