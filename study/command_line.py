@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def show_plan(runner: Runner) -> None:
     """Print the groups, and how many runs of each are done, begun and to do."""
-    for row in progress_rows(runner):
+    for row in progress_rows(runner, runner.chosen):
         states = f"{row['done']} done, {row['begun']} begun, {row['runs'] - row['done'] - row['begun']} to do"
         name = f"{row['group']}{', tuning' * bool(row['tuning'])}"
         print(f"{name}: {row['runs']} runs ({states}), {row['macs']:.2e} MACs")

@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.files import atomic_write
@@ -35,7 +35,7 @@ def write_results(runner: Runner, results: Path, config: Path) -> None:
         shutil.copyfile(config, unfinished)
     write_csv(results / "results.csv", COLUMNS, rows_of(runner))
     write_csv(results / "tuning.csv", TUNING_COLUMNS, tuning_rows(runner))
-    write_csv(results / "progress.csv", PROGRESS_COLUMNS, progress_rows(runner))
+    write_csv(results / "progress.csv", PROGRESS_COLUMNS, progress_rows(runner, runner.study.all_runs))
 
 
 def awaited_weights(runner: Runner) -> dict[str, Path]:
@@ -96,11 +96,11 @@ def rows_of(runner: Runner) -> Iterable[dict]:
         yield row
 
 
-def progress_rows(runner: Runner) -> Iterable[dict]:
-    """One row per group, and one for its tuning: how many runs there are, done and begun."""
+def progress_rows(runner: Runner, all_runs: Collection[Run]) -> Iterable[dict]:
+    """One row per group, and one for its tuning: how many of these runs there are, done and begun."""
     for group in runner.study.groups.values():
         for tuning in (True, False):
-            runs = [run for run in runner.chosen if run.group is group and run.tuning is tuning]
+            runs = [run for run in all_runs if run.group is group and run.tuning is tuning]
             done = [run for run in runs if runner.is_done(run)]
             if runs:
                 yield {

@@ -9,7 +9,7 @@ Fashion-MNIST counterclockwise by 90, 180 or 270 degrees, and writes them to its
 In options that are texts, ``{study}`` stands for the folder that the runs write to, ``{seed}`` for the seed of the run,
 and in those of ViTs ``{arch}``, ``{size}``, ``{depth}`` and ``{heads}`` for theirs.
 
-A group that is ``like: OTHER`` has all that the other has and it does not replace (`study.results.groups_of`).
+A group that is ``like: OTHER`` has all that the other has and it does not replace (`study.groups.groups_of`).
 """
 
 import re
