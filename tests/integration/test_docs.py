@@ -240,4 +240,4 @@ def test_the_readme_is_short_and_pages_open_with_their_command():
     for page in PAGES[1:]:
         lines = [line for line in (REPOSITORY / page).read_text().splitlines() if line]
         assert lines[0].startswith("# "), page
-        assert lines[1] == "```bash", page
+        assert lines[1] == ("## Answers" if page == "results/README.md" else "```bash"), page
