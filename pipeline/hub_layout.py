@@ -182,7 +182,9 @@ def features_of(schema: pa.Schema, card: Mapping) -> dict[str, Feature]:
         pass
     try:
         infos = card["dataset_info"]
-        info = infos if isinstance(infos, dict) else infos[0]
+        config = default_config(card, "README.md").get("config_name")
+        of_config = [infos] if isinstance(infos, dict) else [i for i in infos if i.get("config_name") == config]
+        info = (of_config or infos)[0]
         return {entry["name"]: feature_of_card(entry.get("dtype")) for entry in info["features"]}
     except (LookupError, TypeError, AttributeError):
         return {}

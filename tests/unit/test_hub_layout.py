@@ -216,7 +216,9 @@ def test_labels_that_say_little(tmp_path):
     assert len(built(tmp_path / "numbers", num_classes=12)[1]) == 12
     refused(tmp_path / "numbers", "a label that none of its 5 classes has .*9, expected 0 to 4", num_classes=5)
     two_splits(tmp_path / "card", None)
-    (tmp_path / "card" / "README.md").write_text(CARD.replace("data/", "").replace("'1': one", "'1': one\n" + NAMES))
+    (tmp_path / "card" / "README.md").write_text(
+        CARD.replace("data/", "").replace("-*", ".parquet").replace("'1': one", "'1': one\n" + NAMES)
+    )
     assert built(tmp_path / "card")[1][:3] == ["zero", "one", "2nd"]
     files, labels = digits(0, 20)
     write_parquet(tmp_path / "text" / "train.parquet", files, [str(label) for label in labels])
