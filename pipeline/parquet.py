@@ -42,12 +42,14 @@ class File(NamedTuple):
     """A Parquet file of a split.
 
     Attributes:
-        digest: identifies the content, on this machine and on the Hub alike.
+        identity: changes with the content, or its place.
+        digest: of size and footer, on this machine and on the Hub alike.
         rows, bytes: of each row group: how many images, and how many bytes they have altogether.
         labels: the smallest and the largest; None if the file does not say it.
     """
 
     path: str
+    identity: str
     digest: str
     rows: list[int]
     bytes: list[int]
@@ -61,16 +63,22 @@ def damage_of(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, KeyError, MemoryError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{name} is damaged or no Parquet file: {one_line(error)}") from error
 
 
-def parse_file(file: HubFile, footer: pq.FileMetaData, content: bytes, columns: Columns, name: str) -> File:
+def parse_file(
+    source: LocalFiles | FilesOnHub, file: HubFile, footer: pq.FileMetaData, content: bytes, columns: Columns
+) -> File:
     """What a footer says about the columns.
+
+    Args:
+        content: the bytes of the footer.
 
     Raises:
         InputError: one of them is missing.
     """
+    name = source.name_of(file.path)
     paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
     for column in (columns.bytes, columns.label):
         if column not in paths:
@@ -85,6 +93,7 @@ def parse_file(file: HubFile, footer: pq.FileMetaData, content: bytes, columns: 
         labels = min(of_group.min for of_group in found), max(of_group.max for of_group in found)
     return File(
         file.path,
+        source.identity(file.path),
         hashlib.sha256(b"%d " % file.bytes + content).hexdigest(),
         [group.num_rows for group in groups],
         [group.column(image).total_uncompressed_size for group in groups],
@@ -117,7 +126,7 @@ def read_split(source: LocalFiles | FilesOnHub, splits: dict, card: dict, is_tra
             if columns is None:
                 schema = footer.schema.to_arrow_schema()
                 columns = choose_columns(schema, card, choices.image_column, choices.label_column, origin)
-            parsed.append(parse_file(file, footer, content, columns, source.name_of(file.path)))
+            parsed.append(parse_file(source, file, footer, content, columns))
     if not any(file.rows for file in parsed):
         raise InputError(f"{origin} has no images in its split {name}")
     return Split(name, [file for file in parsed if file.rows], columns)
@@ -302,7 +311,7 @@ class ParquetDataset(Shards):
 
     def _unpacked(self, file: File, group: int) -> pa.RecordBatch:
         """A row group of a file in the cache, into which the file is unpacked first if it is not there."""
-        content = f"{self.source.identity(file.path)} {self.columns.bytes} {self.columns.label}"
+        content = f"{file.identity} {self.columns.bytes} {self.columns.label}"
         name = f"{hashlib.sha256(content.encode()).hexdigest()[:16]}-{Path(file.path).stem}.arrow"
         with self.cache.open(name, partial(unpack, self.source, file, self.columns)) as opened:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)

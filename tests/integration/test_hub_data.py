@@ -11,7 +11,7 @@ from common.files import read_checkpoint
 
 import pytest
 import torch
-from conftest import COMPARABLE, ENVIRONMENT, Outcome, Run, assert_same_result, run_many
+from conftest import COMPARABLE, ENVIRONMENT, Outcome, Run, assert_same_result, epochs_of, run_many
 from hub_stand_in import HubStandIn
 from parquet_fixtures import CLASSES, as_files, digits, features, write_digits, write_parquet
 from shard_writers import write_shards
@@ -20,6 +20,7 @@ LETS = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H
 TRAIN = f"--data-set HF {LETS} --epochs 2 --lr 5e-3 --mixup 0 --cutmix 0 --drop-path 0 --clip-grad 1 {COMPARABLE}"
 TRAIN = [*TRAIN.split(), "--batch-size", "64"]
 EVALUATED = [*LETS.split(), "--eval", "--num-workers", "0"]
+PROBED = ["--model", "deit_nano_patch8_16_L2_H1", "--device", "cpu", "--epochs", "0", "--linear-probe"]
 SAVED = ["--save-every-steps", "1", "--keep-checkpoints", "8"]
 
 
@@ -67,6 +68,9 @@ def done(tmp_path_factory) -> Done:
                     2,
                 ),
                 "evaluation": Run([*EVALUATED, "--data-set", "HF", *cache]),
+                "probe": Run(
+                    [*PROBED, "--data-set", "HF", "--data-path", str(local), "--output-dir", str(root / "probe")]
+                ),
                 "shards": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/shards", "--nb-classes", "10"]),
                 "shards without classes": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/shards"]),
                 "damaged": Run([*TRAIN, "--num-workers", "1", "--data-path", str(broken.parents[1])]),
@@ -137,6 +141,12 @@ def test_evaluation(done):
         assert json.loads(outcome.stdout.splitlines()[-1])["test_acc1"] * images / 100 == pytest.approx(
             round(json.loads(outcome.stdout.splitlines()[-1])["test_acc1"] * images / 100), abs=1e-3
         )
+
+
+def test_a_linear_probe(done):
+    outcome = done.outcomes["probe"]
+    assert outcome.codes == [0], outcome.stderr
+    assert epochs_of(done.folder / "probe")[0]["test_acc1"] > 30
 
 
 @pytest.mark.parametrize(

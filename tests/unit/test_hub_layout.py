@@ -12,10 +12,13 @@ from pipeline.hub_layout import files_of_splits, matches, read_card
 from pipeline.shard_cache import ShardCache
 from pipeline.shards import Choices
 from samplers import TrainSampler, shuffled
+from training.build_data import plain_loader
+from training.config import Config, DataConfig
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from parquet_fixtures import CARD, CLASSES, digits, features, write_digits, write_parquet
 
 
@@ -115,6 +118,14 @@ def test_the_sampler_knows_the_files(folder):
     without = TrainSampler(320, 1, shard_sizes=dataset.shard_sizes)
     assert sorted(index for index, _ in of_files) == list(range(320))
     assert [*of_files] != [*without]
+
+
+def test_a_few_images_are_spread_over_files_that_are_sorted(tmp_path):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", digits(0, 20)[0], [0] * 10 + [1] * 10, features(["a", "b"]))
+    data = DataConfig("HF", str(tmp_path), input_size=16, num_workers=0)
+    (batch,) = plain_loader(Config(data=data), 4, torch.device("cpu"))
+    assert batch[1].tolist() == [0, 0, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
