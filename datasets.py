@@ -13,7 +13,8 @@ from common.errors import InputError
 from models.preprocessing import SMALL, WHOLE
 from pipeline.folders import FOLDERS, LAYOUTS, SPLITS, ImageFolder, find_folder, not_found_error, subfolders
 from pipeline.images import load_image
-from pipeline.shards import ShardCache, ShardDataset, is_remote
+from pipeline.shard_cache import ShardCache
+from pipeline.shards import Choices, ShardDataset
 
 import numpy as np
 from PIL import Image
@@ -230,13 +231,11 @@ class _Cifar100(_Cifar, tv.CIFAR100):
     pass
 
 
-def webdataset(
-    root: str, is_train: bool, transform: Callable, cache: ShardCache | None, single_split: bool = False
-) -> Dataset:
-    """WebDataset shards, in a folder or remote."""
-    if not is_remote(root) and not Path(root).is_dir():
-        raise InputError(f"--data-path {root} is not a folder, an address (https://…) or a command (pipe:…)")
-    return ShardDataset(root, is_train, transform, cache, single_split)
+def parquet(*args: object) -> Dataset:
+    """A data set of the Hugging Face Hub, or of its format."""
+    from pipeline.parquet import ParquetDataset  # inside: the import of pyarrow takes half a second
+
+    return ParquetDataset(*args)
 
 
 # name → (reader, number of classes or None to count them, native size in pixels or None where it varies)
@@ -253,8 +252,10 @@ DATA_SETS = {
     "MINIIMNET": (partial(image_folder, num_classes=100), 100, None),
     "FMNIST": (fmnist, 10, 28),
     "DIGITS": (digits, 10, 8),
-    "WDS": (webdataset, None, None),
+    "HF": (parquet, None, SMALL),  # what is trained on at so few pixels is small: the files do not say it
+    "WDS": (ShardDataset, None, None),
 }
+SHARDED = ("HF", "WDS")
 
 
 def build_dataset(
@@ -265,11 +266,13 @@ def build_dataset(
     inat_category: str = "name",
     shard_cache: ShardCache | None = None,
     single_split: bool = False,
+    choices: Choices = Choices(),  # noqa: B008  immutable
 ) -> tuple[Dataset, list[str]]:
     """The training or the test images of a data set, and the names of its classes in the order of their labels.
 
     Args:
         shard_cache: of remote shards.
+        choices: about ``WDS`` and ``HF``.
         single_split: whether the other split may be missing; if it exists, its classes are compared.
 
     Raises:
@@ -285,8 +288,8 @@ def build_dataset(
     if name != "DIGITS":
         if path is None:
             raise InputError(f"--data-set {name} needs --data-path, the folder that holds it")
-        if name == "WDS":
-            dataset = webdataset(path, is_train, transform, shard_cache, single_split)
+        if name in SHARDED:
+            dataset = reader(path, is_train, transform, shard_cache, single_split, choices)
             return dataset, dataset.classes
         if not Path(path).is_dir():
             raise InputError(f"--data-path {path} is not a folder")

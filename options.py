@@ -9,8 +9,8 @@ import os
 import textwrap
 from pathlib import Path
 
-DATA_SETS = ("CARS", "CIFAR10", "CIFAR100", "DIGITS", "FLOWERS", "FMNIST", "FOLDER", "FOOD101", "IMNET", "INAT19")
-DATA_SETS += ("MINIIMNET", "TINYIMNET", "WDS")
+DATA_SETS = ("CARS", "CIFAR10", "CIFAR100", "DIGITS", "FLOWERS", "FMNIST", "FOLDER", "FOOD101", "HF", "IMNET")
+DATA_SETS += ("INAT19", "MINIIMNET", "TINYIMNET", "WDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 WIDTH_SELECTIONS = ("continuous", "l1_top", "l1_bottom", "l2_top", "l2_bottom")
 PARTS = ("attn", "mlp", "norm", "patch_embed", "pos_embed")
@@ -357,7 +357,8 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--data-path",
         type=place_or_none,
-        help="the folder that holds the data set; not needed for DIGITS. WDS also takes an address, or a command that "
+        help="the folder that holds the data set; not needed for DIGITS. HF also takes OWNER/NAME[@REVISION], a data "
+        "set of the Hugging Face Hub, WDS an address (https://…, hf-hub:datasets/OWNER/NAME), or a command that "
         "writes the file {} to its standard output: 'pipe:aws s3 cp s3://bucket/imagenet/{} -'",
     )
     g.add_argument(
@@ -369,7 +370,7 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
         "--shard-cache",
         type=place_or_none,
         metavar="DIR",
-        help="WDS: keep shards from elsewhere here, on a disk of this host",
+        help="WDS, HF: keep data from elsewhere here, on a disk of this host",
     )
     g.add_argument("--shard-cache-gb", type=positive, default=200, help="… at most so many GB; ImageNet has 150")
     g.add_argument(
@@ -387,6 +388,10 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     )
     g.add_argument("--nb-classes", type=at_least(1), help="expected number of classes of the data; default: counted")
     g.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES)
+    g.add_argument("--hf-image-column", metavar="NAME", help="HF: the column of images; default: the data set says it")
+    g.add_argument("--hf-label-column", metavar="NAME", help="… of labels; WDS: the key of the label in .json files")
+    g.add_argument("--hf-train-split", metavar="NAME", help="HF: the split to train on; default: train")
+    g.add_argument("--hf-val-split", metavar="NAME", help="… to evaluate on; default: validation, else test")
     g.add_argument("--input-size", type=at_least(1), help="pixels; default: the architecture's")
     g.add_argument("--batch-size", "--batch", type=at_least(1), default=64, help="images per process and step")
     g.add_argument(

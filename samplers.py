@@ -15,7 +15,9 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def shuffled(shard_sizes: Sequence[int], seed: int, lanes: int = LANES) -> np.ndarray:
+def shuffled(
+    shard_sizes: Sequence[int], seed: int, lanes: int = LANES, per_file: Sequence[int] | None = None
+) -> np.ndarray:
     """A random order of the images of all shards in which at most two shards per lane are open at a time.
 
     The shards are shuffled, and so are the images within each. The result is split into equal spans, the lanes, and
@@ -24,6 +26,8 @@ def shuffled(shard_sizes: Sequence[int], seed: int, lanes: int = LANES) -> np.nd
 
     Args:
         shard_sizes: the number of images in each shard; a single shard is a full permutation.
+        per_file: how many consecutive shards are parts of a file, for each file. The files are then shuffled, and the
+            shards within each: few files are needed at a time.
     """
     generator = torch.Generator().manual_seed(seed)
     ends = np.cumsum(shard_sizes)
@@ -31,11 +35,20 @@ def shuffled(shard_sizes: Sequence[int], seed: int, lanes: int = LANES) -> np.nd
         (torch.randperm(size, generator=generator) + end - size).numpy()
         for size, end in zip(shard_sizes, ends.tolist(), strict=True)
     ]
-    images = np.concatenate([parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()])
+    files = torch.randperm(len(parts if per_file is None else per_file), generator=generator).tolist()
+    order = (
+        files if per_file is None else [shard for file in files for shard in shuffled_parts(per_file, file, generator)]
+    )
+    images = np.concatenate([parts[shard] for shard in order])
     rows = [len(lane) for lane in np.array_split(images, min(lanes, len(parts)))]  # may differ by 1
     begins = np.cumsum([0, *rows[:-1]])
     places = np.arange(len(images))
     return images[begins[places % len(rows)] + places // len(rows)]
+
+
+def shuffled_parts(per_file: Sequence[int], file: int, generator: torch.Generator) -> list[int]:
+    """The numbers of the shards that are parts of ``file``, in a random order; see `shuffled`."""
+    return (torch.randperm(per_file[file], generator=generator) + sum(per_file[:file])).tolist()
 
 
 def splitmix64(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -70,12 +83,15 @@ class TrainSampler(Sampler[Key]):
         rank: int = 0,
         world_size: int = 1,
         shard_sizes: Sequence[int] | None = None,
+        per_file: Sequence[int] | None = None,
     ):
         """
         Args:
             batch_size: images of one process in a step; an incomplete last step is dropped.
             shard_sizes: images per shard; None without shards.
+            per_file: shards per file; see `shuffled`.
         """
+        self.per_file = per_file
         self.shard_sizes = [num_images] if shard_sizes is None else shard_sizes
         self.num_images, self.batch_size, self.repeats, self.seed = num_images, batch_size, repeats, seed
         self.rank, self.world_size = rank, world_size
@@ -90,7 +106,7 @@ class TrainSampler(Sampler[Key]):
 
     def steps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For every step: the images of this process, and their positions in the epoch."""
-        order = shuffled(self.shard_sizes, derived_seed(self.seed, self.epoch))
+        order = shuffled(self.shard_sizes, derived_seed(self.seed, self.epoch), per_file=self.per_file)
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         images_per_step, end = self.batch_size * self.world_size, self.start + len(self) * self.world_size
         for first in range(self.start, end, images_per_step):

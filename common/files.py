@@ -159,10 +159,18 @@ def read_yaml(path: str | os.PathLike) -> object:
     """The plain data of a YAML file.
 
     Raises:
-        InputError: the file is missing, not YAML, or contains duplicate keys, aliases, deep nesting, or tags other than
-            those of plain values.
+        InputError: the file is missing, or as `parse_yaml`.
     """
-    text = _read_text(path, YAML_LIMIT)
+    return parse_yaml(_read_text(path, YAML_LIMIT), path)
+
+
+def parse_yaml(text: str, path: str | os.PathLike) -> object:
+    """The plain data of YAML; ``path`` is for messages.
+
+    Raises:
+        InputError: it is not YAML, or contains duplicate keys, aliases, deep nesting, or tags other than those of plain
+            values.
+    """
     try:
         depth = 0
         for token in yaml.scan(text):

@@ -116,11 +116,13 @@ class ImageFolder(tv.ImageFolder):
 
 
 def summary(split: str, dataset: object, classes: Sequence[str], root: str) -> str | None:
-    """A line to print about a data set of image files; None for others.
+    """A line to print about a data set of image files, or of the Hub; None for others.
 
     Args:
         root: ``--data-path``.
     """
+    if hasattr(dataset, "origin"):
+        return f"{split}: {len(dataset):,} images of {len(classes):,} classes in {dataset.origin}"
     if not hasattr(dataset, "samples"):
         return None
     line = f"{split}: {len(dataset):,} images of {len(classes):,} classes"

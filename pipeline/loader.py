@@ -14,7 +14,7 @@ import utils
 from common.errors import InputError, one_line
 from common.workers import ExitPipe, WorkerError, as_worker_error, raise_exit_reason
 from pipeline.images import Normalise, RawBatch, RawImage, collate_raw
-from pipeline.shards import ShardDataset
+from pipeline.shards import Shards
 from samplers import Key
 
 import numpy as np
@@ -94,7 +94,7 @@ def image_name(dataset: Dataset, index: int) -> str:
     """The path of an image, or its number if it is held in memory."""
     if isinstance(dataset, Subset):
         return image_name(dataset.dataset, dataset.indices[index])
-    if isinstance(dataset, ShardDataset):
+    if isinstance(dataset, Shards):
         return dataset.name_of(index)
     return str(dataset.samples[index][0]) if hasattr(dataset, "samples") else f"image {index}"
 
@@ -108,8 +108,8 @@ def dataset_fingerprint(dataset: Dataset) -> str:
         return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in dataset.tensors)).hexdigest()
     if isinstance(dataset, CheckedDataset):
         dataset = dataset.dataset
-    if isinstance(dataset, ShardDataset):  # reading the names would download the shards
-        names = (shard.sha256 for shard in dataset.shards)
+    if isinstance(dataset, Shards):  # reading the names would download the shards
+        names = dataset.digests
     else:
         names = ("/".join(image_name(dataset, index).split("/")[-2:]) for index in range(len(dataset)))
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()

@@ -5,8 +5,9 @@ scripts/make_shards.py --data-path imagenet --output-dir imagenet-shards
 scripts/make_shards.py --index existing-shards      write only the index.json of existing shards
 
 Images are copied without re-encoding. A second call resumes after the shards that are complete. With --index the name
-of every shard must contain its split (train or val); classes.txt in the same folder lists the class names in the order
-of their labels, one per line; without it the classes are named by their labels.
+of every shard, or of its folder, must contain its split (train or val); labels are in .cls files, or in .json files
+under --label-key; classes.txt in the same folder lists the class names in the order of their labels, one per line;
+without it the classes are named by their labels.
 """
 
 import argparse
@@ -24,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import console
 from common.errors import InputError
-from common.files import atomic_write, remove_unfinished, sha256
+from common.files import atomic_write, read_json, remove_unfinished, sha256
 from datasets import build_dataset, check_classes
 from options import at_least, local_path, place_or_none, positive
-from pipeline.folders import SPLITS, is_hidden, summary
-from pipeline.shards import INDEX, Shard, parse_index, read_members
+from pipeline.folders import SPLITS, files_below, is_hidden, summary
+from pipeline.shard_index import CLASSES, INDEX, Shard, parse_index, read_names, split_of
+from pipeline.shards import read_members
 from samplers import derived_seed, shuffled
 from training.command_line import Parser
 
@@ -89,6 +91,10 @@ def tars_of(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.tar") if not is_hidden(path.name)]
 
 
+def tars_below(folder: Path) -> list[Path]:
+    return [Path(path) for path in files_below(str(folder)) if path.endswith(".tar")]
+
+
 def contents_of(pictures: Sequence[Picture]) -> list[tuple[str, int]]:
     """Names and sizes of the members of a shard."""
     sizes = ((p.name, p.bytes, str(p.label)) for p in pictures)
@@ -141,7 +147,7 @@ def make_shards(args: argparse.Namespace) -> None:
                 if not is_written(path, pictures):
                     write_shard(path, pictures, pool)
                     done += len(pictures)
-                entries[split].append(entry_of(path, len(pictures)))
+                entries[split].append(entry_of(path, len(pictures), folder))
                 bar.update(len(pictures))
     write_index(folder, classes, entries)
     seconds = time.monotonic() - start
@@ -153,13 +159,15 @@ def make_shards(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def entry_of(path: Path, samples: int) -> dict:
-    """The entry of a shard in the index."""
-    return Shard(path.name, samples, path.stat().st_size, sha256(path))._asdict()
+def entry_of(path: Path, samples: int, folder: Path) -> dict:
+    """The entry of a shard in the index of ``folder``."""
+    return Shard(path.relative_to(folder).as_posix(), samples, path.stat().st_size, sha256(path))._asdict()
 
 
-def write_index(folder: Path, classes: Sequence[str], entries: dict[str, list[dict]]) -> None:
-    content = {"version": 1, "classes": list(classes), **entries}
+def write_index(
+    folder: Path, classes: Sequence[str], entries: dict[str, list[dict]], label_key: str | None = None
+) -> None:
+    content = {"version": 1, "classes": list(classes), "label_key": label_key, **entries}
     parse_index(content, str(folder / INDEX))
     with atomic_write(folder / INDEX) as unfinished:
         Path(unfinished).write_text(json.dumps(content, indent=1))
@@ -168,31 +176,33 @@ def write_index(folder: Path, classes: Sequence[str], entries: dict[str, list[di
         print(f"{split}: {samples:,} images of {len(classes)} classes in {len(shards)} shards, {size:,} bytes")
 
 
-def index_shards(folder: Path) -> None:
+def index_shards(folder: Path, label_key: str | None) -> None:
     """Write the index of existing shards.
 
+    Args:
+        label_key: of the label in .json members; see `read_members`.
+
     Raises:
-        InputError: there are no shards, one is damaged, or the classes of the two splits differ.
+        InputError: there are no shards, one is damaged, the classes of the two splits differ, or there is an index of
+            another program, which would be lost.
     """
+    if (folder / INDEX).is_file() and "version" not in read_json(folder / INDEX):
+        raise InputError(f"{folder / INDEX} is of another program: --data-set WDS may read it; to replace it, move it")
     entries, labels = {split: [] for split in SPLITS}, {split: set() for split in SPLITS}
-    for path in tqdm(sorted(tars_of(folder)), unit="shards", disable=None):
-        split = next((split for split in SPLITS if split in path.name), None)
+    for path in tqdm(sorted(tars_below(folder)), unit="shards", disable=None):
+        split = split_of(path.relative_to(folder).as_posix())
         if split is None:
             raise InputError(f"{path} has neither train nor val in its name: expected the split")
         with open(path, "rb", buffering=0) as file:
-            members = read_members(file, path.name)
-        entries[split].append(entry_of(path, len(members)))
+            members = read_members(file, path.name, label_key)
+        entries[split].append(entry_of(path, len(members), folder))
         labels[split].update(member.label for member in members)
     for split in SPLITS:
         if not entries[split]:
             raise InputError(f"--index {folder} has no shards named {split}: expected train or val in every name")
     highest = max(max(of_split) for of_split in labels.values())
-    listed = folder / "classes.txt"
-    classes = (
-        listed.read_text(encoding="utf-8").splitlines()
-        if listed.is_file()
-        else [str(label) for label in range(highest + 1)]
-    )
+    listed = folder / CLASSES
+    classes = read_names(listed if listed.is_file() else None, highest + 1)
     if len(classes) <= highest:
         raise InputError(f"{listed} names {len(classes)} classes, but there are labels up to {highest}")
     names = [{classes[label] for label in labels[split]} for split in SPLITS]
@@ -201,7 +211,7 @@ def index_shards(folder: Path) -> None:
         raise InputError(
             f"--index {folder} has no images of {len(empty)} of {len(classes)} classes, such as {empty[0]}"
         )
-    write_index(folder, classes, entries)
+    write_index(folder, classes, entries, label_key)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -213,10 +223,13 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--shard-mb", type=positive, default=100, help="size of a shard in MB")
     p.add_argument("--seed", type=at_least(0), default=0, help="of the random order")
     p.add_argument("--index", type=local_path, metavar="FOLDER", help="write only the index of existing shards")
+    p.add_argument("--label-key", metavar="KEY", help="… whose labels are in .json files, under this key")
     try:
         args = p.parse_args(argv)
         if args.index is not None:
-            index_shards(args.index)
+            index_shards(args.index, args.label_key)
+        elif args.label_key is not None:
+            raise InputError("--index is missing: --label-key is about existing shards")
         elif args.data_path is None or args.output_dir is None:
             raise InputError("--data-path and --output-dir are needed, or --index")
         else:

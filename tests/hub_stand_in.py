@@ -1,4 +1,6 @@
-"""A Hugging Face Hub on this machine: model repositories in memory, behind the HTTP interface of huggingface.co.
+"""A Hugging Face Hub on this machine: repositories in memory, behind the HTTP interface of huggingface.co.
+
+Those of data sets have names that begin with ``datasets/``. They can be read only.
 
 The huggingface_hub library works with it as it is, in a process whose environment has `HubStandIn.environment`:
 
@@ -21,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-LARGE = ".safetensors"  # files that do not go into git, but into its Large File Storage
+LARGE = (".safetensors", ".parquet", ".tar")  # files that do not go into git, but into its Large File Storage
 
 
 class Answer(NamedTuple):
@@ -150,8 +152,22 @@ class HubStandIn:
         return Answer({"type": "user", "name": self.user, "orgs": []})
 
     def _info(self, request: Handler, repo_id: str, revision: str = "main") -> Answer:
-        siblings = [{"rfilename": path} for path in self.files(repo_id, revision)]
+        siblings = [self._sibling(path, content) for path, content in self.files(repo_id, revision).items()]
         return Answer({"id": repo_id, "sha": self._resolve(repo_id, revision), "siblings": siblings, "private": False})
+
+    def _sibling(self, path: str, content: bytes) -> dict:
+        """A file as an answer to ``files_metadata=True`` describes it."""
+        sibling = {"rfilename": path, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
+        if path.endswith(LARGE):
+            sibling["lfs"] = {"size": len(content), "sha256": oid(path, content), "pointerSize": 134}
+        return sibling
+
+    def _dataset(self, request: Handler, repo_id: str, revision: str = "main") -> Answer:
+        answer = self._info(request, f"datasets/{repo_id}", revision)
+        return answer._replace(content={**answer.content, "id": repo_id, "downloads": 0, "likes": 0, "tags": []})
+
+    def _file_of_dataset(self, request: Handler, repo_id: str, revision: str, path: str) -> Answer:
+        return self._file(request, f"datasets/{repo_id}", revision, path)
 
     def _tree(self, request: Handler, repo_id: str, revision: str) -> Answer:
         files = self.files(repo_id, revision).items()
@@ -238,6 +254,9 @@ ROUTES = {
     rf"GET /api/models/{REPO}": HubStandIn._info,
     rf"GET /api/models/{REPO}/revision/{REVISION}": HubStandIn._info,
     rf"GET /api/models/{REPO}/tree/{REVISION}": HubStandIn._tree,
+    rf"GET /api/datasets/{REPO}": HubStandIn._dataset,
+    rf"GET /api/datasets/{REPO}/revision/{REVISION}": HubStandIn._dataset,
+    rf"(GET|HEAD) /datasets/{REPO}/resolve/{REVISION}/(?P<path>.+)": HubStandIn._file_of_dataset,
     rf"(GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)": HubStandIn._file,
     r"POST /api/repos/create": HubStandIn._create,
     r"POST /api/validate-yaml": HubStandIn._validate_yaml,

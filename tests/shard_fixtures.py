@@ -12,7 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from datasets import build_dataset
-from pipeline.shards import Shard, ShardCache
+from pipeline.shard_cache import ShardCache
+from pipeline.shard_index import Shard
 
 import numpy as np
 import pytest

@@ -15,12 +15,14 @@ from pipeline.cache import AugmentedBatches, CachedBatches
 from pipeline.folders import SPLITS, summary
 from pipeline.images import fast_transform
 from pipeline.loader import MAX_UNREADABLE, CheckedDataset, CheckedLoader, SeededDataset, collate
-from pipeline.shards import ShardCache
+from pipeline.shard_cache import ShardCache
+from pipeline.shards import Choices
 from samplers import ExactSampler, TrainSampler
 from training.config import AugmentConfig, Config, DataConfig
 from training.preprocessing import preprocessing_of
 from utils import print_main
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -55,7 +57,14 @@ def build_sets(
         of_train = is_train or data.holdout is not None
         sets.append(
             build_dataset(
-                data.data_set, data.data_path, of_train, transform, data.inat_category, shards, len(splits) == 1
+                data.data_set,
+                data.data_path,
+                of_train,
+                transform,
+                data.inat_category,
+                shards,
+                len(splits) == 1,
+                choices_of(data),
             )
         )
         found.append(summary(SPLITS[not of_train], *sets[-1], data.data_path))
@@ -75,6 +84,11 @@ def build_sets(
 def shard_cache_of(data: DataConfig) -> ShardCache | None:
     """Where remote shards are kept."""
     return ShardCache(Path(data.shard_cache), int(data.shard_cache_gb * 1e9)) if data.shard_cache else None
+
+
+def choices_of(data: DataConfig) -> Choices:
+    """What the options say about shards, or a data set of the Hub."""
+    return Choices(data.nb_classes, data.hf_image_column, data.hf_label_column, data.hf_train_split, data.hf_val_split)
 
 
 def transform_of(data: DataConfig, augment: AugmentConfig, is_train: bool) -> Callable:
@@ -139,6 +153,7 @@ def build_loaders(config: Config, device: torch.device) -> tuple[CheckedLoader, 
         repeats=3 if config.augment.repeated_aug else 1,
         seed=config.runtime.seed,
         shard_sizes=getattr(train, "shard_sizes", None),
+        per_file=getattr(train, "per_file", None),
         **process,
     )
     sizes = dict(train=data.batch_size, test=int(1.5 * data.batch_size))
@@ -175,7 +190,7 @@ def plain_loader(config: Config, count: int, device: torch.device, share: slice 
     """Training images as test images are prepared.
 
     They are the same for each seed, and of those that the run trains on: each class has its share, or, in shards, which
-    hold images in a random order, they are the first.
+    hold images in a random order, they are the first; those of ``HF``, which may be sorted, are evenly spaced.
 
     Args:
         count: how many images, unless there are fewer.
@@ -184,10 +199,19 @@ def plain_loader(config: Config, count: int, device: torch.device, share: slice 
     data = config.data
     transform = transform_of(data, config.augment, is_train=False)
     train, _ = build_dataset(
-        data.data_set, data.data_path, True, transform, data.inat_category, shard_cache_of(data), single_split=True
+        data.data_set,
+        data.data_path,
+        True,
+        transform,
+        data.inat_category,
+        shard_cache_of(data),
+        single_split=True,
+        choices=choices_of(data),
     )
     if data.data_set == "WDS":
         chosen = range(min(count, len(train)))
+    elif data.data_set == "HF":
+        chosen = np.linspace(0, len(train) - 1, min(count, len(train)), dtype=int).tolist()
     else:
         trained = data.train_images or len(train) - (data.holdout or 0)
         chosen = train_holdout_split(train.targets, min(count, trained), data.holdout)[0]

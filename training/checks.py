@@ -3,13 +3,15 @@
 What depends on a file, the data or the device is checked where that is read or used.
 """
 
+from dataclasses import fields
+
 import models
 from common.errors import InputError
-from datasets import DATA_SETS, are_small
+from datasets import DATA_SETS, SHARDED, are_small
 from models.baselines import NEED_GRADIENTS
 from models.preprocessing import SMALL
 from models.registry import METHODS, method_of_stage_1
-from pipeline.shards import is_remote
+from pipeline.shard_cache import is_remote
 from training.config import (
     SOURCE,
     TAGGED,
@@ -273,24 +275,33 @@ def check_teacher_cache(teacher: TeacherConfig, data: DataConfig) -> None:
 
 
 def check_data(data: DataConfig) -> None:
-    if data.shard_cache and not (data.data_set == "WDS" and is_remote(data.data_path or "")):
-        raise InputError("--shard-cache keeps shards from elsewhere: --data-set WDS with an address or a command")
+    """Raises InputError where options of the data exclude each other."""
+    cached = data.data_set == "HF" or (data.data_set == "WDS" and is_remote(data.data_path or ""))
+    if data.shard_cache and not cached:
+        raise InputError(
+            "--shard-cache keeps data from elsewhere: expected --data-set WDS with an address or a command, or HF"
+        )
     if data.shard_cache_gb != DataConfig().shard_cache_gb and not data.shard_cache:
         raise InputError("--shard-cache is missing: --shard-cache-gb says how much is kept in it")
-    if data.data_set == "WDS" and (data.train_images or data.holdout):
+    if data.data_set in SHARDED and (data.train_images or data.holdout):
         option = "--train-images" if data.train_images else "--holdout"
-        raise InputError(f"{option} takes single images, which --data-set WDS cannot: expected another --data-set")
+        raise InputError(
+            f"{option} takes single images, which --data-set {data.data_set} cannot: expected another --data-set"
+        )
+    for name in (f.name for f in fields(data) if f.name.startswith("hf_")):
+        of_shards = name == "hf_label_column" and data.data_set == "WDS"
+        if getattr(data, name) and not (data.data_set == "HF" or of_shards):
+            raise InputError(f"{option_name(name)} is of --data-set HF: found --data-set {data.data_set}")
     if data.cache_data:
         check_small(data.data_set, data.input_size)
 
 
 def check_small(data_set: str, input_size: int | None) -> None:
     """Raises InputError unless the images of a data set are small, and used whole."""
-    if DATA_SETS[data_set][2] is None:
-        small = ", ".join(known for known, (_, _, size) in DATA_SETS.items() if size is not None)
-        raise InputError(
-            f"--cache-data cannot hold --data-set {data_set}, whose images are large: expected one of {small}"
-        )
+    small = [known for known, (_, _, size) in DATA_SETS.items() if size is not None and known != "HF"]
+    if data_set not in small:
+        found = "which is read from files" if data_set == "HF" else "whose images are large"
+        raise InputError(f"--cache-data cannot hold --data-set {data_set}, {found}: expected one of {', '.join(small)}")
     if input_size is not None and input_size > SMALL:
         raise InputError(f"--cache-data is for an --input-size of up to {SMALL} pixels, found {input_size}")
 

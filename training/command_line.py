@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import InputError, error_context, nearest
 from common.files import read_yaml
 from options import Accepted, Refused, number_or_none, option_parser, parts, ratios, text_or_none, whole_numbers
-from pipeline.shards import COMMAND
+from pipeline.shard_cache import COMMAND
 from training.config import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]

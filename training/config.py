@@ -104,6 +104,10 @@ class DataConfig:
     holdout: int | None = None
     nb_classes: int | None = None
     inat_category: str = "name"
+    hf_image_column: str | None = None
+    hf_label_column: str | None = None
+    hf_train_split: str | None = None
+    hf_val_split: str | None = None
     input_size: int | None = None
     batch_size: int = 64
     num_workers: int = 10

@@ -12,7 +12,7 @@ from training.config import MODEL, SOURCE, TAGGED, TIMM, ModelConfig, TeacherCon
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 
-NUMBERED = ("FLOWERS", "WDS")  # data sets that number their classes if they have no names
+NUMBERED = ("FLOWERS", "HF", "WDS")  # data sets that number their classes if they have no names
 
 
 def names_known(data_set: str, classes: Sequence[str]) -> list[str] | None:

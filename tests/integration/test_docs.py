@@ -23,8 +23,10 @@ import torch
 from conftest import ENVIRONMENT, MAIN
 from docs_sandbox import Rule, Sandbox
 from hub_stand_in import HubStandIn
+from parquet_fixtures import as_files, digits, write_digits
 from PIL import Image
 from safetensors.torch import save
+from shard_writers import write_shards
 
 pytestmark = pytest.mark.full  # it takes over a minute
 
@@ -67,6 +69,7 @@ RULES = [
     Rule(r"--init taylor --init-path timm", f"{UNTRAINED} --init magnitude --model test_vit.r160_in1k@L4-H1"),
     # small images
     Rule(r"main\.py --config configs/quickstart\.yaml", "--train-images 32 --eval-interval 1000"),
+    Rule(r"main\.py .*--data-set HF", f"--epochs 1 --batch-size 32 {FEW}"),
     Rule(r"main\.py .*--data-set WDS", f"--epochs 1 --input-size 16 --batch-size 4 {FEW}"),
     Rule(r"main\.py .*--data-set[ =](DIGITS|FMNIST)|main\.py --config output/\w+/args\.yaml", DIGITS),
     # scripts
@@ -158,6 +161,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     with HubStandIn() as hub:
         for tag in PRETRAINED.values():
             hub.add(f"timm/{tag}", {"model.safetensors": save(models.create_model(tag).state_dict())})
+        hub.add("datasets/uoft-cs/cifar100", as_files(write_digits(folder / "cifar100")))
+        hub.add("datasets/timm/imagenet-1k-wds", as_files(write_shards(folder / "wds", *digits(0, 60))))
         environment = {**ENVIRONMENT, **hub.environment(folder / "hub")}
         with Sandbox(folder, RULES, replace, environment) as sandbox:
             image = next((folder / "images").rglob("*.jpg"))

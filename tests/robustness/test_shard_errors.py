@@ -10,9 +10,10 @@ import models
 from common.errors import InputError
 from common.files import read_checkpoint
 from datasets import build_dataset
-from pipeline import shards
+from pipeline import shard_cache
 from pipeline.loader import CheckedLoader, SeededDataset, collate
-from pipeline.shards import ShardCache
+from pipeline.shard_cache import ShardCache
+from pipeline.shards import open_cached
 from samplers import TrainSampler
 from training.command_line import parse_options
 
@@ -153,13 +154,13 @@ def rewrite(path: Path, content: bytes) -> None:
     ],
 )
 def test_a_command_that_fails(sharded, tmp_path, monkeypatch, command, message):
-    monkeypatch.setattr(shards, "RETRY_SECONDS", (0,))
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", (0,))
     cache, shard = ShardCache(tmp_path, 10**9), shards_of(sharded, "train")[0]
     with pytest.raises(InputError, match=message):
-        cache.open(shard, "pipe:" + command.format(folder=sharded))
+        open_cached(cache, shard, "pipe:" + command.format(folder=sharded))
     assert not [*tmp_path.glob("*.tar")]
     counted = f"pipe:echo >> {tmp_path}/count; test $(wc -l < {tmp_path}/count) = 2 && cat {sharded}/{{}}"
-    with cache.open(shard, counted) as file:  # the second attempt succeeds
+    with open_cached(cache, shard, counted) as file:  # the second attempt succeeds
         assert file.read() == (sharded / shard.file).read_bytes()
 
 

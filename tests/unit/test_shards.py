@@ -12,7 +12,9 @@ from common.files import sha256
 from datasets import build_dataset
 from pipeline import shards
 from pipeline.loader import CheckedLoader, SeededDataset, collate
-from pipeline.shards import Shard, ShardCache
+from pipeline.shard_cache import ShardCache
+from pipeline.shard_index import Shard
+from pipeline.shards import open_cached
 from samplers import LANES, ExactSampler, TrainSampler, derived_seed, shuffled
 from scripts import make_shards
 
@@ -195,10 +197,10 @@ def test_room_is_made_by_the_shard_that_was_used_the_longest_ago(sharded, server
     server.asked.clear()
 
     def read(shard: Shard) -> bytes:
-        with cache.open(shard, server.address) as file:
+        with open_cached(cache, shard, server.address) as file:
             return file.read()
 
-    with cache.open(first, server.address) as file:
+    with open_cached(cache, first, server.address) as file:
         read(second)
         read(first)
         read(third)

@@ -43,7 +43,7 @@ def test_shape(name: str, interpolation: str):
 
 
 @pytest.mark.parametrize("size", [24, 28, 32])
-@pytest.mark.parametrize("name", ["FMNIST", "CIFAR10", "CIFAR100", "DIGITS", "TINYIMNET"])
+@pytest.mark.parametrize("name", ["FMNIST", "CIFAR10", "CIFAR100", "DIGITS", "HF", "TINYIMNET"])
 def test_small_images_are_used_whole(name: str, size: int):
     native = DATA_SETS[name][2]
     image = noise(native, native)
