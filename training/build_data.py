@@ -171,14 +171,14 @@ def order_loader(config: Config, device: torch.device) -> CheckedLoader:
     return plain_loader(config, config.model.order_images, device)
 
 
-def plain_loader(config: Config, count: int, device: torch.device, share: slice = slice(None)) -> CheckedLoader:
+def plain_loader(config: Config, count: int | None, device: torch.device, share: slice = slice(None)) -> CheckedLoader:
     """Training images as test images are prepared.
 
     They are the same for each seed, and of those that the run trains on: each class has its share, or, in shards, which
     hold images in a random order, they are the first.
 
     Args:
-        count: how many images, unless there are fewer.
+        count: how many images, unless there are fewer; None: all.
         share: those that this process reads.
     """
     data = config.data
@@ -187,10 +187,10 @@ def plain_loader(config: Config, count: int, device: torch.device, share: slice 
         data.data_set, data.data_path, True, transform, data.inat_category, shard_cache_of(data), single_split=True
     )
     if data.data_set == "WDS":
-        chosen = range(min(count, len(train)))
+        chosen = range(len(train))[:count]
     else:
         trained = data.train_images or len(train) - (data.holdout or 0)
-        chosen = train_holdout_split(train.targets, min(count, trained), data.holdout)[0]
+        chosen = train_holdout_split(train.targets, min(count or trained, trained), data.holdout)[0]
     loader = DataLoader(
         CheckedDataset(Subset(train, chosen[share])),
         batch_size=data.batch_size,
