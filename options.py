@@ -349,7 +349,7 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument(
         "--linear-probe",
         action="store_true",
-        help="with --epochs 0: give the ViT the linear head that fits its features best, before the evaluation",
+        help="with --epochs 0: give the ViT the linear head that fits its features of the training images best",
     )
 
     g = p.add_argument_group("data")
@@ -363,8 +363,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     )
     g.add_argument(
         "--download",
-        action="store_true",
-        help="fetch CIFAR10, CIFAR100, FLOWERS, FMNIST or FOOD101 to --data-path if it is not there",
+        action=flag,
+        default=False,
+        help="fetch CIFAR10, CIFAR100, FLOWERS, FMNIST, FOOD101, INAT19 or TINYIMNET to --data-path if it is not there",
     )
     g.add_argument(
         "--shard-cache",

@@ -7,17 +7,19 @@ import socket
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
+from common.download import download_file
 from common.errors import InputError, one_line
 
 from filelock import FileLock
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 SPLITS = ("train", "val")
 # added by network drives, macOS and Windows; some contain thumbnails of the images
@@ -206,25 +208,37 @@ def not_found_error(name: str, root: Path, splits: Sequence[str]) -> InputError:
 # Download
 # ---------------------------------------------------------------------------------------------------------------------
 
-DOWNLOADS = {
+TORCHVISION = {
     "CIFAR10": tv.CIFAR10,
     "CIFAR100": tv.CIFAR100,
     "FLOWERS": tv.Flowers102,
     "FMNIST": tv.FashionMNIST,
     "FOOD101": tv.Food101,
 }
+INAT19 = "https://ml-inat-competition-datasets.s3.amazonaws.com/2019"  # AWS Open Data
+# archives of data sets that torchvision does not unpack → their MD5, where the authors of the data set state it
+ARCHIVES: dict[str, dict[str, str | None]] = {
+    "INAT19": {
+        f"{INAT19}/categories.json.tar.gz": None,
+        f"{INAT19}/train2019.json.tar.gz": "b06a6683537867c0d5c7a45f407a306d",
+        f"{INAT19}/val2019.json.tar.gz": "5cc5509b0fe495f1c8c1362612448497",
+        f"{INAT19}/train_val2019.tar.gz": "c60a6e2962c9b8ccbd458d12c8582644",
+    },
+    "TINYIMNET": {"http://cs231n.stanford.edu/tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
+}
+DOWNLOADS = (*TORCHVISION, *ARCHIVES)
 
 
 def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> None:
-    """Download a data set to ``path`` with torchvision, unless ``splits`` of it exist.
+    """Download a data set to ``path``, unless ``splits`` of it exist.
 
     It is unpacked in a hidden folder and moved when it is complete.
 
     Raises:
-        InputError: torchvision does not provide the data set, or the download failed.
+        InputError: no public address of the data set is known, or the download failed.
     """
     if name not in DOWNLOADS:
-        why = "it is no longer available" if name == "CARS" else "torchvision does not provide it"
+        why = "it is no longer available" if name == "CARS" else "no public address of it is known"
         raise InputError(f"--download cannot fetch {name} ({why}): only {', '.join(DOWNLOADS)}")
     if path is None:
         raise InputError(f"--data-set {name} needs --data-path, the folder to --download it to")
@@ -242,9 +256,15 @@ def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> Non
             print(f"downloading {name} to {root}", flush=True)
             unfinished.mkdir(exist_ok=True)
             with socket_timeout():
-                DOWNLOADS[name](unfinished, download=True)
+                if name in ARCHIVES:
+                    _fetch_archives(ARCHIVES[name], unfinished)
+                else:
+                    TORCHVISION[name](unfinished, download=True)
             for entry in subfolders(unfinished):
                 os.replace(unfinished / entry, root / entry)
+            for entry in LAYOUTS[name].of(SPLITS):  # files, which say that the folders are complete
+                if (unfinished / entry).is_file():
+                    os.replace(unfinished / entry, root / entry)
             shutil.rmtree(unfinished)
     except InputError:
         raise
@@ -252,11 +272,35 @@ def download(name: str, path: str | None, splits: Sequence[str] = SPLITS) -> Non
         raise InputError(f"--download: {name} could not be fetched to {root}: {one_line(error)[:300]}") from error
 
 
+def _fetch_archives(archives: Mapping[str, str | None], folder: Path) -> None:
+    """Download archives to ``folder``, where a broken download is continued, and unpack them there.
+
+    Args:
+        archives: address → MD5, or None.
+
+    Raises:
+        InputError: a download failed, or its content is another one.
+    """
+    files = {folder / address.rpartition("/")[2]: address for address in archives}
+    for file, address in files.items():
+        if file.exists():  # a download that was killed while it unpacked
+            continue
+        partial = file.with_name(f"{file.name}.part")
+        download_file(address, partial, TIMEOUT)
+        if not check_integrity(partial, archives[address]):
+            partial.unlink()
+            raise InputError(f"--download: {address} is another file: its MD5 is not {archives[address]}")
+        os.replace(partial, file)
+    for file in files:
+        extract_archive(file, folder)
+
+
 def _check_no_part(name: str, root: Path) -> None:
     """Raises InputError if the destination exists, but holds an incomplete data set."""
-    place = root / Path(LAYOUTS[name].name).parts[0]
-    if place.exists():
-        raise InputError(f"--download: {place} is there, but not all of {name}: expected it to be moved or removed")
+    layout = LAYOUTS[name]
+    for entry in Path(layout.name).parts[:1] or layout.of(SPLITS):
+        if (place := root / entry).exists():
+            raise InputError(f"--download: {place} is there, but not all of {name}: expected it to be moved or removed")
 
 
 def _remove_folders(folder: Path) -> None:

@@ -25,7 +25,6 @@ from training.checks import check
 from training.command_line import Parser, arguments_of, parse_options
 from training.config import SOURCE, TIMM, Config, weight_sources
 from training.config import resolve as resolve_config
-from training.probe import PROBE_IMAGES
 from training.setup import is_address
 
 import torch
@@ -333,7 +332,7 @@ def costs_of(config: Config) -> tuple[int, int, int]:
         teacher_macs = macs_of(
             model.src_arch if teacher.teacher_model == SOURCE else teacher.teacher_model, size, classes
         )
-    probed = min(images, PROBE_IMAGES) if config.runtime.linear_probe else 0
+    probed = images if config.runtime.linear_probe else 0
     macs = seen * (FORWARD_AND_BACKWARD * forward + teacher_macs) + probed * forward
     return seen, macs, macs + EVALUATED * forward + START
 

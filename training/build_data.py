@@ -186,14 +186,14 @@ def order_loader(config: Config, device: torch.device) -> CheckedLoader:
     return plain_loader(config, config.model.order_images, device)
 
 
-def plain_loader(config: Config, count: int, device: torch.device, share: slice = slice(None)) -> CheckedLoader:
+def plain_loader(config: Config, count: int | None, device: torch.device, share: slice = slice(None)) -> CheckedLoader:
     """Training images as test images are prepared.
 
     They are the same for each seed, and of those that the run trains on: each class has its share, or, in shards, which
     hold images in a random order, they are the first; those of ``HF``, which may be sorted, are evenly spaced.
 
     Args:
-        count: how many images, unless there are fewer.
+        count: how many images, unless there are fewer; None: all.
         share: those that this process reads.
     """
     data = config.data
@@ -209,12 +209,13 @@ def plain_loader(config: Config, count: int, device: torch.device, share: slice 
         choices=choices_of(data),
     )
     if data.data_set == "WDS":
-        chosen = range(min(count, len(train)))
+        chosen = range(len(train))[:count]
     elif data.data_set == "HF":
-        chosen = np.linspace(0, len(train) - 1, min(count, len(train)), dtype=int).tolist()
+        count = min(count or len(train), len(train))
+        chosen = np.linspace(0, len(train) - 1, count, dtype=int).tolist()
     else:
         trained = data.train_images or len(train) - (data.holdout or 0)
-        chosen = train_holdout_split(train.targets, min(count, trained), data.holdout)[0]
+        chosen = train_holdout_split(train.targets, min(count or trained, trained), data.holdout)[0]
     loader = DataLoader(
         CheckedDataset(Subset(train, chosen[share])),
         batch_size=data.batch_size,

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PROBE_IMAGES = 10_000  # at most
+PROBE_IMAGES = 10_000  # at most, where a run without labels is evaluated again and again
 RIDGE = 0.01  # λ, where the neurons have a variance of 1
 
 
 def probe_loader(config: Config, device: torch.device) -> CheckedLoader:
-    """The training images that a probe is fitted to: as test images are prepared, this process's share of them."""
-    return plain_loader(config, PROBE_IMAGES, device, slice(utils.rank(), None, utils.world_size()))
+    """The training images that a probe is fitted to: as test images are prepared, this process's share of them.
+
+    --linear-probe takes all that the run would train on.
+    """
+    count = None if config.runtime.linear_probe else PROBE_IMAGES
+    return plain_loader(config, count, device, slice(utils.rank(), None, utils.world_size()))
 
 
 @torch.no_grad()

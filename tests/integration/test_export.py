@@ -20,6 +20,7 @@ from models.formats.timm_folder import save_model
 from scripts.predict import load, read_picture
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -340,6 +341,61 @@ def test_model_that_gives_no_numbers(run, model, tmp_path, pictures):
         vit.head.weight.fill_(3e38)
     save_model(vit, tmp_path, ARCH, {}, SMALL)
     assert said_in_one_sentence(run("predict.py", "--model", tmp_path, pictures[0]), 2, str(tmp_path), "not finite")
+
+
+def test_int8_file_and_the_accuracy_of_each(run, model, copy):
+    save_model(model.vit, copy, ARCH, {}, SMALL)  # without names of its classes, which are not those of the data
+    outcome = run("export_model.py", "--model", copy, "--formats", "onnx", "--int8", "--data-set", "DIGITS")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    lines = dict(line.split(": ") for line in outcome.stdout.splitlines()[1:2])
+    share = re.fullmatch(r"\d+% of the bytes, logits (\S+)% of their spread off the model's", *lines.values())[1]
+    assert 0 < float(share) < 25
+
+    weights = {tensor.name: tensor.data_type for tensor in onnx.load(copy / "model_int8.onnx").graph.initializer}
+    assert sum(kind == onnx.TensorProto.UINT8 for name, kind in weights.items() if "_quantized" in name) == 5
+    digits, _ = build_dataset("DIGITS", None, False, build_transform("DIGITS", is_train=False, input_size=16))
+    images, labels = torch.stack([image for image, _ in digits]), torch.tensor(digits.targets)
+    with torch.no_grad():
+        expected = model.vit(images)
+    for name in ("model.onnx", "model_int8.onnx"):
+        session = onnxruntime.InferenceSession(copy / name, providers=["CPUExecutionProvider"])
+        logits = [torch.from_numpy(*session.run(["logits"], {"images": images[:n].numpy()})) for n in (1, 360)]
+        assert (logits[1] - expected).square().mean().sqrt() < 0.25 * expected.std()
+        assert (len(logits[0]), len(logits[1])) == (1, 360)
+        accuracy = (logits[1].argmax(dim=1) == labels).double().mean().item()
+        (line,) = [line for line in outcome.stdout.splitlines() if line.startswith(f"{copy / name}: accuracy")]
+        shown = re.fullmatch(r".*: accuracy (\S+)% on 360 test images of DIGITS", line)[1]
+        assert float(shown) == pytest.approx(100 * accuracy, abs=0.6)  # batches of other sizes may round otherwise
+
+
+def test_int8_file_that_differs_is_not_kept(run, model, tmp_path):
+    vit = deepcopy(model.vit)
+    with torch.no_grad():  # weights of an input that is always 0, beside which the others vanish in 8 bits
+        vit.head.weight[:, 0] = 1e5
+        vit.fc_norm.weight[0] = vit.fc_norm.bias[0] = 0
+    save_model(vit, tmp_path, ARCH, {}, SMALL)
+    outcome = run("export_model.py", "--model", tmp_path, "--formats", "onnx", "--int8")
+    assert outcome.code == 1
+    (line,) = outcome.stderr.splitlines()
+    assert "model_int8.onnx is not written" in line
+    assert "of their spread off the model's" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.onnx", "model.safetensors"]
+
+
+def test_what_int8_and_accuracies_need(run, model, copy):
+    outcome = run("export_model.py", "--model", copy, "--formats", "torch", "--int8")
+    assert said_in_one_sentence(outcome, 2, "--int8", "expected onnx in --formats, found torch")
+    outcome = run("export_model.py", "--model", copy, "--data-set", "FOLDER", "--data-path", copy / "no")
+    assert said_in_one_sentence(outcome, 2, "--data-path", "is not a folder")
+    outcome = run("export_model.py", "--model", copy, "--data-path", copy)
+    assert said_in_one_sentence(outcome, 2, "--data-path", "needs --data-set")
+    save_model(models.create_vit(ARCH, num_classes=3), copy, ARCH, {}, SMALL)
+    outcome = run("export_model.py", "--model", copy, "--data-set", "DIGITS")
+    assert said_in_one_sentence(outcome, 2, "--data-set DIGITS has 10 classes, the model 3")
+    save_model(model.vit, copy, ARCH, {}, SMALL, NAMES)
+    outcome = run("export_model.py", "--model", copy, "--data-set", "DIGITS")
+    assert said_in_one_sentence(outcome, 2, "--data-set DIGITS has other classes than the model", "'zero'", "'0'")
+    assert not (copy / "model.onnx").exists()
 
 
 def test_formats_that_cannot_be_written(run, model, monkeypatch):

@@ -2,9 +2,12 @@
 
 import json
 
+import models
+from training import probe
+
 import pytest
 import torch
-from conftest import epochs_of
+from conftest import epochs_of, set_up_run
 from data_layouts import make_fmnist
 from runs_of_families import Runs, run_phases
 from safetensors.torch import load_file
@@ -13,21 +16,30 @@ BASE = "--data-set DIGITS --num-workers 0 --batch-size 64 --train-images 256 --w
 VIT = "--model deit_nano_patch8_16_L2_H1"
 GENE = "--src-arch deit_nano_patch8_16_L2_H1 --tgt-arch deit_nano_patch8_16_L4_H2"
 PROBE = "--epochs 0 --linear-probe"
+FEATURES = "--src-path OUT/headless.pth --teacher-model source --distillation-type feature"  # no head is trained
 OTHER = "--data-set FMNIST --data-path OUT/data --train-images 20"
 
 PHASES = [
-    {"vit": f"{VIT} --epochs 1 --output-dir OUT/vit", "gene": f"{GENE} --epochs 1 --output-dir OUT/gene"},
+    {
+        "vit": f"{VIT} --epochs 1 --output-dir OUT/vit",
+        "gene": f"{GENE} --epochs 1 --output-dir OUT/gene",
+        "features": f"--src-arch deit_nano_patch8_16_L2_H1 {FEATURES} --epochs 1 --output-dir OUT/features",
+    },
     {
         "probe": f"{VIT} {PROBE} --finetune OUT/vit/model.safetensors --resume auto --output-dir OUT/probe",
         "two": f"{VIT} {PROBE} --finetune OUT/vit/model.safetensors --output-dir OUT/two",
         "des-net": f"--des-arch deit_nano_patch8_16_L2_H2 {PROBE} --load-gene OUT/gene --output-dir OUT/des-net",
         "other": f"{VIT} {PROBE} {OTHER} --finetune OUT/vit/model.safetensors --output-dir OUT/other",
+        "backbone": f"{VIT} {PROBE} --finetune OUT/headless.pth --output-dir OUT/backbone",
+        "member": f"--des-arch @L1-H1 {PROBE} --load-gene OUT/features --output-dir OUT/member",
         "trained": f"{VIT} {PROBE} --resume auto --output-dir OUT/vit",
     },
     {
         "again": "--config OUT/probe/args.yaml --output-dir OUT/again",
         "eval-probe": f"{VIT} --eval --resume OUT/probe/model.safetensors",
         "eval-des-net": "--model deit_nano_patch8_16_L2_H2 --eval --resume OUT/des-net/model.safetensors",
+        "eval-backbone": f"{VIT} --eval --resume OUT/backbone/model.safetensors",
+        "eval-member": "--model deit_nano_patch8_16_L1_H1 --eval --resume OUT/member/model.safetensors",
         "eval-other": f"{VIT} --eval {OTHER} --resume OUT/other/model.safetensors",
     },
 ]
@@ -37,10 +49,13 @@ PHASES = [
 def runs(tmp_path_factory) -> Runs:
     out = tmp_path_factory.mktemp("probe")
     make_fmnist(out / "data")
+    torch.manual_seed(0)
+    backbone = models.create_vit(models.parse_arch("deit_nano_patch8_16_L2_H1"), num_classes=0)
+    torch.save(backbone.state_dict(), out / "headless.pth")
     return run_phases(PHASES, BASE, out)
 
 
-@pytest.mark.parametrize("name", ["probe", "des-net", "other"])
+@pytest.mark.parametrize("name", ["probe", "des-net", "other", "backbone", "member"])
 def test_written_model_has_the_head_of_the_probe(runs, name):
     (line,) = epochs_of(runs.finished(name))
     assert line["epoch"] == -1
@@ -58,6 +73,26 @@ def test_probe_changes_the_head_alone(runs):
     assert epochs_of(runs.out / "probe")[0]["test_acc1"] > epochs_of(runs.out / "vit")[-1]["test_acc1"]
     again = load_file(runs.finished("again") / "model.safetensors")
     assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+def test_backbone_without_head_stays_as_it_is(runs):
+    found = load_file(runs.finished("backbone") / "model.safetensors")
+    before = torch.load(runs.out / "headless.pth", weights_only=True)
+    assert found.keys() - before.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(found[key], value) for key, value in before.items())
+    assert epochs_of(runs.out / "backbone")[0]["test_acc1"] > 40  # random features tell digits apart; chance is 10
+
+
+def test_all_images_of_the_run_are_fitted(runs, monkeypatch):
+    monkeypatch.setattr(probe, "PROBE_IMAGES", 100)
+    images = {
+        name: sum(len(images) for images, _ in set_up_run(f"{BASE} {options}".split()).probe_loader)
+        for name, options in {
+            "probe": f"{VIT} {PROBE} --holdout 500",
+            "of a run without labels": f"--src-arch deit_nano_patch8_16_L2_H1 {FEATURES}".replace("OUT", str(runs.out)),
+        }.items()
+    }
+    assert images == {"probe": 256, "of a run without labels": 100}
 
 
 def test_two_processes_fit_the_same_head(runs):
