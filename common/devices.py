@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from common.launchers import is_plain_task
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CPU = "cpu"
 KINDS = ("cuda", "xpu", "mps")  # that torch has by itself; ROCm is "cuda", too
@@ -238,6 +241,52 @@ def reset_peak_memory(device: torch.device) -> None:
     reset = getattr(module_of(device), "reset_peak_memory_stats", None)
     if reset is not None:
         reset(device)
+
+
+class _LivingTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations return, as long as they live; views have none of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Callable, types: Sequence[type], args: Sequence = (), kwargs: Mapping | None = None
+    ) -> object:
+        result = function(*args, **(kwargs or {}))
+        given = storages_of((args, kwargs))
+        for storage in (storage for address, storage in storages_of(result).items() if address not in given):
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, change: int) -> None:
+        self.bytes += change
+        self.peak = max(self.peak, self.bytes)
+
+
+def storages_of(tree: object) -> dict[int, torch.UntypedStorage]:
+    """The storages of the tensors in nested containers, by their addresses."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def memory_of(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors of ``work`` have at a time, besides those that there were before.
+
+    An accelerator's allocator counts them, with the buffers of its kernels. On the CPU, and where torch's module of the
+    device does not count, it is the tensors that operations return.
+    """
+    module = module_of(device)
+    if device.type == CPU or not hasattr(module, "max_memory_allocated"):
+        with _LivingTensors() as tensors:
+            work()
+        return tensors.peak
+    reset_peak_memory(device)
+    before = module.memory_allocated(device)
+    work()
+    synchronize(device)
+    return peak_memory(device) - before
 
 
 def free_memory(device: torch.device) -> int | None:

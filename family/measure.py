@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.devices import synchronize
+from common.devices import memory_of, synchronize
 from common.errors import InputError
 from datasets import describe_classes
 from engine import evaluate
 from family.plan import Family, Member
-from family.records import write_record
+from family.records import BATCHES, write_record
 from models.formats.timm_folder import save_model
 from models.names import name_of
 from training.logs import Progress
@@ -26,7 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BATCHES = (1, 64)  # batch sizes whose latency is measured; --max-latency-ms limits that of the first
+WARM_UP = 3  # passes whose time is not measured, but their memory
+MIN_PASSES, MIN_SECONDS = 5, 0.3  # that are timed, whichever takes longer
 
 
 def initialise(member: Member, family: Family) -> bool:
@@ -45,14 +47,15 @@ def initialise(member: Member, family: Family) -> bool:
         fit_head(vit, family.probe_loader, family.shape["num_classes"], family.autocast)
     if measure:
         record["device"] = family.device_name
-        record["latency_ms_1"], record["latency_ms_64"] = (latency(vit, batch, family) for batch in BATCHES)
+        for batch in BATCHES:
+            record |= measurements(vit, batch, family)
     if member.excess(family.options) > 1:
         return False
     if new:
-        member.folder.mkdir(exist_ok=True)
+        member.folder.mkdir(parents=True, exist_ok=True)
         save(vit, member, family)
     if assess:
-        with Progress(len(family.test_batches), f"evaluating {member.name}") as progress:
+        with Progress(len(family.test_batches), f"evaluating {member.title}") as progress:
             numbers = evaluate(vit, family.test_batches, family.device, family.autocast, progress.advance)
         record["accuracy_before"] = numbers["acc1"]
     record["identity"] = family.identity
@@ -61,18 +64,35 @@ def initialise(member: Member, family: Family) -> bool:
 
 
 @torch.no_grad()
-def latency(vit: nn.Module, batch: int, family: Family) -> float:
-    """Milliseconds of a forward pass of ``batch`` images: the median over 0.2 s, and over at least three passes."""
+def measurements(vit: nn.Module, batch: int, family: Family) -> dict[str, float]:
+    """Latency, throughput and memory of forward passes of ``batch`` images, each with its spread.
+
+    Memory is that of the weights, the images and what a pass adds at its peak.
+    """
     size = family.options.input_size
     images = torch.randn(batch, family.shape["in_chans"], size, size, device=family.device)
-    times = []
-    while len(times) < 5 or sum(times[2:]) < 0.2:
-        start = time.perf_counter()
+
+    def forward() -> None:
         with family.autocast:
             vit(images)
         synchronize(family.device)
+
+    fixed = sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers(), images))
+    memory = [fixed + memory_of(forward, family.device) for _ in range(WARM_UP)]
+    times = []
+    while len(times) < MIN_PASSES or sum(times) < MIN_SECONDS:
+        start = time.perf_counter()
+        forward()
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[2:])  # the first two are the warm-up
+    found = with_spread(f"latency_ms_{batch}", [1000 * seconds for seconds in times])
+    found |= with_spread(f"images_per_s_{batch}", [batch / seconds for seconds in times]) if batch > 1 else {}
+    return found | with_spread(f"memory_bytes_{batch}", memory)
+
+
+def with_spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median of repeated measurements, and their quartiles as ``NAME_low`` and ``NAME_high``."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {name: median, f"{name}_low": low, f"{name}_high": high}
 
 
 def save(vit: nn.Module, member: Member, family: Family) -> None:
@@ -99,7 +119,7 @@ def fine_tune(member: Member, family: Family) -> None:
     member.record["training"] = family.training
     write_record(member.folder, member.record)
     model = [f"--des-arch={name_of(member.arch)}", f"--output-dir={member.folder}"]
-    run_main([*family.command, *model, *resume], member.name)
+    run_main([*family.command, *model, *resume], member.title)
     log = [json.loads(line) for line in (member.folder / "log.txt").read_text().splitlines()]
     member.record["accuracy_after"] = log[-1]["test_acc1"]
     write_record(member.folder, member.record)

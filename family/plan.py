@@ -1,6 +1,7 @@
 """The options of a family, what its members share, and the grid of its members."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from training.config import Config, options_of, recipe, resolve, square
 from training.label_check import names_known, warn_of_head
 from training.preprocessing import PREPROCESSING_OPTIONS, not_default, resolve_preprocessing
 from training.probe import probe_loader
-from training.setup import writable_folder
+from training.setup import is_address, writable_folder
 
 import torch
 from timm.utils import random_seed
@@ -45,7 +46,7 @@ NO_EFFECT = ("device", "num_workers", "pin_mem", "log_interval")  # on what is t
 class FamilyOptions:
     """The options of ``scripts/make_family.py``, as its ``--help`` describes them."""
 
-    load_gene: str
+    load_gene: Sequence[str]
     depths: Sequence[int]
     heads: Sequence[int]
     output_dir: str
@@ -70,17 +71,19 @@ class FamilyOptions:
 
 @dataclass
 class Member:
-    """A Des-Net of the grid; ``record`` is the content of its ``family.json``, None for values not known yet."""
+    """A Des-Net of the grid.
 
+    Attributes:
+        title: its size; among Des-Nets of several learngenes also the name of its own.
+        record: the content of its ``family.json``, None for values not known yet.
+    """
+
+    title: str
     arch: ViTArch
     folder: Path
     params: int
     macs: int
     record: dict
-
-    @property
-    def name(self) -> str:
-        return self.arch.label
 
     @property
     def accuracy(self) -> float | None:
@@ -99,7 +102,7 @@ class Member:
         parts = [] if accuracy is None else [f"{accuracy:.2f} %"]
         parts += [f"{self.params:,} parameters", f"{self.macs:,} MACs"]
         parts += [] if latency is None else [f"{latency:.2f} ms"]
-        return f"{self.name} with {', '.join(parts)}"
+        return f"{self.title} with {', '.join(parts)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,9 @@ class Family:
     """What all members share.
 
     Attributes:
+        name: of the learngene, to tell several apart.
+        source: the file or address of the learngene, as it was given.
+        folder: of the members.
         run_options: of main.py.
         command: the command line of main.py, without the Des-Net and its folder.
         loaders: training and test images; None without a data set.
@@ -116,6 +122,9 @@ class Family:
     """
 
     options: FamilyOptions
+    name: str
+    source: str
+    folder: Path
     run_options: Config
     command: list[str]
     gene: models.Learngene
@@ -164,13 +173,42 @@ class Family:
         """How members are made, as `models.Learngene.descend` takes it."""
         return {name: getattr(self.run_options.model, name) for name in INITIALISATION}
 
+    def title_of(self, arch: ViTArch) -> str:
+        return f"{self.name} {arch.label}" if len(self.options.load_gene) > 1 else arch.label
+
+    def forget_images(self) -> None:
+        """Free the memory of the test images."""
+        self.__dict__.pop("test_batches", None)
+
     def descend(self, arch: ViTArch) -> nn.Module:
         random_seed(self.run_options.runtime.seed)  # a re-initialised head does not depend on the members before it
         return self.gene.descend(arch, **self.shape, **self.choices).eval()
 
 
-def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
-    """Load the learngene and the data, and check all options before anything is built.
+def names_of(sources: Sequence[str]) -> list[str]:
+    """A name for each learngene, also of a folder: the end of its path, as short as tells all apart.
+
+    ``output/LeTs/learngene.safetensors`` is ``LeTs``. Other characters than those of words become ``_``.
+
+    Raises:
+        InputError: one is given twice.
+    """
+    paths = [source.partition("#")[0] if is_address(source) else str(Path(source).absolute()) for source in sources]
+    parts = []
+    for path in paths:
+        stem = re.sub(r"\.(safetensors|pth|pt|bin)$", "", path.rstrip("/"))
+        names = [re.sub(r"[^\w.+-]+", "_", name) for name in stem.split("/") if name not in ("", ".", "..")]
+        parts.append(names[:-1] if len(names) > 1 and names[-1] in ("learngene", "learngene_ema") else names)
+    for count in range(1, max(1, *map(len, parts)) + 1):
+        names = ["-".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    again = next((source for i, source in enumerate(sources) if paths[i] in paths[:i]), sources[-1])
+    raise InputError(f"--load-gene {again} is given twice, or has the name of another: expected different learngenes")
+
+
+def build_families(options: FamilyOptions, main_options: Sequence[str]) -> list[Family]:
+    """Load the learngenes and the data, and check all options before anything is built.
 
     Args:
         main_options: options of main.py, as on its command line.
@@ -178,10 +216,23 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
     Raises:
         InputError: a file or an option cannot be used.
     """
-    with error_context(f"--load-gene {options.load_gene}"):
-        path = fetch(options.load_gene, f"learngene{'_ema' * options.gene_ema}.safetensors")
+    out, several = Path(options.output_dir), len(options.load_gene) > 1
+    return [
+        build_family(options, main_options, source, name, out / name if several else out)
+        for source, name in zip(options.load_gene, names_of(options.load_gene), strict=True)
+    ]
+
+
+def build_family(options: FamilyOptions, main_options: Sequence[str], source: str, name: str, folder: Path) -> Family:
+    """Load one learngene and the data, and check all options; see `Family` for ``source``, ``name`` and ``folder``.
+
+    Raises:
+        InputError: a file or an option cannot be used.
+    """
+    with error_context(f"--load-gene {source}"):
+        path = fetch(source, f"learngene{'_ema' * options.gene_ema}.safetensors")
         gene = models.load_learngene(path, options.head_dim, options.gene_ema)
-    print(f"{options.load_gene}: {gene}", flush=True)
+    print(f"{source}: {gene}", flush=True)
     options = replace(options, input_size=options.input_size or square(gene.arch, "the learngene"))
     command = main_command(options, main_options, path)
     run_options = resolve_preprocessing(resolve(parse_options(command)), gene)
@@ -196,12 +247,15 @@ def build_family(options: FamilyOptions, main_options: Sequence[str]) -> Family:
             found = f"{gene.num_classes} classes, the data {len(classes)}: the heads are re-initialised"
             found = found if gene.num_classes else "no head: those of its members come from a linear probe"
             print(f"the learngene has {found}")
-        warn_of_head(f"--load-gene {options.load_gene}", gene.classes, names_known(options.data_set, classes))
+        warn_of_head(f"--load-gene {source}", gene.classes, names_known(options.data_set, classes))
     identity, training = reproducible_options(options, run_options, gene, path)
     shape = {"num_classes": len(classes) or gene.num_classes, "in_chans": in_chans}
     autocast, _ = autocast_of(run_options.runtime.amp_dtype, device)
     return Family(
         options=options,
+        name=name,
+        source=source,
+        folder=folder,
         run_options=run_options,
         command=command,
         gene=gene,
@@ -286,12 +340,13 @@ def build_members(family: Family) -> list[Member]:
     options, members = family.options, []
     for arch in archs_of_grid(family):
         counts = arch.num_params(**family.shape), arch.macs(**family.shape)
-        folder = Path(options.output_dir, arch.label)
+        folder = family.folder / arch.label
         timed_on = family.device_name if family.timed else None
         record = read_record(folder, family.identity, family.training, timed_on)
-        members.append(Member(arch, folder, *counts, record))
+        members.append(Member(family.title_of(arch), arch, folder, *counts, record))
     if not members:
-        raise InputError(f"--heads {','.join(map(str, options.heads))}: this learngene can make none of these Des-Nets")
+        heads = ",".join(map(str, options.heads))
+        raise InputError(f"--heads {heads}: the learngene {family.name} can make none of these Des-Nets")
     if options.epochs and not models.is_vit(name_of(members[0].arch)):
         raise InputError(
             f"--epochs {options.epochs}: main.py has no name for {members[0].arch}, with heads of "

@@ -6,7 +6,11 @@ from pathlib import Path
 from common.errors import InputError
 from common.files import atomic_write, read_json
 
-RECORD = ("identity", "training", "device", "latency_ms_1", "latency_ms_64", "accuracy_before", "accuracy_after")
+BATCHES = (1, 64)  # batch sizes of which latency and memory are measured; --max-latency-ms limits that of the first
+QUANTITIES = ("latency_ms_1", "latency_ms_64", "images_per_s_64", "memory_bytes_1", "memory_bytes_64")
+SPREAD = ("", "_low", "_high")  # the median of repeated measurements, and their quartiles
+MEASURED = tuple(quantity + part for quantity in QUANTITIES for part in SPREAD)
+RECORD = ("identity", "training", "device", *MEASURED, "accuracy_before", "accuracy_after")
 ADVICE = "choose another --output-dir, or remove the folder"
 
 
@@ -15,7 +19,7 @@ def read_record(folder: Path, identity: dict, training: dict | None, device_name
 
     Args:
         identity: see `family.plan.Family`, as is ``training``.
-        device_name: where latencies are measured; those of another device are dropped. None keeps them.
+        device_name: where latency and memory are measured; those of another device are dropped. None keeps them.
 
     Raises:
         InputError: the folder holds a model that was made with other options.
@@ -26,16 +30,20 @@ def read_record(folder: Path, identity: dict, training: dict | None, device_name
     if not path.exists() or not (folder / "model.safetensors").exists():
         return dict.fromkeys(RECORD)
     record = read_json(path)
-    if not isinstance(record, dict) or record.keys() != set(RECORD) or not isinstance(record["identity"], dict):
+    # records of families that were made before more was measured stay valid
+    required = {"identity", "training", "device", "accuracy_before", "accuracy_after"}
+    known = isinstance(record, dict) and required <= record.keys() <= set(RECORD)
+    if not known or not isinstance(record["identity"], dict):
         raise InputError(f"{path} is not a record of make_family.py: {ADVICE}")
     wanted = training or {"epochs": 0}
     for old, new in ((record["identity"], identity), (record["training"] or wanted, wanted)):
         for name in new:
             if old.get(name) != new[name]:
                 raise InputError(f"{folder} was made with {name} {old.get(name)}, not {new[name]}: {ADVICE}")
-    if device_name is not None and record["device"] != device_name:
-        record |= dict.fromkeys(("device", "latency_ms_1", "latency_ms_64"))
-    return record
+    incomplete = not record.keys() >= set(MEASURED)
+    if incomplete or (device_name is not None and record["device"] != device_name):
+        record |= dict.fromkeys(("device", *MEASURED))
+    return {name: record[name] for name in RECORD}
 
 
 def write_record(folder: Path, record: dict) -> None:

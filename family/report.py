@@ -1,35 +1,37 @@
-"""``family.csv``, ``family.md`` and ``family.png``."""
+"""``family.csv``, ``family.md``, ``family.png`` and ``family.html``."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from common.errors import InputError
 from common.files import atomic_write
-from family.plan import Family, Member
+from family.page import family_page
+from family.plan import Family, FamilyOptions, Member
 from family.plots import plot_family
-from family.records import RECORD
+from family.records import BATCHES, RECORD, SPREAD
 from models.learngene import Learngene
 from models.sizes import SizeSampler
 from models.vit import FORWARD_AND_BACKWARD
 from training.build_model import size_sampler
 from training.config import ModelConfig
 
+MEASUREMENT = (
+    "Latency of one image and images per second in batches of 64: the median of 5 forward passes or more after a "
+    "warm-up, and their quartiles. MB are 10^6 bytes of weights, images and what a pass adds at its peak, without "
+    "Python and torch. Measured on: "
+)
 MAX_EPOCHS = 10**5  # of which the cost is summed; more are damage to the file
 
 
-def write_results(members: Sequence[Member], family: Family) -> None:
-    """Write the table, the costs, and the plot if all accuracies are known."""
-    out = Path(family.options.output_dir)
-    stored = sum(tensor.numel() for tensor in family.gene.tensors.values())
-    sizes = ("depth", "heads", "width", "parameters", "macs")
-    rows = [
-        dict(zip(sizes, (m.arch.depth, m.arch.num_heads, m.arch.width, m.params, m.macs), strict=True))
-        | {name: m.record[name] for name in RECORD[2:]}
-        | {"stored_parameters": stored, "mlp_ratio": round(m.arch.mlp_ratio or m.arch.hidden / m.arch.width, 4)}
-        for m in members
-    ]
+Made = Mapping[Family, Sequence[Member]]
+
+
+def write_results(made: Made, options: FamilyOptions) -> None:
+    """Write the table, the costs, and the plot and the page if all accuracies are known."""
+    out = Path(options.output_dir)
+    rows = [row_of(member, family) for family, members in made.items() for member in members]
     with (
         atomic_write(out / "family.csv") as unfinished,
         open(unfinished, "w", newline="", encoding="utf-8") as file,
@@ -38,14 +40,43 @@ def write_results(members: Sequence[Member], family: Family) -> None:
         writer.writeheader()
         writer.writerows(rows)
     with atomic_write(out / "family.md") as unfinished:
-        Path(unfinished).write_text(
-            "\n".join([*family_table(members), "", *summary(members, stored, family)]) + "\n", encoding="utf-8"
-        )
-    if all(member.accuracy is not None for member in members):
-        gene, data_set = Path(family.options.load_gene).name, family.options.data_set
-        figure = plot_family(members, f"Des-Nets of {gene}, test images of {data_set}")
+        Path(unfinished).write_text("\n".join(described(made)) + "\n", encoding="utf-8")
+    records = [member.record for members in made.values() for member in members]
+    if all(record["accuracy_before"] is not None and record["device"] is not None for record in records):
+        title = f"Des-Nets of {', '.join(family.name for family in made)}, test images of {options.data_set}"
         with atomic_write(out / "family.png") as unfinished:
-            figure.savefig(unfinished, format="png", dpi=150)
+            plot_family(made, title).savefig(unfinished, format="png", dpi=150)
+        with atomic_write(out / "family.html") as unfinished:
+            Path(unfinished).write_text(family_page(made, title), encoding="utf-8")
+
+
+def row_of(member: Member, family: Family) -> dict[str, object]:
+    """A row of ``family.csv``."""
+    arch = member.arch
+    return {
+        "depth": arch.depth,
+        "heads": arch.num_heads,
+        "width": arch.width,
+        "parameters": member.params,
+        "macs": member.macs,
+        **{name: member.record[name] for name in RECORD[2:]},
+        "stored_parameters": stored_parameters(family),
+        "mlp_ratio": round(arch.mlp_ratio or arch.hidden / arch.width, 4),
+        "learngene": family.name,
+    }
+
+
+def stored_parameters(family: Family) -> int:
+    return sum(tensor.numel() for tensor in family.gene.tensors.values())
+
+
+def described(made: Made) -> list[str]:
+    """The lines of ``family.md``: all Des-Nets, then what each learngene costs."""
+    lines = family_table([member for members in made.values() for member in members])
+    for family, members in made.items():
+        title = ["", f"## {family.name}"] if len(made) > 1 else []
+        lines += [*title, "", *summary(members, stored_parameters(family), family)]
+    return lines
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -56,16 +87,28 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def family_table(members: Sequence[Member]) -> list[str]:
     """A line for each member. Hidden neurons have a column if not all members have the MLP ratio of the kind."""
-    header = ["Des-Net", "width", "parameters", "MACs", "ms, 1 image", "ms, 64 images", "untrained", "fine-tuned"]
+    header = ["Des-Net", "width", "parameters", "MACs", "ms, 1 image", "images/s", "MB, 1 image", "MB, 64 images"]
     with_hidden = any(m.arch.mlp_ratio is not None for m in members)
-    lines = [[*header[:2], *["hidden"] * with_hidden, *header[2:]]]
+    lines = [[*header[:2], *["hidden"] * with_hidden, *header[2:], "untrained", "fine-tuned"]]
     for m in members:
         numbers = m.record
-        times = [f"{numbers[t]:.2f}" if numbers[t] is not None else "" for t in ("latency_ms_1", "latency_ms_64")]
+        measured = [
+            shown_spread(numbers, "latency_ms_1", 1, ".2f"),
+            shown_spread(numbers, "images_per_s_64", 1, ",.0f"),
+        ]
+        measured += [shown_spread(numbers, f"memory_bytes_{batch}", 1e-6, ",.2f") for batch in BATCHES]
         both = [f"{numbers[a]:.2f} %" if numbers[a] is not None else "" for a in ("accuracy_before", "accuracy_after")]
         sizes = [m.arch.width, *[m.arch.hidden] * with_hidden]
-        lines.append([m.name, *map(str, sizes), f"{m.params:,}", f"{m.macs:,}", *times, *both])
+        lines.append([m.title, *map(str, sizes), f"{m.params:,}", f"{m.macs:,}", *measured, *both])
     return markdown(lines)
+
+
+def shown_spread(record: Mapping[str, float | None], quantity: str, unit: float, form: str) -> str:
+    """A median with its quartiles, such as ``1.20 (1.17–1.31)``; without them where they are the same."""
+    if record[quantity] is None:
+        return ""
+    median, low, high = (format(unit * record[quantity + part], form) for part in SPREAD)
+    return median if low == high else f"{median} ({low}–{high})"
 
 
 def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]:
@@ -85,7 +128,7 @@ def summary(members: Sequence[Member], stored: int, family: Family) -> list[str]
         + "; the forward passes of a teacher, the expansion of the weights and the training of a ViT that stage 1 "
         "starts from are not counted. One by one, each ViT is trained for as many epochs of the same images as stage 1."
         + (f" The cost of stage 1 is unknown: {stage_1.unknown}." if stage_1.unknown else ""),
-        *(["", f"Latency, the median of 3 runs or more after a warm-up: {'; '.join(devices)}."] if devices else []),
+        *(["", MEASUREMENT + "; ".join(devices) + "."] if devices else []),
     ]  # fmt: skip
 
 

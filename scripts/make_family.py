@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""A family of Des-Nets from one learngene: every size of a grid, written, measured, and fine-tuned if asked.
+"""A family of Des-Nets from one learngene or more: every size of a grid, written, measured, and fine-tuned if asked.
 
 A grid is of depths × heads, and of MLP ratios if they are given.
 
 scripts/make_family.py --load-gene learngene.safetensors --depths 3-12 --heads 3,6,9,12 --output-dir output/family \\
     --data-set FOLDER --data-path /path/to/images --max-params 30M
+scripts/make_family.py … --load-gene lets/learngene.safetensors tleg/learngene.safetensors
 scripts/make_family.py … --epochs 5 -- --batch-size 128 --lr 1e-4
 
 Options after -- are passed to main.py. The results of each Des-Net are kept in its folder, in family.json: the same
@@ -65,12 +66,18 @@ def parse(argv: Sequence[str]) -> tuple[FamilyOptions, list[str]]:
     """The options of this script, and those after ``--``."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument(
-        "--load-gene", type=place, required=True, help="learngene file, published checkpoint, or address of one"
+        "--load-gene",
+        type=place,
+        nargs="+",
+        required=True,
+        help="learngene file, published checkpoint, or address of one; several are compared",
     )
     p.add_argument("--depths", type=numbers, required=True, help="numbers of layers, such as 3-12 or 3-6,9,12")
     p.add_argument("--heads", type=numbers, required=True, help="numbers of heads, likewise")
     p.add_argument("--mlp-ratios", type=ratios, help="hidden neurons / width, such as 1,2,4; default: the learngene's")
-    p.add_argument("--output-dir", type=place, required=True, help="a folder per Des-Net, and family.csv, .md and .png")
+    p.add_argument(
+        "--output-dir", type=place, required=True, help="a folder per Des-Net, and family.csv, .md, .png, .html"
+    )
     p.add_argument("--data-set", choices=sorted(DATA_SETS), help="whose test images to evaluate on; default: none")
     p.add_argument("--data-path", type=place_or_none, help="the folder that holds it; not needed for DIGITS")
     p.add_argument("--no-eval", action="store_true", help="only initialise and write (--data-set gives the classes)")

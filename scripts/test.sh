@@ -14,6 +14,11 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 scripts/setup.sh
+# A test drives family.html in a browser; without one it is skipped.
+if ! command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null &&
+    [ "$(id -u)" = 0 ] && grep -qx 'ID=debian' /etc/os-release; then
+    apt-get update -q && apt-get install -q -y --no-install-recommends chromium
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One thread per process: two test processes on two cores are faster than one that shares its work between them.

@@ -338,7 +338,7 @@ def test_scripts_find_a_home_folder(tmp_path, monkeypatch):
     assert convert_learngene.main(["~/gene.safetensors", "~/published.pth"]) == 0
     assert (tmp_path / "published.pth").is_file()
     args, _ = make_family.parse(["--load-gene=~/g", "--depths=2", "--heads=1", "--output-dir=~/o", "--data-path=~/d"])
-    assert (args.load_gene, args.output_dir, args.data_path) == tuple(f"{tmp_path}/{name}" for name in "god")
+    assert (*args.load_gene, args.output_dir, args.data_path) == tuple(f"{tmp_path}/{name}" for name in "god")
     args = parse(["~/study.yaml", "--results=~/r", "--output", "~/o"])
     assert (args.config, args.results, args.output) == (tmp_path / "study.yaml", tmp_path / "r", tmp_path / "o")
 

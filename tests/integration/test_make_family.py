@@ -144,8 +144,15 @@ def test_the_numbers_of_the_table(gene, family):
         assert float(row["accuracy_before"]) == pytest.approx(right * one_image, abs=1.01 * one_image)
         assert row["accuracy_after"] == ""
         assert int(row["stored_parameters"]) == stored
-        assert float(row["latency_ms_1"]) > 0
-        assert float(row["latency_ms_64"]) > 0
+        for quantity in ("latency_ms_1", "latency_ms_64", "images_per_s_64"):
+            assert 0 < float(row[f"{quantity}_low"]) <= float(row[quantity]) <= float(row[f"{quantity}_high"])
+        assert float(row["images_per_s_64"]) == pytest.approx(64_000 / float(row["latency_ms_64"]), rel=0.5)
+        weights = 4 * int(row["parameters"])
+        one, many = (float(row[f"memory_bytes_{batch}"]) for batch in (1, 64))
+        assert {float(row[f"memory_bytes_1_{part}"]) for part in ("low", "high")} == {one}  # it is counted
+        hidden = 4 * 4 * 4 * int(row["width"])  # bytes of an image's four patches
+        assert weights + hidden < one < weights + 20 * hidden
+        assert many - weights == pytest.approx(64 * (one - weights), rel=0.2)
         assert "threads, float32" in row["device"]
 
 
@@ -154,11 +161,15 @@ def test_table_and_costs_in_markdown(gene, family):
     lines = (out / "family.md").read_text().splitlines()
     tables = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert len({len(row) for row in tables[: len(FOLDERS) + 2]}) == 1
+    assert tables[0][4:8] == ["ms, 1 image", "images/s", "MB, 1 image", "MB, 64 images"]
     for row, shown in zip(rows_of(out), tables[2:], strict=False):
         accuracy = f"{float(row['accuracy_before']):.2f} %"
         assert shown[:2] == [f"L{row['depth']}-H{row['heads']}", row["width"]]
         assert shown[2:4] == [f"{int(row[name]):,}" for name in ("parameters", "macs")]
-        assert shown[6:] == [accuracy, ""]
+        assert shown[4].split()[0] == f"{float(row['latency_ms_1']):.2f}"
+        assert shown[5].split()[0] == f"{float(row['images_per_s_64']):,.0f}"
+        assert shown[6] == f"{float(row['memory_bytes_1']) / 1e6:.2f}"
+        assert shown[8:] == [accuracy, ""]
 
     cells = {row[0]: row[1:] for row in tables[len(FOLDERS) + 2 :]}
     learngene = models.load_learngene(gene)
@@ -211,6 +222,19 @@ def test_continuing_does_what_is_missing_and_nothing_else(gene, copy, run_here):
     for name in rows:
         assert json.loads((copy / name / "family.json").read_text())["accuracy_before"] is not None
         read_model(copy / name)
+
+
+def test_a_record_without_what_was_not_measured_then_is_completed(gene, copy, run_here):
+    path = copy / "L1-H1" / "family.json"
+    record = json.loads(path.read_text())
+    former = ("identity", "training", "device", "latency_ms_1", "latency_ms_64", "accuracy_before", "accuracy_after")
+    path.write_text(json.dumps({**{name: record[name] for name in former}, "accuracy_before": 77.5}))
+    options = ["--load-gene", gene, "--depths", "1", "--heads", "1", *DIGITS, "--output-dir", copy]
+    assert run_here(*options).code == 0
+    completed = json.loads(path.read_text())
+    assert completed.keys() == record.keys()
+    assert completed["accuracy_before"] == 77.5
+    assert completed["memory_bytes_64"] == record["memory_bytes_64"]
 
 
 def test_other_options_are_refused_before_anything_is_done(gene, copy, tmp_path, run_here):
@@ -322,6 +346,7 @@ def test_tleg_family_without_evaluation(tmp_path, run_here):
         assert config["pretrained_cfg"]["input_size"] == [1, 24, 24]
     assert {row["latency_ms_1"] + row["accuracy_before"] for row in rows_of(tmp_path / "own")} == {""}
     assert not (tmp_path / "own" / "family.png").exists()
+    assert not (tmp_path / "own" / "family.html").exists()
     assert "cost of stage 1 is unknown" in (tmp_path / "own" / "family.md").read_text()
 
     outcome = run_here(*options, *DIGITS, "--no-eval", "--output-dir", tmp_path / "digits")

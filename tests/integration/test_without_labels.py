@@ -108,6 +108,8 @@ def test_family_of_a_learngene_without_head_is_measured_by_a_linear_probe(runs, 
     rows = [*csv.DictReader((out / "family.csv").open())]
     assert all(float(row["accuracy_before"]) > 20 for row in rows)
     assert "a linear probe, fitted to 128 training images" in (out / "family.md").read_text()
+    page = (out / "family.html").read_text()
+    assert all(part in page for part in ("--linear-probe", "--des-arch=@L2-H1", f"local-dir:{out}/L2-H1"))
     timm_args = json.loads((out / "L2-H1" / "config.json").read_text())
     assert timm_args["num_classes"] == 10  # with the head of the probe
 

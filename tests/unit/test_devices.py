@@ -64,6 +64,23 @@ def test_without_an_accelerator_auto_is_the_cpu():
     assert devices.default_dtype(CPU) == torch.float32
     assert not devices.can_pin(CPU)
     assert devices.peak_memory(CPU) > 2**20
+
+
+def test_memory_of_work_is_that_of_the_tensors_that_live_at_a_time():
+    kept = torch.zeros(1000)
+
+    def work() -> None:
+        first = kept + 1  # 4,000 bytes
+        second = first.view(10, 100).t() * 2  # as many; the view has none
+        del first
+        second.double()  # 8,000 more
+        kept.add_(1)
+
+    assert devices.memory_of(work, CPU) == 12_000
+    assert devices.memory_of(lambda: kept.view(10, 100), CPU) == 0
+    layer = torch.nn.Linear(100, 50)
+    with torch.no_grad():
+        assert devices.memory_of(lambda: layer(torch.ones(8, 100)), CPU) == 4 * 8 * (100 + 50)
     assert devices.free_memory(CPU) > 2**20
     with devices.no_waiting(CPU):
         assert torch.ones(1).item() == 1
