@@ -10,16 +10,13 @@ leading axis over the layers, so that a step expands all of them in a handful of
     tensor                          shape               meaning
     E, C                            (D−s, s)            width matrices of the whole network
     Q, K, V                         (n, D−s, s)         width matrices of each layer's heads
-    M                               (n, 4(D−s), 4s)     width matrices of each layer's hidden neurons; of other MLP
-                                                        ratios than 4 with as many more rows as the Aux-Net has
-    g, h                            (8, rows, 2)        depth coefficients of weights and biases, per module; instead
-                                                        of pairs, groups of any number of layers can be mixed
+    M                               (n, 4(D−s), 4s)     width matrices of each layer's hidden neurons (MLP ratio 4)
+    g, h                            (8, rows, 2)        depth coefficients of weights and biases, per module
     q_weight, …, fc2_bias           (n, …)              the learngene's layers
     patch_embed_*, fc_norm_*, head_*                    the rest of the learngene
     pos_embed                       (1, patches, D)     the Aux-Net's own
 
-Which matrix widens which axis of which parameter is in `models.axes`, for the plain ViT and for all other kinds, whose
-learngenes have more tensors: ``q_norm_weight``, ``ls1_gamma``, ``cls_token``, a pooling block with matrices of its own.
+Which matrix widens which axis of which parameter, of all kinds of ViT, is in `models.axes`.
 
 With ``full_width`` the width matrices are those of LiGO (Wang et al., ICLR 2023): ⟨A⟩ is A itself, with a row for every
 neuron of the Aux-Net, D instead of D−s, so that the old neurons are transformed too.
@@ -147,6 +144,10 @@ class LeTs(AuxNet):
     """The LeTs Aux-Net: a ViT of ``tgt`` sizes whose every weight is expanded from a learngene of ``src`` sizes."""
 
     title = "LeTs"
+    measured = (
+        "53.2 (1) % before training, 76.4 (1) % after 1 epoch, 80.2 (1) % after 5 epochs; the same ViTs to "
+        "the end: from scratch 84.3 ± 0.1 %, distilled alone 85.3 ± 0.1 % (mean of all 9 sizes)"
+    )
     choices = ("mapping_layer", "mapping_layer_coeff", "width_select", "depth_select")
     parts: ClassVar = {
         "layers of the learngene": [tensor_name(module) for module in AXES if module.startswith("blocks.")],

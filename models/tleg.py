@@ -149,6 +149,10 @@ class TLEG(AuxNet):
     """The TLEG Aux-Net: a ViT of ``arch`` sizes whose layers are θ_l = B + (l/L)·A."""
 
     title = "TLEG"
+    measured = (
+        "61.3 ± 4.4 % before training, 80.1 ± 0.5 % after 1 epoch, 82.9 ± 0.6 % after 5 epochs; the same ViTs"
+        " to the end: from scratch 84.9 ± 0.3 %, distilled alone 85.9 ± 0.2 % (mean of L1-H3, L2-H3, L4-H3)"
+    )
     parts: ClassVar = {
         "A, slope of the layers": ("A",),
         "B, layer at position 0": ("B",),

@@ -171,7 +171,7 @@ def draw_fine_tuning(study: Results) -> Figure:
     }
     styles[questions.family] = OF_FAMILY  # drawn last, on top
     sizes = three_of(study)
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
     entries = {}
     for axes, size in zip(figure.subplots(1, 3, squeeze=False, sharey=True)[0], sizes, strict=False):
         entries |= draw_lengths(axes, study, size, styles)
@@ -189,7 +189,7 @@ def draw_fine_tuning(study: Results) -> Figure:
     if trained:
         figure.axes[0].set_ylim(min(trained) - 1, max(trained) + 1)
     figure.axes[0].set_ylabel(f"{data}: test accuracy, %")
-    legend(figure, entries, columns=4)
+    legend(figure, entries, columns=3)
     return figure
 
 

@@ -295,6 +295,17 @@ def test_the_documents_quote_the_results():
     assert not [line for line in quoted if line not in measured]
 
 
+def test_sentences_quote_the_results():
+    """Every accuracy in the sentences about the family's study is one of its tables."""
+    known = {*re.findall(r"\d+\.\d", (RESULTS / "family/details.md").read_text())}
+    text = (RESULTS / "README.md").read_text().partition("## What surprised")[2].partition("\n## ")[0]
+    (intro,) = re.findall(r"its members have.*?results/README", (RESULTS.parent / "README.md").read_text(), re.DOTALL)
+    for quoting in (text, intro):
+        found = re.findall(r"\d+\.\d", quoting)
+        assert found
+        assert {*found} <= known
+
+
 def test_model_cards_quote_the_results():
     quotes = re.findall(r"^- \*\*(.*?)\*\*: (.*)$", (RESULTS / "family/details.md").read_text(), re.MULTILINE)
     methods = {name.lower(): quote for name, quote in quotes}
