@@ -27,8 +27,8 @@ def fetch(source: str | os.PathLike, on_hub: str = "model.safetensors", timeout:
     """The local path of a file; addresses are downloaded to a cache.
 
     Args:
-        source: a file, or a folder that holds it; ``http(s)://…``, optionally with ``#sha256=`` and the expected 64
-            digits; or ``hf-hub:owner/name[/file][@revision]``.
+        source: a file, or a folder that holds it; ``http(s)://…`` or ``hf-hub:owner/name[/file][@revision]``, each
+            optionally with ``#sha256=`` and the expected 64 digits.
         on_hub: the file of a folder, and of a Hugging Face repository if the address does not name one.
         timeout: seconds without a response after which an ``http(s)`` download fails.
 
@@ -37,7 +37,10 @@ def fetch(source: str | os.PathLike, on_hub: str = "model.safetensors", timeout:
     """
     address = str(source)
     if address.startswith("hf-hub:"):
-        return fetch_from_hub(address, on_hub)
+        where, expected = split_digest(address)
+        path = fetch_from_hub(where, on_hub)
+        check_digest(path, expected, where)
+        return path
     if address.startswith(("http://", "https://")):
         return _download(address, timeout)
     path = Path(address)
@@ -49,12 +52,23 @@ def fetch(source: str | os.PathLike, on_hub: str = "model.safetensors", timeout:
     return path
 
 
-def _download(address: str, timeout: float) -> Path:
-    """Download to torch's hub folder; the file name is derived from the address."""
-    url, _, fragment = address.partition("#")
+def split_digest(address: str) -> tuple[str, str]:
+    """An address without ``#sha256=``, and the SHA-256 that its file should have; empty for any."""
+    where, _, fragment = address.partition("#")
     if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
         raise InputError(f"{address} ends in #{fragment}: expected #sha256= and 64 hexadecimal digits, or nothing")
-    expected = fragment.removeprefix("sha256=").lower()
+    return where, fragment.removeprefix("sha256=").lower()
+
+
+def check_digest(path: Path, expected: str, address: str) -> None:
+    """Raises InputError if the file of ``address`` has another SHA-256."""
+    if expected and (found := sha256(path)) != expected:
+        raise InputError(f"{address} has the SHA-256 {found}, expected {expected}: it is another file")
+
+
+def _download(address: str, timeout: float) -> Path:
+    """Download to torch's hub folder; the file name is derived from the address."""
+    url, expected = split_digest(address)
     try:
         name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + Path(urlsplit(url).path).name
     except ValueError as error:
@@ -66,9 +80,11 @@ def _download(address: str, timeout: float) -> Path:
             if not path.exists() or (expected and sha256(path) != expected):
                 print(f"downloading {url}", file=sys.stderr)
                 download_file(url, path.with_name(name + ".part"), timeout)
-                if expected and (found := sha256(path.with_name(name + ".part"))) != expected:
+                try:
+                    check_digest(path.with_name(name + ".part"), expected, url)
+                except InputError:
                     path.with_name(name + ".part").unlink()
-                    raise InputError(f"{url} has the SHA-256 {found}, expected {expected}: it is another file")
+                    raise
                 os.replace(path.with_name(name + ".part"), path)
     except OSError as error:
         raise InputError(f"{url} could not be kept in {path.parent}: {error}") from error

@@ -15,6 +15,7 @@ from common.errors import InputError, error_context
 from common.files import sha256
 from family.records import read_record
 from models import ViTArch
+from models.listed import source_of
 from models.names import name_of
 from pipeline.loader import CheckedLoader
 from training.build import autocast_of
@@ -230,7 +231,7 @@ def build_family(options: FamilyOptions, main_options: Sequence[str], source: st
         InputError: a file or an option cannot be used.
     """
     with error_context(f"--load-gene {source}"):
-        path = fetch(source, f"learngene{'_ema' * options.gene_ema}.safetensors")
+        path = fetch(source_of(source), f"learngene{'_ema' * options.gene_ema}.safetensors")
         gene = models.load_learngene(path, options.head_dim, options.gene_ema)
     print(f"{source}: {gene}", flush=True)
     options = replace(options, input_size=options.input_size or square(gene.arch, "the learngene"))

@@ -17,6 +17,7 @@ from models.formats import layout, published
 from models.formats.class_names import class_names
 from models.formats.foreign import without_prefix
 from models.formats.weights import find_weights, found_in, weights_of
+from models.listed import source_of
 from models.meta import WeightsOnMeta
 from models.names import parse_arch
 from models.preprocessing import DEFAULT, Preprocessing, preprocessing_in
@@ -208,9 +209,19 @@ class Learngene:
         """The choices of a Des-Net of ``arch`` sizes as they are in effect, for a model card."""
         return self.method_class.facts(self.config, arch, **self.own_choices(choices))
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the learngene file atomically."""
+    def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Write the learngene file atomically.
+
+        Args:
+            dtype: of the floating-point tensors in the file; `load_learngene` reads them as float32.
+
+        Raises:
+            InputError: a value is too large for ``dtype``.
+        """
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        if too_large := [name for name, t in tensors.items() if not t.isfinite().all()]:
+            raise InputError(f"{too_large[0]} has a value that is too large for {dtype}")
         # what is no size stands beside the header, whose entries all readers take for sizes
         metadata = {"learngene": json.dumps(self.header)}
         if self.preprocessing != DEFAULT:
@@ -244,7 +255,7 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
     The content decides which it is, not the name of the file.
 
     Args:
-        path_or_url: a file or an address, as in `fetch`.
+        path_or_url: a file or an address, as in `fetch`, or a name that ``scripts/learngenes.yaml`` lists.
         head_dim: neurons of an attention head, which published files do not state.
         use_ema: take ``model_ema`` of a checkpoint instead of ``model``.
 
@@ -253,7 +264,7 @@ def load_learngene(path_or_url: str | os.PathLike, head_dim: int = 64, use_ema: 
     """
     if head_dim < 1:
         raise InputError(f"head_dim {head_dim} is too small: at least 1")
-    path = fetch(path_or_url, on_hub="learngene_ema.safetensors" if use_ema else "learngene.safetensors")
+    path = fetch(source_of(path_or_url), on_hub="learngene_ema.safetensors" if use_ema else "learngene.safetensors")
     content = read_checkpoint(path)
     try:
         gene = _recognise(content, path, head_dim, use_ema)

@@ -4,19 +4,17 @@
 scripts/download_learngenes.py             list the registry
 scripts/download_learngenes.py NAME…       download these; existing files are not downloaded again
 
-A registry is a YAML file like learngenes.yaml beside this script.
+A registry is a YAML file like learngenes.yaml beside this script. Learngenes of this repository are not downloaded.
 """
 
 import argparse
-import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,116 +22,20 @@ import models
 from common import console
 from common.download import fetch
 from common.errors import InputError
-from common.files import atomic_write, read_yaml, sha256
-from models.registry import METHODS
+from common.files import atomic_write, sha256
+from models.listed import DRIVE_FILE, DRIVE_FOLDER, KEYS, LIST, Entry, read_list
 from options import local_path
 
 import gdown
 import torch
 from filelock import FileLock
 
-REGISTRY = Path(__file__).with_name("learngenes.yaml")
-KEYS = {"name": str, "method": str, "architectures": list, "address": str, "sha256": str, "note": str}
-OPTIONAL = ("sha256", "note")
-KINDS = {str: "text", list: "a list"}
-
-ADDRESS = re.compile(r"https?://[\w.:-]+/[^\s#]+|hf-hub:[\w.-]+/[\w./@-]+")
-DRIVE_HOSTS = ("drive.google.com", "docs.google.com")
-DRIVE_FOLDER = re.compile(r"https://drive\.google\.com/drive/(?:u/\d+/)?folders/([-\w]{25,})")
-DRIVE_FILE = re.compile(r"https://drive\.google\.com/(?:file/d/|(?:uc|open)\?(?:.*&)?id=)([-\w]{25,})")
 TIMEOUT = 60.0  # seconds
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An entry of the registry; the fields are its keys."""
-
-    name: str
-    method: str
-    architectures: list[str]
-    address: str
-    sha256: str = ""
-    note: str = ""
-
-    @property
-    def suffix(self) -> str:
-        """The suffix of the file, such as ``.pth``."""
-        if self.address.startswith("hf-hub:"):  # owner/name[/file][@revision]
-            file = self.address.partition("@")[0].split("/", 2)[2:]
-            return Path(*file).suffix or ".safetensors"
-        return Path(urlsplit(self.address).path).suffix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The registry
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_registry(path: Path) -> dict[str, Entry]:
-    """The entries of a registry by their names.
-
-    Raises:
-        InputError: the file cannot be read, or an entry is invalid.
-    """
-    content = read_yaml(path)
-    if not isinstance(content, list):
-        raise InputError(f"{path} holds a {type(content).__name__}: expected a list of learngenes")
-    entries: dict[str, Entry] = {}
-    for number, values in enumerate(content, start=1):
-        try:
-            entry = checked_entry(values)
-            if entry.name in entries:
-                raise InputError("another entry has this name, too")
-        except InputError as error:
-            name = values.get("name") if isinstance(values, dict) else None
-            raise InputError(f"{path}, entry {number}{f' ({name!s:.100})' if name else ''}: {error}") from error
-        entries[entry.name] = entry
-    return entries
-
-
-def checked_entry(values: object) -> Entry:
-    """Validate an item of the registry. Raises InputError if it is invalid."""
-    if not isinstance(values, Mapping):
-        raise InputError(f"it is {values!r:.200}, expected the keys {', '.join(KEYS)}")
-    for key, value in values.items():
-        if key not in KEYS:
-            raise InputError(f"unknown key {key!r:.200}, expected {', '.join(KEYS)}")
-        if not isinstance(value, KEYS[key]):
-            raise InputError(f"{key} is {value!r:.200}, expected {KINDS[KEYS[key]]}")
-    if missing := [key for key in KEYS if key not in values and key not in OPTIONAL]:
-        raise InputError(f"{missing[0]} is missing")
-    entry = Entry(**values)
-    if not re.fullmatch(r"\w[\w.-]*", entry.name):
-        raise InputError("name is used as a file name: expected letters, digits, '_', '-' and '.'")
-    if entry.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", entry.sha256):
-        raise InputError(f"sha256 is {entry.sha256!r:.200}, expected 64 hexadecimal digits")
-    check_architectures(entry)
-    check_address(entry)
-    return entry
-
-
-def check_architectures(entry: Entry) -> None:
-    """Raises InputError unless the architectures fit the entry's method."""
-    for name in entry.architectures:
-        if not isinstance(name, str):
-            raise InputError(f"architectures holds {name!r:.200}, expected names")
-        models.parse_arch(name)
-    if entry.method not in METHODS:
-        raise InputError(f"method is {entry.method!r:.200}, expected {' or '.join(METHODS)}")
-    METHODS[entry.method].check_names(entry.architectures)
-
-
-def check_address(entry: Entry) -> None:
-    """Raises InputError unless the address is supported."""
-    if not ADDRESS.fullmatch(entry.address):
-        raise InputError(f"address is {entry.address!r:.200}, expected http(s)://…/… without '#', or hf-hub:owner/name")
-    if urlsplit(entry.address).hostname in DRIVE_HOSTS and not DRIVE_FILE.match(entry.address):
-        if not DRIVE_FOLDER.match(entry.address):
-            raise InputError(
-                f"address is {entry.address!r:.200}, expected https://drive.google.com/drive/folders/… or …/file/d/…"
-            )
-        if entry.sha256:
-            raise InputError("sha256 is that of a file, and the address is a folder of Google Drive")
 
 
 def table(entries: Sequence[Entry]) -> str:
@@ -160,12 +62,12 @@ def fetch_entry(entry: Entry, folder: Path) -> list[Path]:
     Raises:
         InputError: a file cannot be downloaded or written, or its SHA-256 differs from the registry's.
     """
+    if entry.is_here:
+        print(f"{entry.source} is part of this repository")
+        return [Path(entry.source)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if urlsplit(entry.address).hostname in DRIVE_HOSTS:
-            files = drive_files(entry, folder)
-        else:
-            files = {folder / (entry.name + entry.suffix): ""}
+        files = drive_files(entry, folder) if entry.on_drive else {folder / (entry.name + entry.suffix): ""}
         for path, drive_id in files.items():
             if path.exists():
                 print(f"{path} already exists")
@@ -173,9 +75,7 @@ def fetch_entry(entry: Entry, folder: Path) -> list[Path]:
             elif drive_id:
                 fetch_from_drive(entry, folder, drive_id, path)
             else:
-                fragment = f"#sha256={entry.sha256}" if entry.sha256 and entry.address.startswith("http") else ""
-                kept = fetch(entry.address + fragment, on_hub="learngene.safetensors")
-                check_hash(entry, kept, "it is another file")
+                kept = fetch(entry.source, on_hub="learngene.safetensors")
                 with atomic_write(path) as unfinished:
                     shutil.copyfile(kept, unfinished)
     except OSError as error:
@@ -262,7 +162,7 @@ def describe(paths: Sequence[Path], head_dim: int) -> None:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help="learngenes to download; default: list the registry")
-    p.add_argument("--registry", type=local_path, default=REGISTRY, metavar="FILE", help="default: %(default)s")
+    p.add_argument("--registry", type=local_path, default=LIST, metavar="FILE", help="default: %(default)s")
     p.add_argument(
         "--output-dir", type=local_path, default=Path("learngenes"), metavar="DIR", help="default: %(default)s"
     )
@@ -271,7 +171,7 @@ def main() -> int:
     try:
         if args.head_dim < 1:  # before anything is downloaded
             raise InputError(f"--head-dim {args.head_dim} is too small: at least 1")
-        entries = read_registry(args.registry)
+        entries = read_list(args.registry)
         for name in args.names:
             if name not in entries:
                 raise InputError(f"{args.registry} has no learngene {name!r}: expected one of {', '.join(entries)}")

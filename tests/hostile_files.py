@@ -1,14 +1,12 @@
 """Mutated files of every format that the program reads, and the readers that it uses for them."""
 
 import copy
-import importlib.util
 import io
 import json
 import random
 import resource
 import shutil
 import signal
-import sys
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from typing import NamedTuple
 import models
 from models.formats.timm_folder import read_model, save_model
 from models.learngene import to_published
+from models.listed import read_list
 from training.checkpoints import resume, write_checkpoint
 from training.command_line import parse_options
 from training.foreign_weights import load_foreign_weights
@@ -319,11 +318,7 @@ def read_run_config() -> Callable[[Path], object]:
 
 
 def read_registry() -> Callable[[Path], object]:
-    spec = importlib.util.spec_from_file_location("download", TESTS.parent / "scripts" / "download_learngenes.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["download"] = script  # its dataclass asks for it
-    spec.loader.exec_module(script)
-    return script.read_registry
+    return read_list
 
 
 class Format(NamedTuple):

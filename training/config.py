@@ -12,6 +12,7 @@ import models
 from common.devices import accelerator
 from common.errors import InputError, error_context
 from datasets import DATA_SETS
+from models.listed import source_of
 from models.registry import method_of_stage_1
 
 LEARNGENE, MODEL, CHECKPOINT = "learngene.safetensors", "model.safetensors", "checkpoint.pth"
@@ -285,6 +286,9 @@ def resolve(config: Config) -> Config:
     if device == "auto":
         device = accelerator()
     config = config.with_options(model_ema=model_ema, device=device, tgt_arch=target_name(config.model))
+    if config.model.load_gene:
+        with error_context("--load-gene"):
+            config = config.with_options(load_gene=source_of(config.model.load_gene))
     if (method := method_of_stage_1(config.model)) is not None:
         given = options_of(config)
         config = config.with_options(**{name: v for name, v in method.defaults.items() if given[name] is None})
