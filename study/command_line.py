@@ -41,6 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many; the same command resumes")
     p.add_argument("--only", nargs="+", metavar="GROUP", help="run these groups and those that they depend on")
+    p.add_argument("--seeds", type=at_least(0), nargs="+", metavar="SEED", help="run these seeds alone")
     p.add_argument(
         "--data-path",
         type=local_path,
@@ -71,14 +72,24 @@ def show_plan(runner: Runner) -> None:
     print(f"{len(runner.chosen)} runs, {sum(run.macs for run in runner.chosen):.2e} MACs")
 
 
-def chosen_runs(study: Study, only: list[str] | None) -> list[Run]:
-    """The runs of these groups, or of all, each after those that it depends on."""
-    if only is None:
+def chosen_runs(study: Study, only: list[str] | None, seeds: list[int] | None) -> list[Run]:
+    """The runs of these groups and seeds, or of all, each after those that it depends on.
+
+    Raises:
+        InputError: the study has no such group or seed.
+    """
+    if only is seeds is None:
         return order_of(study.all_runs)
-    for name in only:
+    for name in only or ():
         if name not in study.groups:
             raise InputError(f"--only {name} is no group{nearest(name, study.groups)}")
-    chosen, found = [run for run in study.runs.values() if run.group.name in only], set()
+    known = sorted({run.seed for run in study.runs.values()})
+    if unknown := [seed for seed in seeds or () if seed not in known]:
+        raise InputError(f"--seeds {unknown[0]} is none of this study: expected {', '.join(map(str, known))}")
+    chosen = [
+        run for run in study.runs.values() if run.group.name in (only or study.groups) and run.seed in (seeds or known)
+    ]
+    found: set[Run] = set()
     while chosen:
         run = chosen.pop()
         found.add(run)
@@ -103,7 +114,7 @@ def work(args: argparse.Namespace, deadline: float) -> int:
     root, results = args.output / study.name, args.results / study.name
     jobs = args.jobs or default_jobs(type_of(study.options.get("device", "auto")))
     if args.list:
-        runner = Runner(study, root, jobs, chosen_runs(study, args.only))
+        runner = Runner(study, root, jobs, chosen_runs(study, args.only, args.seeds))
         runner.records |= {run: of_run.record for run, of_run in kept_runs(study, root, results).items()}
         show_plan(runner)
         return 0
@@ -112,7 +123,7 @@ def work(args: argparse.Namespace, deadline: float) -> int:
         with FileLock(root / ".lock", timeout=0):
             kept = kept_runs(study, root, results)
             restore(kept, root)
-            runner = Runner(study, root, jobs, chosen_runs(study, args.only))
+            runner = Runner(study, root, jobs, chosen_runs(study, args.only, args.seeds))
             runner.keep = partial(write_results, runner, results, args.config)
             if kept:
                 done = sum(of_run.record.result is not None for of_run in kept.values())

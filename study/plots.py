@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-# Okabe and Ito's colours, which the colour-blind can tell apart
-LEARNGENES = ("#0072b2", "#d55e00")
+# Okabe and Ito's colours, and one of Tol's, which the colour-blind can tell apart
+LEARNGENES = ("#0072b2", "#d55e00", "#882255")
 LINEAR, SCRATCH = "#009e73", "#6b6b6b"
 OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = {"learngenes": "oD", "others": "vP<X>*"}
+MARKERS = {"learngenes": "oDv", "others": "vP<X>*"}
 NEAR = 0.05  # of an axis: names of sizes that are nearer than that move apart
 
 
@@ -24,7 +24,7 @@ def styles(study: Results) -> dict[str, dict[str, str]]:
     report = study.report
     found = {}
     for i, method in enumerate(report.learngenes):
-        found[method] = dict(color=LEARNGENES[i % 2], marker=MARKERS["learngenes"][i % 2])
+        found[method] = dict(color=LEARNGENES[i % 3], marker=MARKERS["learngenes"][i % 3])
     if report.linear:
         found.setdefault(report.linear, dict(color=LINEAR, marker="s"))
     found.setdefault(report.scratch, dict(color=SCRATCH, marker="^"))

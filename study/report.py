@@ -1,16 +1,16 @@
 """Tables, answers and plots of a study, from what scripts/study.py measured.
 
 Reads results.csv and study.yaml in the study's folder and writes beside them, for a study with a report, tables.md,
-claims.md, summary.md, epochs.png, family.png, ablations.png and cost.png; for one with questions, answers.md,
-details.md, tables.md, answers.png, cost.png, finetuning.png, methods.png, and curve.png if it has a curve; for others
-tables.md. A study that is not finished gives what it has so far.
+claims.md, summary.md, epochs.png, family.png, cost.png, and ablations.png if it has any; for one with questions,
+answers.md, details.md, tables.md, answers.png, cost.png, finetuning.png, methods.png, and curve.png if it has a curve;
+for others tables.md. A study that is not finished gives what it has so far.
 
 scripts/study_report.py results/cpu
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,18 +179,26 @@ def trials(study: Results) -> list[str]:
 
 
 def summary(study: Results) -> list[str]:
-    """The lines of summary.md, a table for a README: the last learngene first."""
+    """The lines of summary.md, a table for a README: accuracies as ranges over seeds."""
     report = study.report
-    chosen = [(method, n) for method in report.learngenes[::-1] for n in (0, 1)]
-    lengths = [n for n in study.epochs([report.scratch], report.first) if n > 0] or [1, 10, 100]
-    chosen += [(report.scratch, n) for n in lengths]
+    methods = dict.fromkeys([*report.descended, report.scratch])
     lines = []
-    for size in study.sizes:
-        parameters = study.parameters(size)
-        accuracies = (study.mean(method, report.first, size, n) for method, n in chosen)
-        line = [size, NONE if parameters is None else f"{parameters:,}"]
-        lines.append([*line, *(NONE if a is None else f"{a:.1f}" for a in accuracies)])
-    return table(["size", "parameters", *(f"{method}, {after(n)}" for method, n in chosen)], lines)
+    for method in methods:
+        stored = study.stored(method) if method != report.scratch else None
+        for n in study.planned_epochs(method, report.first):
+            ranges = (in_range(study.accuracies(method, report.first, size, n).values()) for size in study.sizes)
+            lines.append([f"{method}, {after(n)}", NONE if stored is None else f"{stored:,}", *ranges])
+    parameters = (study.parameters(size) for size in study.sizes)
+    lines.append(["parameters of each ViT", NONE, *(NONE if n is None else f"{n:,}" for n in parameters)])
+    return table(["test accuracy, %", "stored parameters", *study.sizes], lines)
+
+
+def in_range(values: Collection[float]) -> str:
+    """The lowest and the highest value, or the only one."""
+    if not values:
+        return NONE
+    ends = dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values)))
+    return "–".join(ends)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ class Files:
 
 OF_REPORT = Files(
     {"tables": tables, "claims": claims, "summary": summary},
-    {"epochs": draw_epochs, "family": draw_family, "ablations": draw_ablations, "cost": draw_cost},
+    {"epochs": draw_epochs, "family": draw_family, "cost": draw_cost},
 )
 OF_QUESTIONS = Files(
     {"answers": answers, "details": details, "tables": trials},
@@ -232,7 +240,11 @@ def write(folder: Path) -> None:
     for name, lines in files.texts.items():
         with atomic_write(folder / f"{name}.md") as unfinished:
             Path(unfinished).write_text("\n".join(lines(study)) + "\n", encoding="utf-8")
-    plots = files.plots | ({"curve": draw_curve} if study.questions and has_curve(study) else {})
+    plots = dict(files.plots)
+    if study.questions and has_curve(study):
+        plots["curve"] = draw_curve
+    if study.report and study.report.ablations:
+        plots["ablations"] = draw_ablations
     for name, draw in plots.items():
         with atomic_write(folder / f"{name}.png") as unfinished:
             draw(study).savefig(unfinished, format="png", dpi=150, metadata={"Software": None})

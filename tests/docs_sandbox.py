@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NOT_COPIED = (".*", "__pycache__", "output", "learngenes", "runs", "*.tar*", "fixtures")
+NOT_COPIED = (".*", "__pycache__", "output", "runs", "*.tar*", "fixtures")
 SECONDS = 300  # a block of commands that takes longer hangs, and is killed
 NO_RULE = 97
 

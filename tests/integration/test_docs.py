@@ -72,17 +72,17 @@ RULES = [
     # the head of the small one has other classes than the data
     Rule(r"--init taylor --init-path timm", f"{UNTRAINED} --init magnitude --model test_vit.r160_in1k@L4-H1"),
     # small images
-    Rule(r"main\.py --config configs/quickstart\.yaml", "--train-images 32 --eval-interval 1000"),
+    Rule(r"main\.py --config configs/digits\.yaml", "--train-images 32 --eval-interval 1000"),
     Rule(r"main\.py .*--data-set HF", f"--epochs 1 --batch-size 32 {FEW}"),
     Rule(r"main\.py .*--data-set WDS", f"--epochs 1 --input-size 16 --batch-size 4 {FEW}"),
     Rule(r"main\.py .*--data-set[ =](DIGITS|FMNIST)|main\.py --config output/\w+/args\.yaml", DIGITS),
     # scripts
-    Rule(r"^(\.venv/bin/python )?(\./)?scripts/quickstart\.py"),
     Rule(r"scripts/make_family\.py --load-gene output/random", "--depths 3 --heads 6"),
     Rule(r"scripts/make_family\.py", "--depths 2,3 --heads 1"),
     Rule(r"scripts/(inspect_learngene|convert_learngene|download_learngenes|predict|export_model)\.py"),
     Rule(r"scripts/vit_kinds\.py"),
     Rule(r"scripts/make_shards\.py", "--shard-mb 0.01"),
+    Rule(r"scripts/study\.py configs/study_quickstart\.yaml --seeds 0 --output"),
     Rule(r"scripts/study\.py", action="parse", reason="takes hours; tests/integration/test_study.py runs a small one"),
     Rule(r"scripts/study_report\.py"),
     Rule(r"scripts/check_device\.py", action="parse", reason="tests/integration/test_check_device.py runs it"),

@@ -291,7 +291,7 @@ def test_one_process_at_a_time(copy, run_here):
     assert piece == Piece(2, "", message)
 
 
-def test_list_and_only(done, copy, run_here):
+def test_list_and_some_runs_alone(done, copy, run_here):
     shutil.rmtree(copy.root / "runs/scratch")
     everything = run_here(copy.folder, "--list")
     assert everything.code == 0
@@ -302,6 +302,13 @@ def test_list_and_only(done, copy, run_here):
     assert "scratch: 1 runs" in only.stdout
     wrong = run_here(copy.folder, "--only", "scrach")
     assert (wrong.code, wrong.stderr) == (2, "error: --only scrach is no group; the nearest names are scratch\n")
+    one = run_here(copy.folder, "--list", "--seeds", "1").stdout
+    assert "LeTs: 1 runs" in one
+    assert "LeTs stage 1, tuning: 2 runs" in one  # chose its learning rate
+    assert "teacher: 1 runs" in one  # of seed 0, the only one
+    assert "scratch" not in one
+    wrong = run_here(copy.folder, "--seeds", "0", "7")
+    assert (wrong.code, wrong.stderr) == (2, "error: --seeds 7 is none of this study: expected 0, 1\n")
 
 
 @pytest.mark.parametrize(
