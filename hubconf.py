@@ -32,7 +32,8 @@ def learngene(file_or_address: str | os.PathLike, head_dim: int = 64, use_ema: b
     """A learngene, from which ``learngene.descend(arch)`` initialises ViTs.
 
     Args:
-        file_or_address: a file of this project, a published checkpoint, or an ``https://`` or ``hf-hub:`` address.
+        file_or_address: a file of this project, a published checkpoint, an ``https://`` or ``hf-hub:`` address, or a
+            name of ``scripts/learngenes.yaml``.
         head_dim: neurons of an attention head, which published checkpoints do not record.
         use_ema: load the averaged weights of a checkpoint.
 

@@ -224,7 +224,9 @@ def option_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser)
     g.add_argument("--tgt-arch", help="LeTs stage 1: the Aux-Net, such as deit_base_patch16_224_L16_H12, or @L16-H12")
     g.add_argument("--des-arch", help="stage 2: the Des-Net, such as deit_base_patch16_224_L12, or @L6-H3")
     g.add_argument(
-        "--load-gene", type=place_or_none, help="stage 2: learngene file, published checkpoint, or address of one"
+        "--load-gene",
+        type=place_or_none,
+        help="stage 2: learngene file, published checkpoint, address of one, or name in scripts/learngenes.yaml",
     )
     g.add_argument("--gene-ema", action=flag, default=False, help="take model_ema of the learngene's checkpoint")
     g.add_argument("--mapping-layer", type=whole_numbers, help="LeTs stage 2: Aux layer of each layer, '0,1,4,…'")

@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[FamilyOptions, list[str]]:
         type=place,
         nargs="+",
         required=True,
-        help="learngene file, published checkpoint, or address of one; several are compared",
+        help="learngene file, published checkpoint, address, or name in scripts/learngenes.yaml; several are compared",
     )
     p.add_argument("--depths", type=numbers, required=True, help="numbers of layers, such as 3-12 or 3-6,9,12")
     p.add_argument("--heads", type=numbers, required=True, help="numbers of heads, likewise")

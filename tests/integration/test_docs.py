@@ -34,7 +34,8 @@ pytestmark = pytest.mark.full  # it takes over a minute
 REPOSITORY = MAIN.parent
 FIRST = ("README.md", "docs/options.md", "docs/models_out.md")  # their runs leave what other pages start from
 PAGES = [*FIRST, *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
-PAGES = list(dict.fromkeys([*PAGES, "results/README.md", "results/cpu/README.md", "CONTRIBUTING.md"]))
+PAGES += ["results/README.md", "results/cpu/README.md", "learngenes/README.md", "CONTRIBUTING.md"]
+PAGES = list(dict.fromkeys(PAGES))
 
 FEW = "--num-workers 0 --warmup-epochs 0 --no-repeated-aug"
 IMAGES = f"--data-set FOLDER --input-size 16 --batch-size 4 {FEW}"  # instead of ImageNet
@@ -79,10 +80,11 @@ RULES = [
     # scripts
     Rule(r"scripts/make_family\.py --load-gene output/random", "--depths 3 --heads 6"),
     Rule(r"scripts/make_family\.py", "--depths 2,3 --heads 1"),
+    Rule(r"convert_learngene\.py output/study/", action="parse", reason="the study trains it in an hour"),
     Rule(r"scripts/(inspect_learngene|convert_learngene|download_learngenes|predict|export_model)\.py"),
     Rule(r"scripts/vit_kinds\.py"),
     Rule(r"scripts/make_shards\.py", "--shard-mb 0.01"),
-    Rule(r"scripts/study\.py configs/study_quickstart\.yaml --seeds 0 --output"),
+    Rule(r"scripts/study\.py configs/study_quickstart\.yaml --seeds 0", "--only TLEG"),
     Rule(r"scripts/study\.py", action="parse", reason="takes hours; tests/integration/test_study.py runs a small one"),
     Rule(r"scripts/study_report\.py"),
     Rule(r"scripts/check_device\.py", action="parse", reason="tests/integration/test_check_device.py runs it"),

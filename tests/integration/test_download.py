@@ -179,6 +179,7 @@ REFUSED = {
     "hub-file": ("hf-hub:owner/gene/other.pth", "the repository has no other.pth"),
     "hub-revision": ("hf-hub:owner/gene@no-such", "hf-hub:owner/gene@no-such could not be downloaded"),
     "hub-repository": ("hf-hub:owner/nothing", "hf-hub:owner/nothing could not be downloaded"),
+    "hub-digest": ("hf-hub:owner/gene@FIRST#sha256=" + 64 * "0", "it is another file"),
     "hub-name": ("hf-hub:gene", "expected hf-hub:owner/name[/file][@revision]"),
 }
 MADE = {
@@ -217,7 +218,8 @@ def outcomes(tmp_path_factory) -> tuple[dict[str, Outcome], Server]:
         for name, value in {**hub.environment(folder / "hub"), "TORCH_HOME": str(folder)}.items():
             patch.setitem(ENVIRONMENT, name, value)
         runs = {
-            name: ["--load-gene", address.replace("SERVER", server.address)] for name, (address, _) in REFUSED.items()
+            name: ["--load-gene", address.replace("SERVER", server.address).replace("FIRST", first)]
+            for name, (address, _) in REFUSED.items()
         }
         runs |= {name: [option.replace("FIRST", first) for option in options] for name, (options, _) in MADE.items()}
         runs = {name: Run([*STAGE_2, *options]) for name, options in runs.items()}
