@@ -195,17 +195,18 @@ def signal_and_launcher_cases(inputs: Inputs) -> dict[str, tuple]:
     """Signals, closed terminals, and processes that launchers start."""
     ranks = [texts({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}) for rank in range(2)]
     term, hup = signal.SIGTERM.value, signal.SIGHUP.value
+    hangs_up = "import signal as s\ns.signal(s.SIGHUP, s.SIG_DFL)"  # also where the tests run under nohup
     return {
         "slow, 0 workers": ({"signal": ("training 1/2", term)}, of(inputs.slow, 0)),
         "slow, 1 worker": ({"signal": ("training 1/2", term)}, of(inputs.slow, 1)),
         "slow evaluation": (
             {"signal": ("training 3/3", term), "environments": ranks}, of(inputs.untested, 1), "--batch-size", 2
         ),
-        "SIGHUP": ({"signal": ("training 1/", hup)}, f"{DIGITS} 50"),
+        "SIGHUP": ({"signal": ("training 1/", hup), "code": hangs_up}, f"{DIGITS} 50"),
         "nohup": (
             {"signal": ("training 1/", hup), "code": "import signal as s\ns.signal(s.SIGHUP, s.SIG_IGN)"}, f"{DIGITS} 3"
         ),
-        "closed terminal": ({"signal": ("loss=", 0)}, f"{DIGITS} 500"),
+        "closed terminal": ({"signal": ("loss=", 0), "code": hangs_up}, f"{DIGITS} 500"),
         "srun": ({"environments": tasks_of_slurm(free_job(), "srun")}, f"{DIGITS} 1"),
         "batch script": ({"environments": tasks_of_slurm(free_job(), "sbatch")}, f"{DIGITS} 1"),
         "mpirun": ({"environments": tasks_of_mpirun()}, f"{DIGITS} 1"),
