@@ -219,8 +219,8 @@ class Learngene:
             InputError: a value is too large for ``dtype``.
         """
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        if too_large := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        if too_large := [name for name, t in tensors.items() if (t.isfinite() & ~cast[name].isfinite()).any()]:
             raise InputError(f"{too_large[0]} has a value that is too large for {dtype}")
         # what is no size stands beside the header, whose entries all readers take for sizes
         metadata = {"learngene": json.dumps(self.header)}
@@ -229,7 +229,7 @@ class Learngene:
         if self.classes:
             metadata["classes"] = json.dumps(self.classes)
         with atomic_write(path) as unfinished:
-            save_file(tensors, unfinished, metadata=metadata)
+            save_file(cast, unfinished, metadata=metadata)
 
 
 def without_training_only(tensors: Mapping[str, Tensor], method: type[AuxNet]) -> dict[str, Tensor]:

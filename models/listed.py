@@ -140,6 +140,8 @@ def check_architectures(entry: Entry) -> None:
 def check_address(entry: Entry) -> None:
     """Raises InputError unless the address is supported."""
     if entry.is_here:
+        if entry.sha256:
+            raise InputError("sha256 is for a file to download, and the address is one of this repository")
         return
     if not ADDRESS.fullmatch(entry.address):
         raise InputError(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from common import console
 from common.files import atomic_write
-from datasets import build_dataset
+from datasets import SHARDED, build_dataset
 from models.formats.class_names import first_difference
 from models.formats.timm_folder import averaged_folder
 from models.preprocessing import Preprocessing
@@ -302,7 +302,8 @@ def main() -> int:
     p.add_argument("--model-ema", action="store_true", help="export the averaged weights, in FOLDER/model_ema")
     p.add_argument("--formats", default="onnx,torch", help="onnx, torch (torch.export), or both")
     p.add_argument("--int8", action="store_true", help=f"also write {INT8}, whose matrices have 8 bits")
-    p.add_argument("--data-set", choices=DATA_SETS, help="print the accuracy of each file on its test images")
+    local = [name for name in DATA_SETS if name not in SHARDED]  # those need options of main.py
+    p.add_argument("--data-set", choices=local, help="print the accuracy of each file on its test images")
     p.add_argument("--data-path", type=place, metavar="FOLDER", help="the folder that holds the data set")
     p.add_argument(
         "--images",

@@ -89,6 +89,8 @@ def chosen_runs(study: Study, only: list[str] | None, seeds: list[int] | None) -
     chosen = [
         run for run in study.runs.values() if run.group.name in (only or study.groups) and run.seed in (seeds or known)
     ]
+    if not chosen:
+        raise InputError(f"--only {' '.join(only)} --seeds {' '.join(map(str, seeds))}: these groups have no such run")
     found: set[Run] = set()
     while chosen:
         run = chosen.pop()

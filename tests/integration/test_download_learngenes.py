@@ -107,8 +107,18 @@ def test_list_of_what_is_known(tmp_path):
     header, *rows = [line.split() for line in shown.stdout.splitlines()]
     assert header == ["name", "method", "architectures", "address", "sha256", "note"]
     address = "https://drive.google.com/drive/folders/1TROwdWr-V7Q1bAUFDH6zCZD4yANfDa6g"
-    assert rows[0][:5] == ["tleg", "tleg", "aux_deit_tiny_patch16_224", address, "unknown"]
-    assert rows[1:] == [["aux_deit_small_patch16_224"], ["aux_deit_base_patch16_224"]]
+    assert rows[0][0] == "digits-elastic"
+    assert rows[-3][:5] == ["tleg", "tleg", "aux_deit_tiny_patch16_224", address, "unknown"]
+    assert rows[-2:] == [["aux_deit_small_patch16_224"], ["aux_deit_base_patch16_224"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_this_repository_is_not_downloaded(tmp_path):
+    command = [sys.executable, SCRIPT, "digits-lets"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    path = TESTS.parent / "learngenes/digits-lets.safetensors"
+    assert shown[0] == f"{path} is part of this repository"
+    assert shown[1].startswith(f"{path}: LeTs learngene")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,6 +153,7 @@ def test_list_of_a_registry_of_ones_own(run):
         ([entry("http://h/x") | {"architectures": ["vit_b"]}], ["entry 1", "vit_b", "deit_{size}"]),
         ([entry("ftp://h/x")], ["entry 1", "ftp://h/x", "hf-hub:"]),
         ([entry("https://drive.google.com/drive/my-drive")], ["entry 1", "my-drive", "/drive/folders/"]),
+        ([entry("learngenes/x.safetensors", sha256=DIGEST)], ["entry 1", "sha256", "this repository"]),
         ([entry("http://h/x", sha256="12")], ["entry 1", "12", "64 hexadecimal digits"]),
         ([entry(f"https://drive.google.com/drive/folders/{FOLDER}", sha256=DIGEST)], ["entry 1", "sha256", "folder"]),
     ],

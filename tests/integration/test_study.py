@@ -309,6 +309,9 @@ def test_list_and_some_runs_alone(done, copy, run_here):
     assert "scratch" not in one
     wrong = run_here(copy.folder, "--seeds", "0", "7")
     assert (wrong.code, wrong.stderr) == (2, "error: --seeds 7 is none of this study: expected 0, 1\n")
+    none = run_here(copy.folder, "--seeds", "1", "--only", "teacher")
+    message = "error: --only teacher --seeds 1: these groups have no such run\n"
+    assert (none.code, none.stderr) == (2, message)
 
 
 @pytest.mark.parametrize(
