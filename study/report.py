@@ -172,7 +172,9 @@ def trials(study: Results) -> list[str]:
         sizes = [size for size in study.sizes_of(method, data, epochs) if size in of_family]
         mean = cell(study.over_sizes(method, data, sizes, epochs).values(), seeds)
         each = (cell(study.accuracies(method, data, size, epochs).values(), seeds) for size in study.sizes)
-        own = study.cost_of_groups("stage1", method=method)
+        own = study.cost_of_groups("stage1", data, method)
+        if own is None:  # it trained on images of another name
+            own = study.cost_of_groups("stage1", method=method)
         cost = in_units(costs_before(study, method, data, sizes)[1] if own is None else own)
         rows.append([method, data, after(epochs), cost, mean, *each])
     return [*lines, *table(["method", "data", "after", "stage 1, MACs", "mean", *study.sizes], rows)]
