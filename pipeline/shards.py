@@ -7,6 +7,7 @@ The package webdataset reads the same shards, but as streams, which cannot resum
 by index, unpickles .pkl members and passes addresses to a shell.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -269,8 +270,9 @@ class ShardDataset(Shards):
         if self.cache is not None:
             self.cache.check([shard.bytes for shard in (*index.train, *index.val)])
         self.classes, self.label_key = index.classes, choices.label_column or index.label_key
+        self.sources = index.sources
         self.shards = index.train if is_train else index.val
-        super().__init__([shard.samples for shard in self.shards], [shard.sha256 for shard in self.shards], transform)
+        super().__init__([shard.samples for shard in self.shards], [shard.identity for shard in self.shards], transform)
 
     def _open(self, number: int) -> OpenTar:
         shard = self.shards[number]
@@ -281,19 +283,22 @@ class ShardDataset(Shards):
             except OSError as error:
                 raise InputError(f"{path} cannot be read: {error.strerror}") from error
         else:
-            file = open_cached(self.cache, shard, self.source)
+            file = open_cached(self.cache, shard, self.source, self.sources.bytes)
         members = read_members(file, shard.file, self.label_key)
         if len(members) != shard.samples:
-            raise InputError(f"{shard.file} has {len(members)} samples, {INDEX} says {shard.samples}")
+            raise InputError(f"{shard.file} has {len(members)} samples, {self.sources.samples} says {shard.samples}")
         highest = max(members, key=lambda member: member.label)
         if highest.label >= len(self.classes):
             raise InputError(
-                f"{shard.file} has the label {highest.label} of {highest.name}, {INDEX} {len(self.classes)} classes"
+                f"{shard.file} has the label {highest.label} of {highest.name}, "
+                f"{self.sources.classes} says {len(self.classes)} classes"
             )
         return OpenTar(file, members, shard.file)
 
 
-def open_cached(cache: ShardCache, shard: Shard, source: str | HubDataset) -> BinaryIO:
+def open_cached(cache: ShardCache, shard: Shard, source: str | HubDataset, listing: str = INDEX) -> BinaryIO:
     """Open a shard of a remote ``source``, which is downloaded if necessary; see `fetch_shard`."""
-    name = f"{shard.sha256[:16]}-{shard.file.replace('/', '-')}"
-    return cache.open(name, partial(fetch_shard, shard, source))
+    # without a SHA-256, a shard of the same name and size elsewhere, or of another commit, is another one
+    digest = shard.sha256 or hashlib.sha256(f"{source}/{shard.file}".encode()).hexdigest()
+    name = f"{digest[:16]}-{shard.file.replace('/', '-')}"
+    return cache.open(name, partial(fetch_shard, shard, source, listing))

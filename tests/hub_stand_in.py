@@ -84,6 +84,7 @@ class HubStandIn:
     def __init__(self, token: str = "hf_test", user: str = "owner"):
         self.token, self.user = token, user
         self.requests: list[str] = []  # "METHOD path" of each, as they arrived
+        self.in_git: set[str] = set()  # paths of large files that lie in git all the same
         self._repos: dict[str, dict[str, dict[str, bytes]]] = {}  # repository → revision, newest last → path → content
         self._lfs: dict[str, bytes] = {}  # SHA-256 → content
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -158,7 +159,7 @@ class HubStandIn:
     def _sibling(self, path: str, content: bytes) -> dict:
         """A file as an answer to ``files_metadata=True`` describes it."""
         sibling = {"rfilename": path, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
-        if path.endswith(LARGE):
+        if path.endswith(LARGE) and path not in self.in_git:
             sibling["lfs"] = {"size": len(content), "sha256": oid(path, content), "pointerSize": 134}
         return sibling
 

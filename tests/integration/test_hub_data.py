@@ -31,6 +31,15 @@ class Done:
         self.outcomes, self.folder, self.asked = outcomes, folder, asked
 
 
+def add_in_git(hub: HubStandIn, folder: Path) -> None:
+    """Shards that lie in git itself, for which the Hub lists no SHA-256, with an index of wids."""
+    files = {f"git/{name}": content for name, content in as_files(folder).items() if name.endswith(".tar")}
+    hub.in_git.update(files)
+    shards = [{"url": f"https://host/{name}", "nsamples": 20} for name in files]
+    index = json.dumps({"wids_version": 1, "shardlist": shards}).encode()
+    hub.add("datasets/owner/git", {**files, "index.json": index})
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Done:
     """Runs in the environment of one stand-in, of which the later ones go on where the first one was."""
@@ -43,6 +52,7 @@ def done(tmp_path_factory) -> Done:
             hub.add("datasets/owner/digits", {"data/test-00000-of-00001.parquet": b"PAR1 replaced"})
             hub.add("datasets/owner/pictures", {"a.zip": b"x"})
             hub.add("datasets/owner/shards", as_files(write_shards(root / "shards", *digits(0, 60))))
+            add_in_git(hub, root / "shards")
             for name, value in hub.environment(root / "home").items():
                 patch.setitem(ENVIRONMENT, name, value)
             cache = ["--shard-cache", str(root / "cache"), "--data-path", f"owner/digits@{commit}"]
@@ -72,6 +82,7 @@ def done(tmp_path_factory) -> Done:
                     [*PROBED, "--data-set", "HF", "--data-path", str(local), "--output-dir", str(root / "probe")]
                 ),
                 "shards": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/shards", "--nb-classes", "10"]),
+                "shards in git": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/git", "--nb-classes", "10"]),
                 "shards without classes": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/shards"]),
                 "damaged": Run([*TRAIN, "--num-workers", "1", "--data-path", str(broken.parents[1])]),
                 "damaged on the hub": Run([*TRAIN, *wrong, "--data-path", "owner/digits"]),
@@ -135,7 +146,7 @@ def test_files_are_fetched_once_for_all_processes_and_runs(done):
 
 
 def test_evaluation(done):
-    for name, images in (("evaluation", 60), ("without the hub", 60), ("shards", 20)):
+    for name, images in (("evaluation", 60), ("without the hub", 60), ("shards", 20), ("shards in git", 20)):
         outcome = done.outcomes[name]
         assert outcome.codes == [0], outcome.stderr
         assert json.loads(outcome.stdout.splitlines()[-1])["test_acc1"] * images / 100 == pytest.approx(

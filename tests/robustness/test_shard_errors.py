@@ -120,7 +120,10 @@ def test_an_index_that_cannot_be_used(copy, damage, message):
     ("damage", "message"),
     [
         (lambda p: change(p, **entries(p, samples=5)), "train-000000.tar has .* samples, index.json says 5"),
-        (lambda p: change(p, classes=["a", "b"]), r"train-0000\d\d.tar has the label \d of .* index.json 2 classes"),
+        (
+            lambda p: change(p, classes=["a", "b"]),
+            r"train-0000\d\d.tar has the label \d of .* index.json says 2 c",
+        ),
         (
             lambda p: rewrite(p / "train-000000.tar", b"\xff" * 512),
             "train-000000.tar is damaged or no uncompressed tar",
