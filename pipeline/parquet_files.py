@@ -98,6 +98,11 @@ class FilesOnHub:
         return to
 
 
+def names_dataset(data_path: str) -> bool:
+    """Whether ``--data-path`` of HF can only be a data set on the Hub."""
+    return data_path.startswith(ON_HUB) or not (Path(data_path).is_dir() or data_path.startswith((".", "/", "~")))
+
+
 def open_files(data_path: str, cache: ShardCache | None) -> LocalFiles | FilesOnHub:
     """The Parquet files of ``--data-path``: a folder, or the name of a data set on the Hub.
 
@@ -106,7 +111,7 @@ def open_files(data_path: str, cache: ShardCache | None) -> LocalFiles | FilesOn
     """
     if not data_path.startswith(ON_HUB) and Path(data_path).is_dir():
         files = LocalFiles(Path(data_path))
-    elif data_path.startswith((".", "/", "~")):
+    elif not names_dataset(data_path):
         raise InputError(f"--data-path {data_path} is not a folder: expected one, or the OWNER/NAME of a data set")
     elif cache is None:
         raise InputError(
