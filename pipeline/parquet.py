@@ -293,7 +293,9 @@ class ParquetDataset(Shards):
         if cache is None:
             self._check_memory()
         else:
-            cache.check([unpacked_size(file) for split in found.values() for file in split.files])
+            files = [file for split in found.values() for file in split.files]
+            fetched = max(self.source.bytes_to_fetch(file.path) for file in files)
+            cache.check([unpacked_size(file) for file in files], fetched)
 
     def _check_memory(self) -> None:
         """Raises InputError if the row groups that a process reads at a time would take much memory."""
@@ -325,7 +327,8 @@ class ParquetDataset(Shards):
         """A row group of a file in the cache, into which the file is unpacked first if it is not there."""
         content = f"{file.identity} {self.columns.bytes} {self.columns.label}"
         name = f"{hashlib.sha256(content.encode()).hexdigest()[:16]}-{Path(file.path).stem}.arrow"
-        with self.cache.open(name, partial(unpack, self.source, file, self.columns)) as opened:
+        size = unpacked_size(file) + self.source.bytes_to_fetch(file.path)  # both are there while it is unpacked
+        with self.cache.open(name, partial(unpack, self.source, file, self.columns), size) as opened:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         with damage_of(str(self.cache.folder / name)):
             return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).get_batch(group)

@@ -54,6 +54,9 @@ class LocalFiles:
         place = (self.root / path).resolve()
         return f"{place} {place.stat().st_size} {place.stat().st_mtime_ns}"
 
+    def bytes_to_fetch(self, path: str) -> int:
+        return 0
+
     def fetch(self, path: str, to: Path) -> Path:
         """The path of a file of the data set; nothing is written to ``to``."""
         return self.root / path
@@ -91,6 +94,9 @@ class FilesOnHub:
     def identity(self, path: str) -> str:
         """A name of the content of a file."""
         return self.dataset.file(path).sha256 or hashlib.sha256(self.name_of(path).encode()).hexdigest()
+
+    def bytes_to_fetch(self, path: str) -> int:
+        return self.dataset.file(path).bytes
 
     def fetch(self, path: str, to: Path) -> Path:
         """Download a file of the data set to ``to``."""

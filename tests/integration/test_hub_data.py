@@ -146,6 +146,8 @@ def test_files_are_fetched_once_for_all_processes_and_runs(done):
     """Into the new cache; of the newest commit only the footer of the test images is not yet in the old one."""
     found = Counter(fetched(done.asked["later"]).values())
     assert found == {2: 4, 1: 1}
+    suffixes = {path.suffix for path in (done.folder / "new").iterdir()}
+    assert suffixes == {".arrow", ".footer", ".json", ".lock", ".md"}  # nothing that is needed only meanwhile
 
 
 def test_evaluation(done):

@@ -78,7 +78,7 @@ def test_a_file_is_unpacked_once_and_evicted(folder, images, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.arrow")}
     size = max(path.stat().st_size for path in kept)
     small = ShardCache(tmp_path, 2 * size)
-    small.check = lambda sizes: None  # which asks for all of so little
+    small.check = lambda *sizes: None  # which asks for all of so little
     assert built(folder, False, small)[2] == images[False]
     assert len([*tmp_path.glob("*.arrow")]) <= 2
     assert built(folder, True, small)[2] == images[True]
