@@ -74,6 +74,15 @@ def find_dataset(address: str, folder: Path) -> HubDataset:
     return HubDataset(repo_id, info.sha, files)
 
 
+def pinned(address: str, folder: Path) -> str:
+    """``[hf-hub:datasets/]owner/name[@revision]`` with the commit that the revision is now, which does not change.
+
+    Raises:
+        InputError: as `find_dataset`.
+    """
+    return f"{address.partition('@')[0]}@{find_dataset(address, folder).commit}"
+
+
 def small_file(dataset: HubDataset, path: str, folder: Path) -> Path | None:
     """The path of a small file of a data set, such as README.md, that is kept in ``folder``; None if there is none."""
     if dataset.file(path) is None:

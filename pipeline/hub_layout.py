@@ -26,7 +26,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import InputError
+from common.errors import InputError, error_context
 from common.files import parse_yaml
 
 import pyarrow as pa
@@ -120,16 +120,13 @@ def patterns_of(data_files: object) -> dict[str, list[str]]:
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a path fits a pattern, in which ``*`` stands for a part of a name and ``**`` for any folders."""
-    parts, wanted = name.split("/"), pattern.removeprefix("./").split("/")
-
-    def fits(i: int, j: int) -> bool:
-        if j == len(wanted):
-            return i == len(parts)
-        if wanted[j] == "**":
-            return any(fits(k, j + 1) for k in range(i, len(parts) + 1)) or (j + 1 == len(wanted) and i < len(parts))
-        return i < len(parts) and fnmatch.fnmatchcase(parts[i], wanted[j]) and fits(i + 1, j + 1)
-
-    return fits(0, 0)
+    parts, reached = name.split("/"), {0}  # how many parts the pattern so far may stand for
+    for wanted in pattern.removeprefix("./").split("/"):  # no search: a pattern is the text of a stranger
+        if wanted == "**":
+            reached = set(range(min(reached, default=len(parts) + 1), len(parts) + 1))
+        else:
+            reached = {i + 1 for i in reached if i < len(parts) and fnmatch.fnmatchcase(parts[i], wanted)}
+    return len(parts) in reached
 
 
 def split_in_name(name: str) -> str:
@@ -174,7 +171,11 @@ class Feature(NamedTuple):
 
 
 def features_of(schema: pa.Schema, card: Mapping) -> dict[str, Feature]:
-    """column → feature, from the metadata of a schema, else from the card; empty if neither says anything."""
+    """column → feature, from the metadata of a schema, else from the card; empty if neither says anything.
+
+    Raises:
+        InputError: the card names classes by something else than their numbers.
+    """
     try:
         listed = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature_of(feature) for name, feature in listed.items()}
@@ -201,7 +202,14 @@ def feature_of_card(kind: object) -> Feature:
     if isinstance(kind, dict) and "class_label" in kind:
         names = (kind["class_label"] or {}).get("names")
         if isinstance(names, dict):
-            names = [names[key] for key in sorted(names, key=int)]
+            try:
+                names = [names[key] for key in sorted(names, key=int)]
+            except (ValueError, TypeError, ArithmeticError) as error:
+                key, name = next(iter(names.items()))
+                raise InputError(
+                    f"README.md names classes in an unknown form ({key!s:.40}: {name!s:.40}): expected the numbers of "
+                    "classes with their names, '0': cat"
+                ) from error
         return Feature("ClassLabel", [str(name) for name in names] if names else None)
     return Feature(str(kind)[:40])
 
@@ -229,7 +237,9 @@ def choose_columns(schema: pa.Schema, card: Mapping, image: str | None, label: s
     Raises:
         InputError: there is none, there are several, or what it holds cannot be used.
     """
-    features, types = features_of(schema, card), {field.name: field.type for field in schema}
+    with error_context(source):
+        features = features_of(schema, card)
+    types = {field.name: field.type for field in schema}
     images = [name for name in types if features.get(name, Feature("")).kind == "Image"]
     images = images or [name for name in types if is_image(types[name])]
     image = choose(image, images, IMAGE_COLUMNS, types, "images", "--hf-image-column", source)

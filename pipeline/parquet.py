@@ -17,7 +17,7 @@ from typing import NamedTuple
 from common.errors import InputError, one_line
 from common.hub_datasets import HubFile
 from pipeline.folders import SPLITS
-from pipeline.hub_layout import Columns, choose_columns, choose_split, files_of_splits, read_card
+from pipeline.hub_layout import Columns, choose_columns, choose_split, files_of_splits, is_image, read_card
 from pipeline.parquet_files import FilesOnHub, LocalFiles, open_files
 from pipeline.shard_cache import ShardCache
 from pipeline.shards import Choices, Shards
@@ -76,13 +76,15 @@ def parse_file(
         content: the bytes of the footer.
 
     Raises:
-        InputError: one of them is missing.
+        InputError: one of them is missing, or of another type than in the first file.
     """
-    name = source.name_of(file.path)
+    name, schema = source.name_of(file.path), footer.schema.to_arrow_schema()
     paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
     for column in (columns.bytes, columns.label):
         if column not in paths:
             raise InputError(f"{name} has no column {column}: expected the columns of the other files")
+    check_type(schema, columns.label, pa.types.is_integer, "labels in whole numbers", name)
+    check_type(schema, columns.image, is_image, "the bytes of images", name)
     image, label = paths.index(columns.bytes), paths.index(columns.label)
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)] if footer.num_rows else []
     if not all(group.num_rows for group in groups):
@@ -99,6 +101,15 @@ def parse_file(
         [group.column(image).total_uncompressed_size for group in groups],
         labels,
     )
+
+
+def check_type(schema: pa.Schema, column: str, fits: Callable[[pa.DataType], bool], expected: str, name: str) -> None:
+    """Raises InputError if a column of the file ``name`` is not as in the first file, from which it was chosen."""
+    found = schema.field(column).type
+    if not fits(found):
+        raise InputError(
+            f"{name} has a column {column} of type {str(found)[:60]}: expected {expected}, as in the other files"
+        )
 
 
 class Split(NamedTuple):
@@ -123,9 +134,10 @@ def read_split(source: LocalFiles | FilesOnHub, splits: dict, card: dict, is_tra
     for file, content in zip(files, contents, strict=True):
         with damage_of(source.name_of(file.path)):
             footer = pq.read_metadata(pa.BufferReader(content))
-            if columns is None:
-                schema = footer.schema.to_arrow_schema()
-                columns = choose_columns(schema, card, choices.image_column, choices.label_column, origin)
+            schema = footer.schema.to_arrow_schema()
+        if columns is None:  # the card may be wrong, too: no damage of the file
+            columns = choose_columns(schema, card, choices.image_column, choices.label_column, origin)
+        with damage_of(source.name_of(file.path)):
             parsed.append(parse_file(source, file, footer, content, columns))
     if not any(file.rows for file in parsed):
         raise InputError(f"{origin} has no images in its split {name}")
@@ -281,7 +293,9 @@ class ParquetDataset(Shards):
         if cache is None:
             self._check_memory()
         else:
-            cache.check([unpacked_size(file) for split in found.values() for file in split.files])
+            files = [file for split in found.values() for file in split.files]
+            fetched = max(self.source.bytes_to_fetch(file.path) for file in files)
+            cache.check([unpacked_size(file) for file in files], fetched)
 
     def _check_memory(self) -> None:
         """Raises InputError if the row groups that a process reads at a time would take much memory."""
@@ -313,7 +327,8 @@ class ParquetDataset(Shards):
         """A row group of a file in the cache, into which the file is unpacked first if it is not there."""
         content = f"{file.identity} {self.columns.bytes} {self.columns.label}"
         name = f"{hashlib.sha256(content.encode()).hexdigest()[:16]}-{Path(file.path).stem}.arrow"
-        with self.cache.open(name, partial(unpack, self.source, file, self.columns)) as opened:
+        size = unpacked_size(file) + self.source.bytes_to_fetch(file.path)  # both are there while it is unpacked
+        with self.cache.open(name, partial(unpack, self.source, file, self.columns), size) as opened:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         with damage_of(str(self.cache.folder / name)):
             return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).get_batch(group)

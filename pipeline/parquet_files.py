@@ -54,6 +54,9 @@ class LocalFiles:
         place = (self.root / path).resolve()
         return f"{place} {place.stat().st_size} {place.stat().st_mtime_ns}"
 
+    def bytes_to_fetch(self, path: str) -> int:
+        return 0
+
     def fetch(self, path: str, to: Path) -> Path:
         """The path of a file of the data set; nothing is written to ``to``."""
         return self.root / path
@@ -92,10 +95,18 @@ class FilesOnHub:
         """A name of the content of a file."""
         return self.dataset.file(path).sha256 or hashlib.sha256(self.name_of(path).encode()).hexdigest()
 
+    def bytes_to_fetch(self, path: str) -> int:
+        return self.dataset.file(path).bytes
+
     def fetch(self, path: str, to: Path) -> Path:
         """Download a file of the data set to ``to``."""
         retry(partial(download_to, self.dataset, path, to))
         return to
+
+
+def names_dataset(data_path: str) -> bool:
+    """Whether ``--data-path`` of HF can only be a data set on the Hub."""
+    return data_path.startswith(ON_HUB) or not (Path(data_path).is_dir() or data_path.startswith((".", "/", "~")))
 
 
 def open_files(data_path: str, cache: ShardCache | None) -> LocalFiles | FilesOnHub:
@@ -106,7 +117,7 @@ def open_files(data_path: str, cache: ShardCache | None) -> LocalFiles | FilesOn
     """
     if not data_path.startswith(ON_HUB) and Path(data_path).is_dir():
         files = LocalFiles(Path(data_path))
-    elif data_path.startswith((".", "/", "~")):
+    elif not names_dataset(data_path):
         raise InputError(f"--data-path {data_path} is not a folder: expected one, or the OWNER/NAME of a data set")
     elif cache is None:
         raise InputError(

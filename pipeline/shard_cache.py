@@ -1,6 +1,7 @@
 """Remote shards, and the folder in which they are kept."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
@@ -20,11 +21,13 @@ from common.files import flush_to_disk
 from common.hub_datasets import ON_HUB
 from samplers import LANES
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 COMMAND = "pipe:"  # a data path that is a command line
 RETRY_SECONDS = (1, 5, 25)  # delays between download attempts: object stores limit the request rate
-KEPT = (".tar", ".arrow")  # suffixes of what the cache evicts
+KEPT = (".tar", ".arrow")  # suffixes of shards
+# what there is of a shard while it is fetched, and after the process was killed
+PARTIAL = re.compile(r"(.+\.(?:tar|arrow))\.(?:part|parquet|room)(?:\.hub|\.version)?")
 
 
 def is_remote(data_path: str) -> bool:
@@ -80,12 +83,22 @@ def is_permanent(error: InputError) -> bool:
     return status in (401, 403, 404, 410)
 
 
+class Kept(NamedTuple):
+    """A shard in the cache, or what a killed process has left of one; the first to be evicted is the smallest."""
+
+    used: int
+    bytes: int
+    name: str
+    paths: list[Path]
+
+
 @dataclass
 class ShardCache:
     """A local cache of shards, shared by the processes of this host and by later runs.
 
     Attributes:
-        limit: bytes; the least recently opened shards are evicted. Processes that have one open can still read it.
+        limit: bytes, with what is being fetched; the least recently opened shards are evicted. Processes that have one
+            open can still read it.
     """
 
     folder: Path
@@ -104,13 +117,16 @@ class ShardCache:
         except OSError as error:
             raise InputError(f"--shard-cache {self.folder} cannot be written: {error.strerror}") from error
 
-    def check(self, sizes: Sequence[int]) -> None:
+    def check(self, sizes: Sequence[int], besides: int = 0) -> None:
         """Check that shards of ``sizes`` in bytes can be read through the cache.
+
+        Args:
+            besides: bytes that fetching one takes for a while.
 
         Raises:
             InputError: the folder is too small, or not writable.
         """
-        total, largest = sum(sizes), max(sizes)
+        total, largest = sum(sizes) + besides, max(sizes)
         least = min(total, 2 * LANES * largest)
         if self.limit < least:
             raise InputError(
@@ -120,7 +136,7 @@ class ShardCache:
         self.prepare()
         try:
             with FileLock(self.folder / "room.lock"):
-                free = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._kept())
+                free = shutil.disk_usage(self.folder).free + sum(kept.bytes for kept in self._contents()[0])
         except OSError as error:
             raise InputError(f"--shard-cache {self.folder} cannot be written: {error.strerror}") from error
         if free < min(total, self.limit):
@@ -129,10 +145,11 @@ class ShardCache:
                 f"needed: --shard-cache-gb takes a smaller number, from {least / 1e9:.4g}"
             )
 
-    def open(self, name: str, fetch: Callable[[Path], None]) -> BinaryIO:
+    def open(self, name: str, fetch: Callable[[Path], None], size: int = 0) -> BinaryIO:
         """Open the shard that is kept under ``name``.
 
         Args:
+            size: bytes that fetching takes, for which there is room before; 0: room is made afterwards.
             fetch: writes it to a path, if it is not there. What an earlier attempt left at the path may be resumed.
 
         Raises:
@@ -144,7 +161,7 @@ class ShardCache:
                 try:
                     file = open(path, "rb", buffering=0)  # noqa: SIM115  it stays open
                 except FileNotFoundError:
-                    self._fetch(path, fetch)
+                    self._fetch(path, fetch, size)
                 else:
                     with suppress(OSError):  # a file of another user: its time stays
                         os.utime(file.fileno())
@@ -152,26 +169,74 @@ class ShardCache:
         except OSError as error:
             raise InputError(f"--shard-cache {self.folder} cannot store {name}: {error.strerror}") from error
 
-    def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> None:
-        part = path.with_name(f"{path.name}.part")
+    def _fetch(self, path: Path, fetch: Callable[[Path], None], size: int) -> None:
+        part, room = (path.with_name(f"{path.name}.{suffix}") for suffix in ("part", "room"))
         with FileLock(f"{path}.lock"):  # other processes wait, and then find the shard
             if path.exists():
                 return
-            fetch(part)
+            try:
+                with FileLock(self.folder / "room.lock"):
+                    self._make_room(size, path.name)
+                    room.write_text(str(size))
+                fetch(part)
+            finally:
+                room.unlink(missing_ok=True)
             flush_to_disk(part)
             with FileLock(self.folder / "room.lock"):
-                self._make_room(part.stat().st_size)
+                self._make_room(part.stat().st_size, path.name)
                 os.replace(part, path)
 
-    def _kept(self) -> list[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of the cached shards of all data paths."""
-        found = (path for path in self.folder.iterdir() if path.suffix in KEPT)
-        return [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in found]
+    def _contents(self, own: str = "") -> tuple[list[Kept], int]:
+        """What can be evicted, of all data paths, and the bytes of what processes are fetching, but for ``own``."""
+        kept, partial, fetched = [], {}, 0
+        for path in self.folder.iterdir():
+            if match := PARTIAL.fullmatch(path.name):
+                partial.setdefault(match[1], []).append(path)
+            elif path.suffix in KEPT:
+                kept.append(Kept(*used_and_bytes([path]), path.name, [path]))
+        partial.pop(own, None)
+        for name, paths in partial.items():
+            used, size = used_and_bytes(paths)
+            try:
+                with FileLock(self.folder / f"{name}.lock", timeout=0):
+                    kept.append(Kept(used, size, name, paths))
+            except (Timeout, OSError):  # a process has it, or it is of another user
+                fetched += max(size, self._reserved(name))
+        return kept, fetched
 
-    def _make_room(self, size: int) -> None:
-        kept = sorted(self._kept(), reverse=True)
-        total = size + sum(size for _, size, _ in kept)
+    def _reserved(self, name: str) -> int:
+        """Bytes that the process that fetches a shard has made room for."""
+        try:
+            return int((self.folder / f"{name}.room").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _make_room(self, size: int, own: str) -> None:
+        """Evict what was used the longest ago until ``size`` bytes fit in, for the shard ``own``."""
+        kept, fetched = self._contents(own)
+        kept.sort(reverse=True)
+        total = size + fetched + sum(one.bytes for one in kept)
         while kept and total > self.limit:
-            _, size, path = kept.pop()
-            path.unlink()
-            total -= size
+            oldest = kept.pop()
+            if [path.name for path in oldest.paths] == [oldest.name]:
+                oldest.paths[0].unlink()
+            else:
+                self._remove_partial(oldest)
+            total -= oldest.bytes
+
+    def _remove_partial(self, partial: Kept) -> None:
+        """Remove what a killed process has left, unless another one has just begun to go on with it."""
+        with suppress(Timeout), FileLock(self.folder / f"{partial.name}.lock", timeout=0):
+            for path in partial.paths:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def used_and_bytes(paths: Sequence[Path]) -> tuple[int, int]:
+    """(time of last use, bytes) of files and folders, some of which another process may be removing."""
+    below = (Path(folder, name) for path in paths for folder, _, names in os.walk(path) for name in names)
+    used = size = 0
+    for path in (*paths, *below):
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            used, size = max(used, found.st_mtime_ns), size + (0 if path.is_dir() else found.st_size)
+    return used, size

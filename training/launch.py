@@ -19,6 +19,7 @@ from training.command_line import parse_options
 from training.config import TAGGED, TIMM, Config, RuntimeConfig, option_name, resolve, tagged_name, weight_sources
 from training.foreign_weights import fetch_tag
 from training.outputs import push
+from training.pinned_data import is_pinnable, pin_data
 from training.preprocessing import with_input_size
 from training.run import Run, describe
 from training.setup import is_address, set_up
@@ -56,6 +57,8 @@ def launched(argv: Sequence[str]) -> Iterator[Config]:
 def prepare(config: Config) -> Config:
     """Resolve and check the options, look for the checkpoint to resume, and download what is given by address.
 
+    On the main process, a data set of the Hub then has its commit.
+
     Raises:
         InputError: options that do not fit each other, or something that cannot be downloaded.
     """
@@ -64,13 +67,15 @@ def prepare(config: Config) -> Config:
     config = config.with_options(resume=find_checkpoint(config))
     fetch_addresses(config)
     fetch_data(config)
-    return config
+    return pin_data(config)
 
 
 def share_findings(config: Config) -> Config:
-    """The same checkpoint on all processes, as only the main process looks for it, and the same size of images."""
-    resume, size = utils.broadcast_from_main((config.runtime.resume, config.data.input_size))
-    return config.with_options(resume=resume, input_size=size)
+    """What only the main process looks for, on all processes: checkpoint, size of images, commit of the data."""
+    found = config.runtime.resume, config.data.input_size, config.data.data_path
+    resume, size, data_path = utils.broadcast_from_main(found)
+    config = config.with_options(resume=resume, input_size=size)
+    return config.with_options(data_path=data_path) if is_pinnable(config.data) else config  # folders may differ
 
 
 def fetch_addresses(config: Config) -> None:

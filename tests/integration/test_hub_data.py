@@ -11,6 +11,7 @@ from common.files import read_checkpoint
 
 import pytest
 import torch
+import yaml
 from conftest import COMPARABLE, ENVIRONMENT, Outcome, Run, assert_same_result, epochs_of, run_many
 from hub_stand_in import HubStandIn
 from parquet_fixtures import CLASSES, as_files, digits, features, write_digits, write_parquet
@@ -47,18 +48,18 @@ def done(tmp_path_factory) -> Done:
     local = write_digits(root / "local")
     with pytest.MonkeyPatch.context() as patch:
         with HubStandIn() as hub:
-            hub.add("datasets/owner/digits", as_files(local))
-            commit = hub.add("datasets/owner/digits", {})
-            hub.add("datasets/owner/digits", {"data/test-00000-of-00001.parquet": b"PAR1 replaced"})
+            commit = hub.add("datasets/owner/digits", as_files(local))
             hub.add("datasets/owner/pictures", {"a.zip": b"x"})
             hub.add("datasets/owner/shards", as_files(write_shards(root / "shards", *digits(0, 60))))
             add_in_git(hub, root / "shards")
             for name, value in hub.environment(root / "home").items():
                 patch.setitem(ENVIRONMENT, name, value)
             cache = ["--shard-cache", str(root / "cache"), "--data-path", f"owner/digits@{commit}"]
-            first = {"whole": Run([*TRAIN, *cache, *SAVED, "--num-workers", "0", "--output-dir", str(root / "whole")])}
+            branch = [*cache[:3], "owner/digits"]
+            first = {"whole": Run([*TRAIN, *branch, *SAVED, "--num-workers", "0", "--output-dir", str(root / "whole")])}
             asked, outcomes = {}, run_many(first, root / "first")
             asked["whole"] = [*hub.requests]
+            hub.add("datasets/owner/digits", {"data/test-00000-of-00001.parquet": b"PAR1 replaced"})
             resume = [*TRAIN, "--resume", str(root / "whole" / "checkpoint.2.pth")]
             new_cache = ["--shard-cache", str(root / "new"), "--data-path", f"hf-hub:datasets/owner/digits@{commit}"]
             wrong = ["--num-workers", "1", "--shard-cache", str(root / "cache")]
@@ -73,6 +74,8 @@ def done(tmp_path_factory) -> Done:
                     [*resume, "--data-path", str(local), "--num-workers", "2", "--output-dir", str(root / "a")]
                 ),
                 "again": Run([*resume, *cache, "--num-workers", "1", "--output-dir", str(root / "b")]),
+                "branch": Run([*resume, *branch, "--num-workers", "1", "--output-dir", str(root / "d")]),
+                "other commit": Run([*resume, *cache[:3], "owner/digits@main", "--output-dir", str(root / "e")], 2),
                 "two": Run(
                     [*resume, *new_cache, "--batch-size", "32", "--num-workers", "1", "--output-dir", str(root / "c")],
                     2,
@@ -99,7 +102,7 @@ def done(tmp_path_factory) -> Done:
             outcomes |= run_many(later, root / "later")
             asked["later"] = [*hub.requests]
         outcomes |= run_many({"without the hub": Run([*EVALUATED, "--data-set", "HF", *cache])}, root / "last")
-    return Done(outcomes, root, asked)
+    return Done(outcomes, root, {**asked, "commit": [commit]})
 
 
 def fetched(requests: list[str]) -> Counter:
@@ -122,9 +125,20 @@ def test_a_data_set_of_the_hub_is_trained_on(done):
     assert len(fetched(done.asked["whole"])) == 4
 
 
-@pytest.mark.parametrize(("name", "folder"), [("local", "a"), ("again", "b")])
+def test_a_branch_is_looked_up_once_and_its_commit_recorded(done):
+    (commit,) = done.asked["commit"]
+    assert len([path for path in done.asked["whole"] if commit not in path]) == 1
+    recorded = yaml.safe_load((done.folder / "whole" / "args.yaml").read_text())["data_path"]
+    assert recorded == read_checkpoint(done.folder / "whole" / "checkpoint.pth")["args"]["data_path"]
+    assert recorded == f"owner/digits@{commit}"
+    assert f"--data-path owner/digits: goes on with its commit {commit}, as in" in done.outcomes["branch"].stdout
+    wanted = rf"owner/digits@main, now \w{{40}}, is not what --resume .* was trained on: expected owner/digits@{commit}"
+    assert re.search(wanted, done.outcomes["other commit"].stderr)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("local", "a"), ("again", "b"), ("branch", "d")])
 def test_training_goes_on_bit_for_bit(done, name, folder):
-    """From a local folder without a cache with two workers, and from the cache."""
+    """From a local folder without a cache with two workers, from the cache, and from a branch that has moved on."""
     assert done.outcomes[name].codes == [0], done.outcomes[name].stderr
     assert_same_result(done.folder / folder, done.folder / "whole")
 
@@ -143,6 +157,8 @@ def test_files_are_fetched_once_for_all_processes_and_runs(done):
     """Into the new cache; of the newest commit only the footer of the test images is not yet in the old one."""
     found = Counter(fetched(done.asked["later"]).values())
     assert found == {2: 4, 1: 1}
+    suffixes = {path.suffix for path in (done.folder / "new").iterdir()}
+    assert suffixes == {".arrow", ".footer", ".json", ".lock", ".md"}  # nothing that is needed only meanwhile
 
 
 def test_evaluation(done):
@@ -168,7 +184,8 @@ def test_a_linear_probe(done):
         ("damaged on the hub", "data/test-00000-of-00001.parquet is damaged or no Parquet file"),
         ("no data set", "--data-path owner/nothing could not be read from the Hub: 404"),
         ("no revision", "--data-path owner/digits@other could not be read from the Hub: 404"),
-        ("no parquet", "--data-path owner/pictures does not hold HF: it has no Parquet files"),
+        ("other commit", "--data-path owner/digits@main, now "),
+        ("no parquet", "does not hold HF: it has no Parquet files"),
         ("no split", "has no split validation or test, its splits are train: --hf-val-split names one of them"),
         ("wrong column", "--hf-label-column labels: --data-path owner/digits@"),
         ("holdout", "--holdout takes single images, which --data-set HF cannot"),

@@ -1,6 +1,7 @@
 """What the Parquet files of a data set of the Hub are: splits, columns, classes; images, and the order of training."""
 
 import json
+import time
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_a_file_is_unpacked_once_and_evicted(folder, images, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.arrow")}
     size = max(path.stat().st_size for path in kept)
     small = ShardCache(tmp_path, 2 * size)
-    small.check = lambda sizes: None  # which asks for all of so little
+    small.check = lambda *sizes: None  # which asks for all of so little
     assert built(folder, False, small)[2] == images[False]
     assert len([*tmp_path.glob("*.arrow")]) <= 2
     assert built(folder, True, small)[2] == images[True]
@@ -143,10 +144,21 @@ def test_a_few_images_are_spread_over_files_that_are_sorted(tmp_path):
         ("train/**", "train/a/0.parquet", True),
         ("./x[0-4].parquet", "x3.parquet", True),
         ("x.parquet", "xxparquet", False),
+        ("**/x.parquet", "a/y.parquet", False),
+        ("**", "a/b.parquet", True),
     ],
 )
 def test_patterns(pattern, name, expected):
     assert matches(name, pattern) is expected
+
+
+def test_a_pattern_of_many_folders_takes_no_time():
+    pattern, name = "**/" * 40 + "x.parquet", "a/" * 2000 + "y.parquet"
+    start = time.perf_counter()
+    card = {"configs": [{"data_files": pattern}]}
+    assert files_of_splits([name], card, "x") == {}
+    assert files_of_splits([name.replace("y", "x")], card, "x") == {"train": [name.replace("y", "x")]}
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -291,6 +303,26 @@ def test_other_columns_in_another_file(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", files, labels, features())
     write_parquet(tmp_path / "train-1.parquet", files, labels, features(label="y"), label="y")
     refused(tmp_path, "train-1.parquet has no column label: expected the columns of the other files", alone=True)
+
+
+def test_columns_of_another_type_in_another_file(tmp_path):
+    files, labels = digits(0, 20)
+    write_parquet(tmp_path / "test.parquet", files, labels, features())
+    write_parquet(tmp_path / "train-0.parquet", files, labels, features())
+    write_parquet(tmp_path / "train-1.parquet", files, [str(label) for label in labels], features())
+    refused(tmp_path, "train-1.parquet has a column label of type string: expected labels in whole numbers, as in the")
+    write_parquet(tmp_path / "train-1.parquet", ["x"] * 20, labels, features(), plain=True)
+    refused(tmp_path, "train-1.parquet has no column img.bytes: expected the columns of the other files")
+
+
+@pytest.mark.parametrize("names", ["{cat: 0, dog: 1}", "{.inf: cat}", "{'0': cat, null: dog}"])
+def test_a_card_that_names_classes_in_another_form(tmp_path, names):
+    two_splits(tmp_path, None)
+    column = f"dataset_info: {{features: [{{name: label, dtype: {{class_label: {{names: {names}}}}}}}]}}"
+    (tmp_path / "README.md").write_text(f"---\n{column}\n---\n")
+    refused(
+        tmp_path, r"^--data-path .*: README.md names classes in an unknown form \(.*: expected the numbers of class"
+    )
 
 
 def test_large_row_groups_need_a_cache(folder, monkeypatch):

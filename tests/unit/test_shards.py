@@ -1,9 +1,11 @@
 """WebDataset shards: written from folders, read from this machine, a server and a command, and their order."""
 
 import io
+import os
 import shutil
 import tarfile
 from collections import Counter
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from scripts import make_shards
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from shard_fixtures import (  # noqa: F401
     COUNTS,
@@ -210,6 +213,53 @@ def test_room_is_made_by_the_shard_that_was_used_the_longest_ago(sharded, server
         assert file.read() == content
     assert read(first) == content
     assert server.asked == [shard.file for shard in (first, second, third, second, first)]
+
+
+def test_room_is_made_before_fetching_and_counts_what_others_fetch(tmp_path):
+    """Each takes 40 bytes while it is fetched, and 30 afterwards."""
+    cache, seen = ShardCache(tmp_path, 100), []
+
+    def there() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("*.arrow*") if path.suffix != ".lock")
+
+    def fetch(path: Path, inner: str = "") -> None:
+        if inner:
+            cache.open(f"{inner}.arrow", fetch, 40).close()
+        seen.append(there())
+        path.write_bytes(bytes(30))
+
+    for name in "abc":
+        cache.open(f"{name}.arrow", fetch, 40).close()
+    assert seen == [["a.arrow.room"], ["a.arrow", "b.arrow.room"], ["a.arrow", "b.arrow", "c.arrow.room"]]
+    seen.clear()
+    cache.open("d.arrow", partial(fetch, inner="e"), 40).close()
+    assert seen == [["d.arrow.room", "e.arrow.room"], ["d.arrow.room", "e.arrow"]]
+    assert there() == ["d.arrow", "e.arrow"]
+
+
+def test_what_a_killed_process_has_left_counts_and_is_evicted_unless_another_goes_on(tmp_path):
+    left = ["a.tar.part", "a.tar.part.version", "b.arrow.parquet", "c.arrow.parquet.hub/x/y.incomplete", "d.tar.part"]
+    for age, name in enumerate(left):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10))
+        for place in (path, *(parent for parent in path.parents if tmp_path in parent.parents)):
+            os.utime(place, (age + 1, age + 1))
+    (tmp_path / "owner--name--files.json").write_text("{}")
+    (tmp_path / "room.arrow.room").write_text("?")
+
+    def names() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()} & {name.partition("/")[0] for name in left}
+
+    with FileLock(tmp_path / "a.tar.lock"):  # a process goes on with it
+        ShardCache(tmp_path, 75).open("e.tar", lambda path: path.write_bytes(bytes(30))).close()
+        assert names() == {*left[:2], "c.arrow.parquet.hub", "d.tar.part"}
+        ShardCache(tmp_path, 55).open("f.tar", lambda path: path.write_bytes(bytes(30)), 30).close()
+        assert names() == set(left[:2])
+    ShardCache(tmp_path, 30).open("g.tar", lambda path: path.write_bytes(bytes(30)), 30).close()
+    assert names() == set()
+    assert (tmp_path / "owner--name--files.json").exists()
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["g.tar"]
 
 
 def test_a_process_closes_shards_that_it_leaves(sharded, monkeypatch):
