@@ -145,12 +145,12 @@ class ShardCache:
                 f"needed: --shard-cache-gb takes a smaller number, from {least / 1e9:.4g}"
             )
 
-    def open(self, name: str, fetch: Callable[[Path], None], size: int = 0) -> BinaryIO:
+    def open(self, name: str, fetch: Callable[[Path], None], size: int) -> BinaryIO:
         """Open the shard that is kept under ``name``.
 
         Args:
-            size: bytes that fetching takes, for which there is room before; 0: room is made afterwards.
             fetch: writes it to a path, if it is not there. What an earlier attempt left at the path may be resumed.
+            size: bytes that fetching takes, for which room is made before.
 
         Raises:
             InputError: it cannot be fetched or stored.

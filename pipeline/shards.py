@@ -301,4 +301,4 @@ def open_cached(cache: ShardCache, shard: Shard, source: str | HubDataset, listi
     # without a SHA-256, a shard of the same name and size elsewhere, or of another commit, is another one
     digest = shard.sha256 or hashlib.sha256(f"{source}/{shard.file}".encode()).hexdigest()
     name = f"{digest[:16]}-{shard.file.replace('/', '-')}"
-    return cache.open(name, partial(fetch_shard, shard, source, listing))
+    return cache.open(name, partial(fetch_shard, shard, source, listing), shard.bytes)

@@ -41,6 +41,11 @@ def add_in_git(hub: HubStandIn, folder: Path) -> None:
     hub.add("datasets/owner/git", {**files, "index.json": index})
 
 
+def damage(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(3000) + content[3004:])
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Done:
     """Runs in the environment of one stand-in, of which the later ones go on where the first one was."""
@@ -63,9 +68,8 @@ def done(tmp_path_factory) -> Done:
             resume = [*TRAIN, "--resume", str(root / "whole" / "checkpoint.2.pth")]
             new_cache = ["--shard-cache", str(root / "new"), "--data-path", f"hf-hub:datasets/owner/digits@{commit}"]
             wrong = ["--num-workers", "1", "--shard-cache", str(root / "cache")]
-            broken = shutil.copytree(local, root / "broken") / "data" / "train-00001-of-00003.parquet"
-            content = broken.read_bytes()
-            broken.write_bytes(content[:4] + bytes(3000) + content[3004:])
+            broken = shutil.copytree(local, root / "broken")
+            damage(broken / "data" / "train-00001-of-00003.parquet")
             other = root / "other"
             write_parquet(other / "train.parquet", *digits(0, 64), features(), label="label")
             shards = ["--data-set", "WDS", "--shard-cache", str(root / "cache"), "--data-path"]
@@ -87,7 +91,7 @@ def done(tmp_path_factory) -> Done:
                 "shards": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/shards", "--nb-classes", "10"]),
                 "shards in git": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/git", "--nb-classes", "10"]),
                 "shards without classes": Run([*EVALUATED, *shards, "hf-hub:datasets/owner/shards"]),
-                "damaged": Run([*TRAIN, "--num-workers", "1", "--data-path", str(broken.parents[1])]),
+                "damaged": Run([*TRAIN, "--num-workers", "1", "--data-path", str(broken)]),
                 "damaged on the hub": Run([*TRAIN, *wrong, "--data-path", "owner/digits"]),
                 "no data set": Run([*TRAIN, *wrong, "--data-path", "owner/nothing"], 2),
                 "no revision": Run([*TRAIN, *wrong, "--data-path", "owner/digits@other"]),

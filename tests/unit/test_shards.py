@@ -252,7 +252,7 @@ def test_what_a_killed_process_has_left_counts_and_is_evicted_unless_another_goe
         return {path.name for path in tmp_path.iterdir()} & {name.partition("/")[0] for name in left}
 
     with FileLock(tmp_path / "a.tar.lock"):  # a process goes on with it
-        ShardCache(tmp_path, 75).open("e.tar", lambda path: path.write_bytes(bytes(30))).close()
+        ShardCache(tmp_path, 75).open("e.tar", lambda path: path.write_bytes(bytes(30)), 30).close()
         assert names() == {*left[:2], "c.arrow.parquet.hub", "d.tar.part"}
         ShardCache(tmp_path, 55).open("f.tar", lambda path: path.write_bytes(bytes(30)), 30).close()
         assert names() == set(left[:2])
