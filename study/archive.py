@@ -20,16 +20,15 @@ WEIGHTS_ARCHIVE = "weights.tar.gz"  # of finished runs that others wait for
 LIMIT = 2**28  # bytes of an unpacked archive; 500 runs take a hundredth of it
 
 
-def write_archive(path: Path, files: Mapping[str, Path], level: int = 9) -> None:
-    """Write an archive atomically. ``files`` maps names in the archive to files; ``level`` is that of gzip."""
+def write_archive(path: Path, files: Mapping[str, bytes], level: int = 9) -> None:
+    """Write an archive atomically. ``files`` maps names to contents; ``level`` is that of gzip."""
     with atomic_write(path) as unfinished, open(unfinished, "wb") as file:  # noqa: SIM117
         with gzip.GzipFile("", "wb", level, fileobj=file, mtime=0) as packed:
             with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar:
                 for name in sorted(files):
-                    content = files[name].read_bytes()
                     entry = tarfile.TarInfo(name)
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
+                    entry.size = len(files[name])
+                    tar.addfile(entry, io.BytesIO(files[name]))
 
 
 def read_archive(path: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from common.devices import CPU, processors, type_of
 from common.errors import InputError, nearest
 from options import at_least, local_path, positive
 from study.kept import progress_rows, write_results
-from study.plan import Run, Study, order_of
+from study.plan import OUTPUT, Run, Study, order_of
 from study.report import write
 from study.restore import kept_runs, restore
 from study.runner import Runner
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument(
         "--output",
         type=local_path,
-        default=Path("output/study"),
+        default=Path(OUTPUT),
         metavar="DIR",
         help="the runs write to DIR/NAME",
     )

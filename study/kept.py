@@ -1,15 +1,16 @@
 """The files that a study keeps of its finished runs: archives to continue from (`study.restore`), and three tables."""
 
 import csv
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.files import atomic_write
 from study.archive import ARCHIVE, WEIGHTS_ARCHIVE, write_archive
-from study.plan import Run
+from study.plan import OUTPUT, Run
 from study.records import RECORD
-from study.restore import LOGS, WITH_WEIGHTS
+from study.restore import LOGS, OPTIONS, WITH_WEIGHTS
 from study.runner import Runner
 
 COLUMNS = ("study", "group", "kind", "method", "data", "size", "seed", "epochs", "lr", "accuracy", "images_seen")
@@ -25,10 +26,12 @@ def write_results(runner: Runner, results: Path, config: Path) -> None:
     files = {}
     for run in filter(runner.is_settled, runner.study.all_runs):
         for name in (RECORD,) if run.tuning else (RECORD, *LOGS):
-            files[f"{run.folder}/{name}"] = runner.root / run.folder / name
+            content = (runner.root / run.folder / name).read_bytes()
+            files[f"{run.folder}/{name}"] = as_by_default(content, runner) if name == OPTIONS else content
     write_archive(results / ARCHIVE, files)
     if weights := awaited_weights(runner):
-        write_archive(results / WEIGHTS_ARCHIVE, weights, level=1)
+        contents = {name: path.read_bytes() for name, path in weights.items()}
+        write_archive(results / WEIGHTS_ARCHIVE, contents, level=1)
     else:
         (results / WEIGHTS_ARCHIVE).unlink(missing_ok=True)
     with atomic_write(results / "study.yaml") as unfinished:
@@ -36,6 +39,12 @@ def write_results(runner: Runner, results: Path, config: Path) -> None:
     write_csv(results / "results.csv", COLUMNS, rows_of(runner))
     write_csv(results / "tuning.csv", TUNING_COLUMNS, tuning_rows(runner))
     write_csv(results / "progress.csv", PROGRESS_COLUMNS, progress_rows(runner, runner.study.all_runs))
+
+
+def as_by_default(options: bytes, runner: Runner) -> bytes:
+    """The options of a run as they are where the study is in its default folder: results name no folder elsewhere."""
+    place = rf"(?<=[ '\"]){re.escape(str(runner.root))}(?=/)"
+    return re.sub(place.encode(), f"{OUTPUT}/{runner.study.name}".encode(), options)
 
 
 def awaited_weights(runner: Runner) -> dict[str, Path]:

@@ -34,6 +34,7 @@ EVALUATED = 10_000  # images of an evaluation, about
 START = 10**10  # MACs that take about as long as the start of a run
 # where and how fast a run works
 NOT_THE_RESULT = ("data-path", "device", "num-workers", "pin-mem", "log-interval", "teacher-cache")
+OUTPUT = "output/study"  # where runs write to by default, in a folder of the study's name
 STUDY = "study"  # {study} in an option: the folder of the study
 ROTATED = "rotated"  # by how many degrees: a key of data that is no option of main.py
 WITHOUT_FILES = {"src_path": None, "freeze_src": False, "finetune": None, "init": None}

@@ -16,7 +16,8 @@ from study.archive import ARCHIVE, WEIGHTS_ARCHIVE, read_files
 from study.plan import FOLDERS, WEIGHTS, Run, Study
 from study.records import RECORD, Record, differences, record_of
 
-LOGS = ("log.txt", "args.yaml")  # of each run, which results keep beside its record
+OPTIONS = "args.yaml"
+LOGS = ("log.txt", OPTIONS)  # of each run, which results keep beside its record
 WITH_WEIGHTS = (*WEIGHTS, "config.json")  # files that other runs load
 
 

@@ -131,6 +131,18 @@ def test_pieces_together_do_every_run_once(done, copy, run_here):
     assert run_here(copy.folder, "--minutes", "1e-9") == Piece(0, "all 10 runs are done: results/tiny\n", "")
 
 
+def test_results_name_no_folder_of_a_machine(done, copy, run_here):
+    """Nor does the archive depend on the folder that the study was run in."""
+    elsewhere = copy.folder / "else where"
+    shutil.move(copy.root, elsewhere / "tiny")
+    for path in elsewhere.rglob("args.yaml"):
+        path.write_text(path.read_text().replace("output/study/tiny/", f"{elsewhere}/tiny/"))
+    (copy.results / ARCHIVE).unlink()
+    assert run_here(copy.folder, "--output", str(elsewhere)).code == 0
+    assert copy.kept == done.kept
+    assert "output/study/tiny/runs/" in "".join(copy.kept.values())
+
+
 def test_a_run_that_fails(done):
     stderr = done.pieces[0].stderr
     assert "error: grown L2-H2 seed 0, 1 epoch has failed with status 2, see output/study/tiny/runs/" in stderr

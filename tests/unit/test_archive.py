@@ -32,11 +32,7 @@ def packed(*entries: tarfile.TarInfo, content: bytes = b"") -> bytes:
 def test_same_files_give_the_same_bytes(tmp_path):
     texts = {"runs/b/1/0/log.txt": "{}\n", "runs/a/1/0/args.yaml": "lr: 0.1\n", "runs/ä/1/0/log.txt": "é"}
     for order, name in ((sorted(texts), "first"), (sorted(texts, reverse=True), "second")):
-        (tmp_path / name).mkdir()
-        files = {key: tmp_path / name / str(i) for i, key in enumerate(order)}
-        for key, path in files.items():
-            path.write_text(texts[key])
-        write_archive(tmp_path / f"{name}.tar.gz", files)
+        write_archive(tmp_path / f"{name}.tar.gz", {key: texts[key].encode() for key in order})
     assert (tmp_path / "first.tar.gz").read_bytes() == (tmp_path / "second.tar.gz").read_bytes()
     assert read_archive(tmp_path / "first.tar.gz") == texts
     with tarfile.open(tmp_path / "first.tar.gz") as tar:
@@ -86,7 +82,7 @@ def test_rows_are_compared_with_the_logs(tmp_path):
         "runs/teacher/16/0/log.txt": write_log(tmp_path / "16", {15: 90.0}),
     }
     path = tmp_path / "runs.tar.gz"
-    write_archive(path, files)
+    write_archive(path, {name: log.read_bytes() for name, log in files.items()})
     teacher = row(group="teacher", kind="teacher", size="", epochs=16, accuracy=90.0)
     check_rows(path, [row(), row(epochs=10, accuracy=70.0), row(epochs=0, accuracy=20.0), teacher])
     for wrong, found in ((row(accuracy=51.0), "50.0"), (row(seed=1), "missing"), (row(epochs=2), "missing")):
