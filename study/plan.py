@@ -4,7 +4,6 @@
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -13,17 +12,18 @@ from statistics import mean
 
 import models
 from common.errors import InputError, error_context, nearest
-from datasets import build_dataset, train_holdout_split
+from datasets import SHARDED, build_dataset, train_holdout_split
 from main import builder_of
 from models.meta import NumbersOnCpu
 from models.vit import FORWARD_AND_BACKWARD
 from options import option_parser
 from study.groups import of_size
 from study.results import slug
+from training.build_data import choices_of, shard_cache_of
 from training.build_model import CHANNELS, build_supernet, create_sized, size_sampler
 from training.checks import check
 from training.command_line import Parser, arguments_of, parse_options
-from training.config import SOURCE, TIMM, Config, weight_sources
+from training.config import SOURCE, TIMM, Config, DataConfig, weight_sources
 from training.config import resolve as resolve_config
 from training.setup import is_address
 
@@ -318,7 +318,7 @@ def checked_options(run: Run) -> Config:
 def costs_of(config: Config) -> tuple[int, int, int]:
     """Of a run: images trained on, MACs of its training or linear probe, and about what it costs in all."""
     data = config.data
-    images, classes = size_of_data(data.data_set, data.data_path, data.inat_category, data.train_images, data.holdout)
+    images, classes = size_of_data(data)
     if data.batch_size > images:
         raise InputError(f"batch-size {data.batch_size} is more than the {images} training images")
     epochs = config.schedule.epochs
@@ -339,19 +339,21 @@ def costs_of(config: Config) -> tuple[int, int, int]:
 
 
 @lru_cache
-def size_of_data(
-    name: str, path: str | None, category: str, train_images: int | None, holdout: int | None
-) -> tuple[int, int]:
+def size_of_data(data: DataConfig) -> tuple[int, int]:
     """The number of images to train on, and of their classes."""
-    labels, classes = labels_of(name, path, category, holdout is not None)
-    return len(train_holdout_split(labels, train_images, holdout)[0]), classes
-
-
-@lru_cache
-def labels_of(name: str, path: str | None, category: str, alone: bool) -> tuple[Sequence[int], int]:
-    """The labels of all training images, and the number of classes; ``alone`` if no test images are needed."""
-    dataset, classes = build_dataset(name, path, True, None, category, single_split=alone)
-    return dataset.targets, len(classes)
+    dataset, classes = build_dataset(
+        data.data_set,
+        data.data_path,
+        is_train=True,
+        transform=None,
+        inat_category=data.inat_category,
+        shard_cache=shard_cache_of(data),
+        single_split=data.holdout is not None,  # then no test images are needed
+        choices=choices_of(data),
+    )
+    # shards and Parquet files list no labels, and are used as a whole: the numbers of their images stand for labels
+    labels = range(len(dataset)) if data.data_set in SHARDED else dataset.targets
+    return len(train_holdout_split(labels, data.train_images, data.holdout)[0]), len(classes)
 
 
 @lru_cache

@@ -17,6 +17,8 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, SECONDS, TESTS
 from data_layouts import make_fmnist
+from parquet_fixtures import digits
+from shard_writers import write_shards
 
 STUDY = """
 study: other
@@ -92,6 +94,21 @@ def test_what_is_done_depends_on_the_rotation_and_not_on_the_folder(done, tmp_pa
     code, _, message = listed(STUDY.replace("rotated: 90", "rotated: 180"), "--data-path", "elsewhere")
     assert code == 2
     assert "with rotated 90, not 180: remove this folder to run it again" in message
+
+
+def test_a_study_of_shards_counts_their_images(tmp_path, listed):
+    write_shards(tmp_path / "shards", *digits(0, 60))
+    scratch = "{kind: vit, data: SHARDS, seeds: [0], epochs: 1, lr: 1.0e-3, options: {model: '{arch}'}}"
+    data = "{data-set: WDS, data-path: shards, cache-data: false, nb-classes: 10}"
+    options = STUDY.partition("\ndata:")[0]
+    study = f"{options}\ndata:\n  SHARDS: {data}\nruns:\n  scratch: {scratch}\n"
+    code, found, message = listed(study)
+    assert (code, message) == (0, "")
+    macs = 40 * 3 * models.parse_arch("deit_nano_patch7_28_L1_H1").macs(10)
+    assert f"scratch: 1 runs (0 done, 0 begun, 1 to do), {macs:.2e} MACs" in found
+    code, _, message = listed(study.replace(", nb-classes: 10", ""))
+    assert (code, message.count("\n")) == (2, 1)
+    assert "--nb-classes is missing" in message
 
 
 def test_list_writes_nothing(tmp_path, listed):
