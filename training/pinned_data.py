@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.files import read_checkpoint
 from common.hub_datasets import COMMIT, ON_HUB, is_on_hub, pinned
 from pipeline.parquet_files import names_dataset
-from pipeline.shard_cache import ShardCache
+from training.build_data import shard_cache_of
 from training.config import CHECKPOINT, Config, DataConfig
 from utils import print_main
 
@@ -39,7 +39,7 @@ def pin_data(config: Config) -> Config:
     if recorded and not revision:
         print_main(f"--data-path {name}: goes on with its commit {recorded}, as in --resume {config.runtime.resume}")
         return config.with_options(data_path=f"{name}@{recorded}")
-    ShardCache(Path(data.shard_cache), int(data.shard_cache_gb * 1e9)).prepare()
+    shard_cache_of(data).prepare()
     found = pinned(data.data_path, Path(data.shard_cache))
     if recorded and found != f"{name}@{recorded}":
         now = "" if COMMIT.fullmatch(revision) else f", now {found.partition('@')[2]},"
